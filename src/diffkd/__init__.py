@@ -1,0 +1,31 @@
+"""Knowledge distillation for vision models, with DiffKD (*Knowledge Diffusion for Distillation*, NeurIPS 2023)."""
+
+from diffkd.distiller import Distiller
+from diffkd.layers import Layer, list_layers
+from diffkd.layout import Layout
+from diffkd.matching import Pair, match_layers
+from diffkd.methods import DIST, KD, DiffKD, DiffKDOutput, FitNet
+from diffkd.shape import FeatureShape
+from diffkd.teacher_input import TeacherInput
+from diffkd.weights import load_weights, read_weights, save_student
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DIST",
+    "KD",
+    "DiffKD",
+    "DiffKDOutput",
+    "Distiller",
+    "FeatureShape",
+    "FitNet",
+    "Layer",
+    "Layout",
+    "Pair",
+    "TeacherInput",
+    "list_layers",
+    "load_weights",
+    "match_layers",
+    "read_weights",
+    "save_student",
+]

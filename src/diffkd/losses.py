@@ -1,0 +1,81 @@
+"""Distances between a student's and a teacher's tensor.
+
+All take `(student, teacher)` of equal shape, (B, C) or (B, C, H, W), compute in float32 or wider whatever comes in, and
+return a scalar. Classes or channels lie in dimension 1.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, float32, promote_types
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float32, or as it is if it is wider: half precision is too coarse for distances."""
+    return tensor.to(promote_types(tensor.dtype, float32))
+
+
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean squared error over all entries (Eq. 7 of the DiffKD paper, for features)."""
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the Kullback-Leibler divergence of softened class distributions.
+
+    `tau^2 / B * sum KL(softmax(teacher / tau) || softmax(student / tau))`, from Hinton, Vinyals, Dean, *Distilling the
+    Knowledge in a Neural Network*, 2015. On maps the sum runs over positions too. The teacher gets no gradient.
+
+    Args:
+        student: (B, K) or (B, K, H, W) logits.
+        teacher: logits of the same shape.
+        temperature: tau > 0.
+
+    Returns:
+        A scalar; 0 where both distributions agree.
+    """
+    log_student = F.log_softmax(at_least_float32(student) / temperature, dim=1)
+    log_teacher = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def dist(
+    student: Tensor,
+    teacher: Tensor,
+    beta: float = 1.0,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    pool_positions: bool = False,
+) -> Tensor:
+    """Return DIST: one minus Pearson's correlation of the class scores, within each sample and within each class.
+
+    Huang, You, Wang, Qian, Xu, *Knowledge Distillation from A Stronger Teacher*, NeurIPS 2022, Eq. 8 to 10.
+
+    Args:
+        student: (B, K) or (B, K, H, W) logits.
+        teacher: logits of the same shape.
+        beta: weight of the relation between classes (per sample).
+        gamma: weight of the relation between samples (per class).
+        temperature: tau > 0 of both softmaxes; the loss is scaled by tau^2.
+        pool_positions: on maps, relate all B * H * W positions of a class with one another, as dense prediction wants;
+            otherwise each position relates the B samples on its own, as the authors' classification code does.
+
+    Returns:
+        A scalar in [0, 2 (beta + gamma) tau^2].
+    """
+    student, teacher = ((at_least_float32(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
+    if pool_positions:
+        student, teacher = (scores.movedim(1, -1).flatten(0, -2) for scores in (student, teacher))  # (B * H * W, K)
+    inter = 1 - pearson(student, teacher).mean()
+    intra = 1 - pearson(student.transpose(0, 1), teacher.transpose(0, 1)).mean()
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def pearson(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    """Return Pearson's correlation along dimension 1 of (N, M, ...) tensors, (N, ...); 0 where one is constant."""
+    a = a - a.mean(dim=1, keepdim=True)
+    b = b - b.mean(dim=1, keepdim=True)
+    norms: Tensor = a.norm(dim=1) * b.norm(dim=1)
+    return (a * b).sum(dim=1) / (norms + eps)

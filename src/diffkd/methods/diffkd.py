@@ -1,0 +1,262 @@
+"""DiffKD: denoise the student's feature with a diffusion model trained on the teacher's, then match the two."""
+
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
+from diffkd.losses import Distance, at_least_float32, dist, kl_divergence, mse
+from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
+from diffkd.shape import FeatureShape, Want, channels_of
+
+
+class DiffKDOutput(NamedTuple):
+    """What one forward of :class:`DiffKD` returns.
+
+    Attributes:
+        denoised: the student's denoised feature, (B, C, H, W) or (B, C), C the latent channels.
+        target: the teacher's latent of the same shape, which `denoised` was compared with.
+        losses: scalars "kd", "diffusion" and, with an autoencoder, "reconstruction", each times its weight.
+        gamma: (B,) weight of the student's feature against the added noise, in (0, 1); ones without noise adapter.
+    """
+
+    denoised: Tensor
+    target: Tensor
+    losses: dict[str, Tensor]
+    gamma: Tensor
+
+
+class DiffKD(nn.Module):
+    """Knowledge diffusion for distillation (Huang et al., NeurIPS 2023), for one pair of features.
+
+    `variant="code"` computes what the authors' published code does; `variant="paper"` what the text says. Each
+    difference between the two is an option of its own, which `variant` sets where it is left at None:
+
+    | option              | code  | paper | what it decides                                                            |
+    | ------------------- | ----- | ----- | -------------------------------------------------------------------------- |
+    | `output_projection` | True  | False | a 1x1 convolution and BatchNorm on the student's feature after denoising   |
+    | `latent_norm`       | True  | False | BatchNorm at the end of the autoencoder's encoder ("two convolutions only")|
+    | `denoiser_norm`     | True  | False | BatchNorm at the end of the denoiser (maps)                                |
+    | `activate`          | False | True  | ReLU after the residual sums of the bottlenecks (maps)                     |
+    | `error`             | "mean"| "sum" | Eq. 4 and 6 as mean over all entries, or squared norm averaged over batch  |
+    | `start_timestep`    | -1    | 500   | first timestep of the reverse process; -1: as the code spaces them         |
+    | `detach_target`     | False | True  | no gradient to the teacher's feature even without autoencoder              |
+
+    Args:
+        student_channels: channels of the student's feature, or its :class:`~diffkd.FeatureShape`.
+        teacher_channels: channels of the teacher's feature, or its shape.
+        kind: "map" for (B, C, H, W), "vector" for (B, C) or (B, C, 1, 1). None: as the shapes say, else "map".
+        ae_channels: channels of the latent, made by a linear autoencoder from the teacher's feature; None: no
+            autoencoder, the latent is the teacher's feature.
+        inference_steps: denoiser evaluations per forward (NFE).
+        num_train_timesteps: number of timesteps T of the diffusion process.
+        beta_schedule: "linear", "scaled_linear" or "cosine".
+        noise_adapter: adaptive noise matching (Eq. 8). Off: the projected student feature is denoised as it is.
+        distance: d of Eq. 7: "mse", "kl", "dist", or a callable `(denoised, target) -> scalar`. None: "kl" for logits,
+            "mse" otherwise.
+        temperature: tau of "kl" and "dist".
+        kd_weight: lambda 3 of Eq. 9, of the distance.
+        diffusion_weight: lambda 1, of the denoiser's loss.
+        reconstruction_weight: lambda 2, of the autoencoder's loss.
+        variant: "code" or "paper", see above.
+        output_projection, latent_norm, denoiser_norm, activate, error, start_timestep, detach_target: see above.
+
+    Raises:
+        ValueError: if an option is out of its range, or one feature is a map and the other a vector.
+    """
+
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature", "logits"})
+    alphas_cumprod_bits: Tensor
+
+    def __init__(
+        self,
+        student_channels: int | FeatureShape,
+        teacher_channels: int | FeatureShape,
+        *,
+        kind: Literal["map", "vector"] | None = None,
+        ae_channels: int | None = None,
+        inference_steps: int = 5,
+        num_train_timesteps: int = 1000,
+        beta_schedule: BetaSchedule = "linear",
+        noise_adapter: bool = True,
+        distance: Literal["mse", "kl", "dist"] | Distance | None = None,
+        temperature: float = 1.0,
+        kd_weight: float = 1.0,
+        diffusion_weight: float = 1.0,
+        reconstruction_weight: float = 1.0,
+        variant: Literal["code", "paper"] = "code",
+        output_projection: bool | None = None,
+        latent_norm: bool | None = None,
+        denoiser_norm: bool | None = None,
+        activate: bool | None = None,
+        error: Literal["mean", "sum"] | None = None,
+        start_timestep: int | None = None,
+        detach_target: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if variant not in ("code", "paper"):
+            raise ValueError(f"variant must be 'code' or 'paper', got {variant!r}")
+        if ae_channels is not None and ae_channels < 1:
+            raise ValueError(f"ae_channels must be at least 1, or None for no autoencoder, got {ae_channels}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        paper = variant == "paper"
+        activate = paper if activate is None else activate
+        start_timestep = (500 if paper else -1) if start_timestep is None else start_timestep
+
+        self.is_map = _is_map(kind, student_channels, teacher_channels)
+        self.student_channels, self.teacher_channels = channels_of(student_channels), channels_of(teacher_channels)
+        self.latent_channels = latent = self.teacher_channels if ae_channels is None else ae_channels
+        self.num_train_timesteps = num_train_timesteps
+        self.error = error or ("sum" if paper else "mean")
+        self.detach_target = paper if detach_target is None else detach_target
+        self.weights = {"kd": kd_weight, "diffusion": diffusion_weight, "reconstruction": reconstruction_weight}
+        is_logits = isinstance(teacher_channels, FeatureShape) and teacher_channels.role == "logits"
+        self.distance = _distance(distance or ("kl" if is_logits else "mse"), temperature)
+
+        self.student_projection = pointwise(self.student_channels, latent, self.is_map)
+        self.autoencoder = (
+            LinearAutoencoder(self.teacher_channels, latent, self.is_map, _or(latent_norm, not paper))
+            if ae_channels is not None
+            else None
+        )
+        self.denoiser = Denoiser(
+            latent, self.is_map, num_train_timesteps, _or(denoiser_norm, not paper), activate=activate
+        )
+        self.noise_adapter = NoiseAdapter(latent, self.is_map, activate) if noise_adapter else None
+        self.output_projection = (
+            nn.Sequential(pointwise(latent, latent, self.is_map), BatchNorm(latent))
+            if _or(output_projection, not paper)
+            else nn.Identity()
+        )
+        abar = alphas_cumprod(num_train_timesteps, beta_schedule)
+        self.steps = ddim_steps(abar, inference_steps, None if start_timestep == -1 else start_timestep)
+        # Kept as the bits of float32 numbers: `.half()` and `.bfloat16()` round floating-point buffers, and a rounded
+        # schedule divides by zero. Not in the state dict: it follows from the arguments.
+        self.register_buffer("alphas_cumprod_bits", abar.view(torch.int32), persistent=False)
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        noise: Tensor | None = None,
+        diffusion_noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+    ) -> DiffKDOutput:
+        """Denoise the student's feature, compare it with the teacher's, and train the denoiser on the teacher's.
+
+        What is not given is drawn. The three draws happen in evaluation mode too.
+
+        Args:
+            student: (B, Cs, H, W), or (B, Cs) or (B, Cs, 1, 1) for vectors.
+            teacher: (B, Ct, H, W), or as above, on the same grid.
+            noise: the noise mixed into the student's latent, latent shape (eps_T of Eq. 8).
+            diffusion_noise: the noise added to the teacher's latent, latent shape (eps of Eq. 4).
+            timesteps: (B,) int64 in 0..T-1, its timesteps.
+
+        Returns:
+            A :class:`DiffKDOutput`, vectors in the shape they came in.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        unit = student.ndim == 4 and not self.is_map  # vectors that come as (B, C, 1, 1) go out like that
+        student, teacher = self._checked(student, "student"), self._checked(teacher, "teacher")
+        if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
+            raise ValueError(
+                f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same batch and "
+                "spatial size; resize one of them first, or let Distiller do it"
+            )
+        projected = self.student_projection(student.to(self.dtype))  # (B, C, H, W) or (B, C), here and below
+        reconstruction = None
+        if self.autoencoder is not None:
+            target, reconstruction = self.autoencoder(teacher.to(self.dtype))
+            target = target.detach()
+        else:
+            target = teacher.detach() if self.detach_target else teacher
+        latent = at_least_float32(projected)
+        shape = latent.shape
+        noise = torch.randn_like(latent) if noise is None else noise.reshape(shape)
+        if self.noise_adapter is None:
+            gamma, noisy_student = latent.new_ones(shape[0]), latent
+        else:
+            gamma = self.noise_adapter(projected)
+            share = gamma.reshape(-1, *[1] * (latent.ndim - 1))
+            noisy_student = share * latent + (1 - share) * noise  # Eq. 8
+        clean_student = ddim_denoise(self.denoiser, noisy_student, self.steps)
+        denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
+        target = at_least_float32(target)
+
+        diffusion_noise = torch.randn_like(latent) if diffusion_noise is None else diffusion_noise.reshape(shape)
+        if timesteps is None:
+            timesteps = torch.randint(self.num_train_timesteps, (shape[0],), device=latent.device)
+        abar = self.alphas_cumprod_bits.view(torch.float32)[timesteps].to(latent.dtype)
+        predicted = self.denoiser(add_noise(target, diffusion_noise, abar), timesteps)
+
+        losses = {
+            "kd": self.distance(denoised, target),  # Eq. 7
+            "diffusion": self._squared_error(predicted, diffusion_noise),  # Eq. 4
+        }
+        if reconstruction is not None:
+            losses["reconstruction"] = self._squared_error(reconstruction, teacher)  # Eq. 6
+        losses = {term: self.weights[term] * loss for term, loss in losses.items()}
+        if unit:
+            denoised, target = denoised[..., None, None], target[..., None, None]
+        return DiffKDOutput(denoised, target, losses, gamma)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the parameters."""
+        return self.denoiser.time_embedding.weight.dtype
+
+    def extra_repr(self) -> str:
+        """Say what the submodules do not."""
+        visited = ", ".join(str(step.timestep) for step in self.steps)
+        return f"{self.student_channels} -> {self.latent_channels} <- {self.teacher_channels}, timesteps {visited}"
+
+    def _checked(self, feature: Tensor, side: Literal["student", "teacher"]) -> Tensor:
+        channels = self.student_channels if side == "student" else self.teacher_channels
+        if not self.is_map and feature.ndim == 4 and feature.shape[2:] == (1, 1):
+            feature = feature.flatten(1)
+        if feature.ndim != (4 if self.is_map else 2) or feature.shape[1] != channels:
+            wanted = f"(B, {channels}, H, W)" if self.is_map else f"(B, {channels}) or (B, {channels}, 1, 1)"
+            raise ValueError(
+                f"the {side}'s feature has shape {tuple(feature.shape)}, but this DiffKD was built for {wanted}; pass "
+                f"{side}_channels and kind as the feature has them"
+            )
+        return feature
+
+    def _squared_error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        error = mse(prediction, target)
+        return error if self.error == "mean" else error * target[0].numel()
+
+
+def _is_map(kind: Literal["map", "vector"] | None, *features: int | FeatureShape) -> bool:
+    kinds = {feature.is_map for feature in features if isinstance(feature, FeatureShape)}
+    if kind is not None:
+        kinds.add(kind == "map")
+    if len(kinds) > 1:
+        raise ValueError(
+            f"student {features[0]}, teacher {features[1]} and kind={kind!r} mix maps and vectors; pool the map first"
+        )
+    return kinds.pop() if kinds else True
+
+
+def _distance(distance: str | Distance, temperature: float) -> Distance:
+    if not isinstance(distance, str):
+        return distance
+    known: dict[str, Distance] = {
+        "mse": mse,
+        "kl": partial(kl_divergence, temperature=temperature),
+        "dist": partial(dist, temperature=temperature),
+    }
+    if distance not in known:
+        raise ValueError(f"distance must be one of {', '.join(known)} or a callable, got {distance!r}")
+    return known[distance]
+
+
+def _or(value: bool | None, default: bool) -> bool:
+    return default if value is None else value

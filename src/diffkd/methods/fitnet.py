@@ -1,0 +1,40 @@
+"""FitNet: regress the teacher's feature from the student's."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from diffkd.losses import mse
+from diffkd.modules import pointwise
+from diffkd.shape import FeatureShape, Want, channels_of
+
+
+class FitNet(nn.Module):
+    """Hints: mean squared error between features, the student's projected by a 1x1 convolution.
+
+    Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015, Eq. 3; the "MSE" row of the DiffKD paper.
+
+    Args:
+        student_channels: channels of the student's feature, or its shape.
+        teacher_channels: channels of the teacher's feature, or its shape. Vectors need shapes.
+        weight: factor of the loss.
+    """
+
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+
+    def __init__(
+        self,
+        student_channels: int | FeatureShape,
+        teacher_channels: int | FeatureShape,
+        *,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        is_map = teacher_channels.is_map if isinstance(teacher_channels, FeatureShape) else True
+        self.student_projection = pointwise(channels_of(student_channels), channels_of(teacher_channels), is_map)
+        self.weight = weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Return {"kd": loss} for features (B, Cs, H, W), (B, Ct, H, W), or (B, Cs), (B, Ct)."""
+        projected = self.student_projection(student)
+        return {"kd": self.weight * mse(projected, teacher)}

@@ -1,0 +1,54 @@
+"""KD: match softened class distributions."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from diffkd.losses import kl_divergence
+from diffkd.shape import FeatureShape, Want, channels_of
+
+
+class KD(nn.Module):
+    """Knowledge distillation on logits (Hinton, Vinyals, Dean, 2015).
+
+    Args:
+        student: the student's classes or shape, checked against the teacher's; may be left out.
+        teacher: the teacher's classes or shape.
+        temperature: tau > 0; the loss is scaled by tau^2, so that its gradient keeps its size.
+        weight: factor of the loss.
+
+    Raises:
+        ValueError: if the class counts differ or `temperature` is not positive.
+    """
+
+    wants: ClassVar[frozenset[Want]] = frozenset({"logits"})
+
+    def __init__(
+        self,
+        student: int | FeatureShape | None = None,
+        teacher: int | FeatureShape | None = None,
+        *,
+        temperature: float = 4.0,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_same_classes(student, teacher)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.temperature, self.weight = temperature, weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
+        return {"kd": self.weight * kl_divergence(student, teacher, self.temperature)}
+
+
+def check_same_classes(student: int | FeatureShape | None, teacher: int | FeatureShape | None) -> None:
+    """Raise ValueError unless both logits have the same number of classes, where both are known."""
+    if student is None or teacher is None:
+        return
+    ours, theirs = channels_of(student), channels_of(teacher)
+    if ours != theirs:
+        raise ValueError(
+            f"the student's logits have {ours} classes, the teacher's {theirs}: they cannot be compared; "
+            "distil features instead (FitNet or DiffKD on a feature pair)"
+        )

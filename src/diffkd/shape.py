@@ -1,0 +1,49 @@
+"""The shape of a feature: what a method must know of the two tensors it will be given.
+
+Also the words for what a method wants from automatic pairing: "feature" (the last map before pooling), "logits",
+"stages" (the last map of every resolution, each pair with a method of its own), or "levels" (the same maps, all given
+to one method as lists).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["feature", "logits"]
+Want = Literal["feature", "logits", "stages", "levels"]
+
+
+@dataclass(frozen=True)
+class FeatureShape:
+    """Channels, spatial size and role of a feature, as every method's constructor takes it.
+
+    Args:
+        channels: C, the number of channels of a map (B, C, H, W) or of a vector (B, C).
+        size: (H, W) of a map in cells, () for a vector. Maps may change size from batch to batch: as probed.
+        role: "logits" if the tensor holds class scores, "feature" otherwise.
+
+    Raises:
+        ValueError: if `channels` is not positive or `size` has neither zero nor two entries.
+    """
+
+    channels: int
+    size: tuple[int, ...] = ()
+    role: Role = "feature"
+
+    def __post_init__(self) -> None:
+        if self.channels < 1:
+            raise ValueError(f"a feature needs at least 1 channel, got {self.channels}")
+        if len(self.size) not in (0, 2):
+            raise ValueError(f"size is (height, width) for a map or () for a vector, got {self.size}")
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the feature has two spatial dimensions."""
+        return len(self.size) == 2
+
+    def __str__(self) -> str:
+        return "x".join(str(n) for n in (self.channels, *self.size))
+
+
+def channels_of(feature: int | FeatureShape) -> int:
+    """Return the channel count of `feature`, given as a count or as a shape."""
+    return feature.channels if isinstance(feature, FeatureShape) else feature
