@@ -1,0 +1,251 @@
+"""The distiller: a student, a frozen teacher, and one method for each pair of their layers."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diffkd.layers import evaluation_mode, find_layer, input_size_of, list_layers, on_device_of, prefix_tokens
+from diffkd.layout import resize, select_tensor
+from diffkd.matching import Pair, pair_layers
+from diffkd.methods import DiffKD, MethodFactory
+from diffkd.reader import Reader, SideName, agree, reader_for
+from diffkd.recorder import Recorder, split_selector
+from diffkd.weights import unwrap
+
+
+class Distiller(nn.Module):
+    """Trains a student on the features of a frozen teacher.
+
+    One forward runs teacher, student and all losses, so the distiller as a whole can be compiled or wrapped for
+    distributed training. `parameters()` and `state_dict()` hold the student and the methods; the teacher is in neither,
+    but `.to()` moves it along, and it stays in evaluation mode. What the student's forward returns is its own affair.
+
+    Args:
+        student: the model to train.
+        teacher: the model to learn from.
+        pairs: which layers learn from which, or "auto" (see :func:`~diffkd.match_layers`).
+        example: input of the student for probing: a tensor (B, C, H, W), a tuple of arguments or a mapping of keyword
+            arguments. Two images do.
+        method: default method of the pairs; with "auto" also a list of methods, each paired as it wants.
+        teacher_input: turns the student's input into the teacher's, where they are normalised or sized differently
+            (:class:`~diffkd.TeacherInput`).
+
+    Raises:
+        ValueError: if a layer is unknown or cannot be distilled, shapes are not understood, or nothing can be paired.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> def net(width):
+        ...     conv = nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU())
+        ...     return nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+        >>> images = randn(4, 3, 16, 16)
+        >>> distiller = Distiller(net(8), net(32), example=images)
+        >>> output, losses = distiller(images)
+        >>> sorted(losses)
+        ['0/diffusion', '0/kd', 'output/diffusion', 'output/kd']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Sequence[Pair] | Literal["auto"] = "auto",
+        *,
+        example: Any,
+        method: MethodFactory | Sequence[MethodFactory] = DiffKD,
+        teacher_input: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if unwrap(student) is unwrap(teacher):
+            raise ValueError("student and teacher are the same object; copy.deepcopy one of them")
+        self.student = student
+        # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
+        self._teacher = [teacher.eval()]
+        self.teacher_input = teacher_input
+        teacher_example = example if teacher_input is None else teacher_input(example)
+        student_layers, teacher_layers = list_layers(student, example), list_layers(teacher, teacher_example)
+
+        methods = list(method) if isinstance(method, Sequence) else [method]
+        if isinstance(pairs, str):
+            if pairs != "auto":
+                raise ValueError(f"pairs must be 'auto' or a list of Pair, got {pairs!r}")
+            pairs = [pair for one in methods for pair in pair_layers(student_layers, teacher_layers, one)]
+        if not pairs:
+            raise ValueError("pairs is empty: name at least one Pair, or leave it at 'auto'")
+        self.pairs = tuple(pairs)
+        self.names = _unique_names(self.pairs)
+        student_names = [name for pair in self.pairs for name in pair.student_names]
+        teacher_names = [name for pair in self.pairs for name in pair.teacher_names]
+        for side, names, layers in (
+            ("student", student_names, student_layers),
+            ("teacher", teacher_names, teacher_layers),
+        ):
+            for name in names:
+                find_layer(layers, split_selector(name)[0], f"{side} {layers[-1].type}")
+        self._student_recorder = Recorder(list(dict.fromkeys(student_names)))
+        self._student_recorder.attach(student)
+        self._teacher_recorder = Recorder(list(dict.fromkeys(teacher_names)))
+        self._teacher_recorder.attach(teacher)
+
+        read_student = _probe("student", self._student_recorder, student, example)
+        read_teacher = _probe("teacher", self._teacher_recorder, teacher, teacher_example)
+        self.readers: list[tuple[Reader, Reader]] = []
+        self.methods = nn.ModuleList()
+        for pair in self.pairs:
+            several = not isinstance(pair.student, str)
+            ours, theirs = agree(
+                read_student(pair.student_names, several=several, layout=pair.student_layout),
+                read_teacher(pair.teacher_names, several=several, layout=pair.teacher_layout),
+            )
+            self.readers.append((ours, theirs))
+            self.methods.append(_build(pair.method or methods[0], ours, theirs))
+        if (parameter := next(student.parameters(), None)) is not None:
+            self.methods.to(parameter.device)
+        self.gammas: dict[str, Tensor] = {}
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the methods want to be handed besides features, such as "labels" or "indices"."""
+        return frozenset(name for method in self.methods for name in getattr(method, "needs", ()))
+
+    def forward(self, inputs: Any, **context: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Run teacher and student on a batch and compare their features.
+
+        Args:
+            inputs: the student's input, as in the constructor's `example`.
+            context: what :attr:`needs` names, such as `labels=`; further names are ignored.
+
+        Returns:
+            The student's own output, and the weighted losses by "pair/term", to be summed with the task's.
+
+        Raises:
+            TypeError: if something that a method needs is missing.
+        """
+        output, results = self._distil(inputs, context)
+        losses: dict[str, Tensor] = {}
+        gammas: dict[str, Tensor] = {}
+        for name, pair, result in zip(self.names, self.pairs, results, strict=True):
+            terms = result if isinstance(result, dict) else result.losses
+            losses.update({f"{name}/{term}": pair.weight * loss for term, loss in terms.items()})
+            if (gamma := getattr(result, "gamma", None)) is not None:
+                gammas[name] = gamma.detach()
+        self.gammas = gammas
+        return output, losses
+
+    def observe(self, inputs: Any, **context: Any) -> dict[str, Any]:
+        """Return what each method returns for a batch, by pair: for DiffKD the denoised feature, target and gamma.
+
+        The modules keep their modes: call `.eval()` first, and wrap in `torch.no_grad()`, to look without training.
+        """
+        return dict(zip(self.names, self._distil(inputs, context)[1], strict=True))
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise ValueError if `optimizer` misses a trainable parameter of the student or of a method."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise ValueError(
+                f"the optimiser misses {len(missing)} trainable parameters, first {missing[0]!r}: those parts would "
+                "never learn; build it with distiller.parameters()"
+            )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the student and the methods; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return one row per pair: name, student layer and shape, teacher layer and shape, method, parameters."""
+        return [
+            (
+                name,
+                ", ".join(ours.names),
+                str(ours),
+                ", ".join(theirs.names),
+                str(theirs),
+                type(method).__name__,
+                f"{sum(p.numel() for p in method.parameters()):,}",
+            )
+            for name, (ours, theirs), method in zip(self.names, self.readers, self.methods, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        header = ("pair", "student layer", "shape", "teacher layer", "shape", "method", "parameters")
+        table = [header, *self.rows()]
+        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        title = f"{type(unwrap(self.student)).__name__} learns from {type(unwrap(self.teacher)).__name__}"
+        return "\n".join([title, *lines])
+
+    def _distil(self, inputs: Any, context: dict[str, Any]) -> tuple[Any, list[Any]]:
+        teacher_inputs = inputs if self.teacher_input is None else self.teacher_input(inputs)
+        with torch.no_grad():
+            _, theirs = self._teacher_recorder.record(self.teacher, teacher_inputs)
+        output, ours = self._student_recorder.record(self.student, inputs)
+        results = []
+        for name, (our_reader, their_reader), method in zip(self.names, self.readers, self.methods, strict=True):
+            student, teacher = our_reader.read(ours), their_reader.read(theirs)
+            if isinstance(student, Tensor) and isinstance(teacher, Tensor) and student.ndim == 4:
+                student = resize(student, (teacher.shape[2], teacher.shape[3]))
+            needed = getattr(method, "needs", ())
+            missing = [need for need in needed if context.get(need) is None]
+            if missing:
+                raise TypeError(
+                    f"{type(method).__name__} of pair '{name}' needs {', '.join(missing)}: call "
+                    f"distiller(images, {', '.join(f'{need}=...' for need in missing)})"
+                )
+            results.append(method(student, teacher, **{need: context[need] for need in needed}))
+        return output, results
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _probe(side: SideName, recorder: Recorder, model: nn.Module, example: Any) -> Callable[..., Reader]:
+    """Record the example once, and return what finds out how layers are to be read."""
+    example = on_device_of(model, example)
+    with evaluation_mode(model), torch.no_grad():
+        output, outputs = recorder.record(model, example)
+    return partial(
+        reader_for,
+        side,
+        outputs=outputs,
+        logits=select_tensor(output),
+        input_size=input_size_of(example),
+        prefix=prefix_tokens(model),
+    )
+
+
+def _build(method: nn.Module | MethodFactory, student: Reader, teacher: Reader) -> nn.Module:
+    if isinstance(method, nn.Module):
+        return method
+    factory: Callable[..., nn.Module] = method
+    if student.several:
+        return factory(student.shapes, teacher.shapes)
+    return factory(student.shapes[0], teacher.shapes[0])
+
+
+def _unique_names(pairs: Sequence[Pair]) -> tuple[str, ...]:
+    wanted = [pair.name or ",".join(pair.student_names) for pair in pairs]
+    count: Counter[str] = Counter()
+    names = []
+    for name in wanted:
+        count[name] += 1
+        names.append(name if count[name] == 1 else f"{name}#{count[name]}")
+    return tuple(names)

@@ -1,0 +1,230 @@
+"""The layers of a model, listed by running it once."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.layout import Layout, infer_layout, select_tensor
+from diffkd.shape import FeatureShape, Role
+from diffkd.weights import unwrap
+
+OUTPUT = "output"
+"""The name that stands for what the whole model returns."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model as the probe saw it.
+
+    Attributes:
+        name: dotted name, or "output" for the output of the whole model.
+        type: name of its class.
+        shape: shape of its output for the example, batch first.
+        layout: how the output is read, None if its shape is not understood.
+        calls: how often it ran in one forward.
+        instead: None if the output can be distilled; otherwise the layer to take instead, "" if none was found. Outputs
+            that are overwritten in place after the layer has run, or that come several times, cannot be.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    layout: Layout | None
+    calls: int = 1
+    instead: str | None = None
+
+    @property
+    def feature_shape(self) -> FeatureShape | None:
+        """Channels and size of the output, None if its layout is unknown."""
+        if self.layout is None:
+            return None
+        role: Role = "logits" if self.name == OUTPUT else "feature"
+        return FeatureShape(self.layout.channels(self.shape), self.layout.size(self.shape), role)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the output has more than one position."""
+        shape = self.feature_shape
+        return shape is not None and shape.is_map and shape.size != (1, 1)
+
+
+def list_layers(model: nn.Module, example: Any) -> list[Layer]:
+    """Run `model` once and list every layer that returns a tensor, in the order in which they finish.
+
+    The model is left as it was: it runs in evaluation mode without gradients, and its modes are put back.
+
+    Args:
+        model: any module.
+        example: its input: a tensor (B, C, H, W), a tuple of arguments, or a mapping of keyword arguments; moved to the
+            model's device.
+
+    Returns:
+        The layers; the last is named "output" and stands for what the whole model returns.
+
+    Raises:
+        ValueError: if the model cannot take the example, or returns no tensor.
+    """
+    model = unwrap(model)
+    example = on_device_of(model, example)
+    input_size = input_size_of(example)
+    prefix = prefix_tokens(model)
+    seen: list[_Seen] = []
+    handles = [module.register_forward_hook(_probe_hook(name, seen)) for name, module in model.named_modules() if name]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            output = run(model, example)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot take an example of shape {_shapes(example)} "
+            f"({type(error).__name__}: {str(error).strip()[:300]}); give the example as the model is called in training"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = select_tensor(output)
+    if result is None:
+        raise ValueError(
+            f"{type(model).__name__} returns no tensor but {type(output).__name__}; wrap it so that it does"
+        )
+    calls: dict[str, int] = {}
+    for one in seen:
+        calls[one.name] = calls.get(one.name, 0) + 1
+    layers = []
+    for position, one in enumerate(seen):
+        if any(later.name == one.name for later in seen[position + 1 :]):
+            continue  # listed once, where it ran last
+        intact = one.tensor._version == one.version
+        layers.append(
+            Layer(
+                one.name,
+                one.type,
+                tuple(one.tensor.shape),
+                infer_layout(one.tensor.shape, input_size, prefix),
+                calls[one.name],
+                None if intact and calls[one.name] == 1 else _instead(seen, position, calls),
+            )
+        )
+    layout = infer_layout(result.shape, input_size)
+    return [*layers, Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout)]
+
+
+def find_layer(layers: Sequence[Layer], name: str, owner: str) -> Layer:
+    """Return the layer called `name`, if it can be distilled.
+
+    Args:
+        layers: as from :func:`list_layers`.
+        name: dotted name, without selector.
+        owner: whose layers these are, for the message: "student ResNet".
+
+    Raises:
+        ValueError: if there is no such layer (the message names the nearest), or its output cannot be distilled.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.4) or list(by_name)[-2:]
+        nearest = ", ".join(f"'{other}' ({describe(by_name[other])})" for other in near)
+        raise ValueError(f"layer '{name}' is not in {owner}; nearest: {nearest}. `diffkd layers` lists all.")
+    layer = by_name[name]
+    if layer.instead is not None:
+        why = "runs several times in one forward" if layer.calls > 1 else "has its output overwritten in place"
+        mend = f"take '{layer.instead}' instead" if layer.instead else "take a layer around it"
+        raise ValueError(f"layer '{name}' of {owner} {why}, so it cannot be distilled; {mend}")
+    return layer
+
+
+def describe(layer: Layer) -> str:
+    """Return the shape of a layer's output for people: "512x7x7", or the raw shape if it is not understood."""
+    return str(layer.feature_shape or layer.shape)
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Call `model` with a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module of `model` into evaluation mode, and back as each was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass
+class _Seen:
+    name: str
+    type: str
+    tensor: Tensor
+    version: int
+
+
+def _probe_hook(name: str, seen: list[_Seen]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        tensor = select_tensor(output)
+        if tensor is not None:
+            seen.append(_Seen(name, type(module).__name__, tensor, tensor._version))
+
+    return hook
+
+
+def _instead(seen: Sequence[_Seen], position: int, calls: Mapping[str, int]) -> str:
+    """Name the nearest layer that holds the same tensor, or else encloses it, and is intact."""
+    lost = seen[position]
+
+    def sound(one: _Seen) -> bool:
+        return one.tensor._version == one.version and calls[one.name] == 1
+
+    later = seen[position + 1 :]
+    same = (one for one in later if sound(one) and one.tensor.data_ptr() == lost.tensor.data_ptr())
+    around = (one for one in later if sound(one) and lost.name.startswith(f"{one.name}."))
+    return next((one.name for found in (same, around) for one in found), "")
+
+
+def prefix_tokens(model: nn.Module) -> int | None:
+    """Return how many tokens precede the grid, where the model says so (timm's vision transformers do)."""
+    prefix = getattr(unwrap(model), "num_prefix_tokens", None)
+    return prefix if isinstance(prefix, int) else None
+
+
+def on_device_of(model: nn.Module, example: Any) -> Any:
+    """Return `example` on the model's device, its floating-point tensors in the model's type."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return example
+    if isinstance(example, Tensor):
+        return example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)
+    if isinstance(example, Mapping):
+        return {key: on_device_of(model, value) for key, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        return type(example)(on_device_of(model, value) for value in example)
+    return example
+
+
+def _tensors(example: Any) -> list[Tensor]:
+    if isinstance(example, Tensor):
+        return [example]
+    values = example.values() if isinstance(example, Mapping) else example if isinstance(example, (tuple, list)) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def input_size_of(example: Any) -> tuple[int, int] | None:
+    """Return (H, W) of the first image in a model's input, None if there is none."""
+    for tensor in _tensors(example):
+        if tensor.ndim >= 3:
+            return tensor.shape[-2], tensor.shape[-1]
+    return None
+
+
+def _shapes(example: Any) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(example)) or type(example).__name__

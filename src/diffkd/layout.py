@@ -1,0 +1,159 @@
+"""Layouts of features: where channels and positions lie in a tensor, and how to bring it to (B, C, H, W) or (B, C)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_PREFIX_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer's output is to be read.
+
+    Args:
+        kind: "nchw" (B, C, H, W); "nhwc" (B, H, W, C); "tokens" (B, prefix + H * W, C); "vector" (B, C).
+        prefix: number of class, distillation and register tokens that precede the grid; they are left out.
+        grid: (H, W) of the tokens at the probed input size.
+    """
+
+    kind: Literal["nchw", "nhwc", "tokens", "vector"]
+    prefix: int = 0
+    grid: tuple[int, int] = (1, 1)
+
+    def channels(self, shape: Sequence[int]) -> int:
+        """Return the channels of a tensor of this layout and `shape`."""
+        return shape[1] if self.kind in ("nchw", "vector") else shape[-1]
+
+    def size(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return (H, W) of a tensor of this layout and `shape`, () for a vector."""
+        sizes: dict[str, tuple[int, ...]] = {
+            "nchw": tuple(shape[2:4]),
+            "nhwc": tuple(shape[1:3]),
+            "tokens": self.grid,
+            "vector": (),
+        }
+        return sizes[self.kind]
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return `tensor` as (B, C, H, W), or as (B, C) if it is a vector.
+
+        Raises:
+            ValueError: if the tokens do not fill a grid.
+        """
+        if self.kind == "nhwc":
+            return tensor.permute(0, 3, 1, 2)
+        if self.kind == "tokens":
+            tokens = tensor[:, self.prefix :].transpose(1, 2)  # (B, C, H * W)
+            return tokens.reshape(*tokens.shape[:2], *self._grid_of(tokens.shape[2]))
+        return tensor
+
+    def _grid_of(self, count: int) -> tuple[int, int]:
+        height, width = self.grid
+        if height * width == count:
+            return self.grid
+        height = max(1, round(math.sqrt(count * height / width)))
+        if count % height:
+            raise ValueError(
+                f"{count} tokens do not fill a grid of the proportions {self.grid[0]}x{self.grid[1]}; probe the models "
+                "with an example of the size that they are trained on, or give the pair a Layout"
+            )
+        return height, count // height
+
+    def __str__(self) -> str:
+        return f"tokens+{self.prefix}" if self.prefix else self.kind
+
+
+def infer_layout(shape: Sequence[int], input_size: tuple[int, int] | None, prefix: int | None = None) -> Layout | None:
+    """Guess the layout of a layer's output from its shape.
+
+    A grid of positions keeps the proportions of the input, up to rounding; channels do not.
+
+    Args:
+        shape: of the output, batch first.
+        input_size: (H, W) of the model's input, None if it has none.
+        prefix: number of prefix tokens where the model says so.
+
+    Returns:
+        The layout, or None if the shape is not understood.
+    """
+    if len(shape) == 2:
+        return Layout("vector")
+    if len(shape) == 4:
+        if input_size is None or _proportional(shape[2], shape[3], input_size):
+            return Layout("nchw")
+        return Layout("nhwc") if _proportional(shape[1], shape[2], input_size) else None
+    if len(shape) == 3 and input_size is not None:
+        count = shape[1]
+        prefixes = range(min(MAX_PREFIX_TOKENS, count - 1) + 1) if prefix is None else (prefix,)
+        for tokens in prefixes:
+            if grid := _grid(count - tokens, input_size):
+                return Layout("tokens", tokens, grid)
+    return None
+
+
+def _proportional(height: int, width: int, input_size: tuple[int, int]) -> bool:
+    full_height, full_width = input_size
+    fits = height <= full_height and width <= full_width
+    # Each side is rounded to a whole cell on its own, so the proportions may be off by one cell of either.
+    return fits and abs(height * full_width - width * full_height) <= max(input_size)
+
+
+def _grid(count: int, input_size: tuple[int, int]) -> tuple[int, int] | None:
+    full_height, full_width = input_size
+    middle = math.sqrt(count * full_height / full_width)
+    for height in {math.floor(middle), math.ceil(middle)}:
+        if height and count % height == 0 and _proportional(height, count // height, input_size):
+            return height, count // height
+    return None
+
+
+def select_tensor(output: Any, key: str | None = None) -> Tensor | None:
+    """Return the tensor meant by a module's output.
+
+    Args:
+        output: a tensor, or any nesting of tuples, lists, mappings and objects with `logits` around tensors.
+        key: which element of a mapping (by key) or sequence (by index); None: `logits` if there is such a thing, else
+            "out", else the first that is or holds a tensor.
+
+    Returns:
+        The tensor, or None if there is none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if key is not None:
+        return select_tensor(_element(output, key))
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, Mapping):
+        elements = [output[k] for k in ("logits", "out") if k in output] + list(output.values())
+    elif isinstance(output, Sequence) and not isinstance(output, str):
+        elements = list(output)
+    else:
+        return None
+    return next((tensor for element in elements if (tensor := select_tensor(element)) is not None), None)
+
+
+def _element(output: Any, key: str) -> Any:
+    if isinstance(output, Mapping):
+        for name, value in output.items():
+            if str(name) == key:
+                return value
+    elif isinstance(output, Sequence) and key.lstrip("-").isdigit() and -len(output) <= int(key) < len(output):
+        return output[int(key)]
+    return None
+
+
+def resize(feature: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring a map (B, C, H, W) to `size`: averaged where it shrinks, bilinearly interpolated where it grows."""
+    height, width = feature.shape[2:]
+    if (height, width) == tuple(size):
+        return feature
+    if size[0] <= height and size[1] <= width:
+        return F.adaptive_avg_pool2d(feature, size)
+    return F.interpolate(feature, size, mode="bilinear", align_corners=False)

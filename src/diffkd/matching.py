@@ -1,0 +1,205 @@
+"""Which layer of the student goes with which layer of the teacher."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from diffkd.layers import OUTPUT, Layer, list_layers
+from diffkd.layout import Layout
+from diffkd.methods import MethodFactory
+from diffkd.shape import Want
+
+DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits"})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A layer of the student, the layer of the teacher it learns from, and the method between them.
+
+    Args:
+        student: dotted layer name, "output" for what the model returns, "fpn[0]" for an element of a layer's output; a
+            list of names for methods that take several levels at once.
+        teacher: the same for the teacher; None: the student's name(s).
+        method: a method, or a factory `(student_shape, teacher_shape) -> method` such as a method's class. None: the
+            distiller's default.
+        weight: factor of all of the pair's losses.
+        name: prefix of the losses' names; None: the student's layer.
+        student_layout: how to read the student's output, where it is not found out right.
+        teacher_layout: the same for the teacher.
+    """
+
+    student: str | Sequence[str]
+    teacher: str | Sequence[str] | None = None
+    method: nn.Module | MethodFactory | None = None
+    weight: float = 1.0
+    name: str | None = None
+    student_layout: Layout | None = None
+    teacher_layout: Layout | None = None
+
+    @property
+    def student_names(self) -> tuple[str, ...]:
+        """The student's layers."""
+        return (self.student,) if isinstance(self.student, str) else tuple(self.student)
+
+    @property
+    def teacher_names(self) -> tuple[str, ...]:
+        """The teacher's layers."""
+        names = self.student if self.teacher is None else self.teacher
+        return (names,) if isinstance(names, str) else tuple(names)
+
+
+def match_layers(
+    student: nn.Module,
+    teacher: nn.Module,
+    example: Any,
+    *,
+    teacher_example: Any = None,
+    method: MethodFactory | None = None,
+) -> list[Pair]:
+    """Pair the layers of two models automatically.
+
+    Depending on what the method wants: the last maps before pooling, the logits (where both have the same classes), or
+    the last map of every resolution, deepest with deepest. Models without maps (plain MLPs) pair their last hidden
+    vectors.
+
+    Args:
+        student, teacher: any two modules.
+        example: input of the student, as for :func:`~diffkd.list_layers`.
+        teacher_example: input of the teacher; None: the student's.
+        method: the method's factory, which says what it wants; None: the last feature and the logits.
+
+    Returns:
+        The pairs, `method` set in each.
+
+    Raises:
+        ValueError: if the models offer nothing that the method wants; the message says what to give instead.
+    """
+    student_layers = list_layers(student, example)
+    teacher_layers = list_layers(teacher, example if teacher_example is None else teacher_example)
+    return pair_layers(student_layers, teacher_layers, method)
+
+
+def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None = None) -> list[Pair]:
+    """Pair two lists of layers, as :func:`match_layers` does."""
+    wants = wants_of(method)
+    pairs = []
+    if wants & {"stages", "levels"}:
+        ours, theirs = stages(student), stages(teacher)
+        count = min(len(ours), len(theirs))
+        names = [(a.name, b.name) for a, b in zip(ours[-count:], theirs[-count:], strict=True)] if count else []
+        if "levels" in wants and names:
+            pairs.append(Pair([a for a, _ in names], [b for _, b in names], method, name="levels"))
+        elif names:
+            pairs.extend(Pair(a, b, method) for a, b in names)
+    if "feature" in wants:
+        ours_last, theirs_last = last_feature(student), last_feature(teacher)
+        if ours_last and theirs_last:
+            pairs.append(Pair(ours_last.name, theirs_last.name, method))
+    same_classes = _classes(student) == _classes(teacher) is not None
+    if "logits" in wants and same_classes:
+        pairs.append(Pair(OUTPUT, OUTPUT, method))
+    if not pairs:
+        name = getattr(method, "__name__", "this method")
+        classes = f"{_classes(student) or 'no'} and {_classes(teacher) or 'no'} classes"
+        raise ValueError(
+            f"nothing to pair for {name}, which wants {' and '.join(sorted(wants))}: the outputs of student and "
+            f"teacher have {classes}, their last features are {_name(last_feature(student))} and "
+            f"{_name(last_feature(teacher))}; give pairs=[Pair(student_layer, teacher_layer)], `diffkd layers` lists the layers"
+        )
+    return pairs
+
+
+def wants_of(factory: Any) -> frozenset[Want]:
+    """Return what a method's factory wants of automatic pairing: its own `wants`, or that of the class it wraps."""
+    while factory is not None:
+        wants: frozenset[Want] | None = getattr(factory, "wants", None)
+        if wants is not None:
+            return wants
+        factory = getattr(factory, "func", None)
+    return DEFAULT_WANTS
+
+
+def last_feature(layers: Sequence[Layer]) -> Layer | None:
+    """Return the last map before pooling; for a model without maps, the last hidden vector."""
+    classes = _classes(layers)
+    # A layer that scores every position (an auxiliary head) comes after the last feature, and is none.
+    maps = [layer for layer in _trunk(layers) if layer.is_map and not _scores(layer, classes)]
+    if maps:
+        return maps[-1]
+    output = layers[-1]
+    vectors = [layer for layer in layers[:-1] if layer.instead is None and layer.layout and not layer.is_map]
+    # The layer that makes the output, and whatever merely passes it on, is no hidden one.
+    hidden = [layer for layer in vectors if layer.shape != output.shape]
+    return hidden[-1] if hidden else None
+
+
+def stages(layers: Sequence[Layer]) -> list[Layer]:
+    """Return one map per resolution that the model passes through, from large to small, ending with the last feature.
+
+    Taken from the outermost modules that show several resolutions ("layer2", "stages.1"), the last one at each.
+    """
+    last = last_feature(layers)
+    if last is None or not last.is_map:
+        return []
+    maps = [layer for layer in _trunk(layers) if layer.is_map and _area(layer) >= _area(last)]
+    found: list[Layer] = []
+    for depth in range(3):
+        by_area = {_area(layer): layer for layer in maps if layer.name.count(".") <= depth}
+        by_area[_area(last)] = last
+        if len(by_area) > len(found):
+            found = [by_area[area] for area in sorted(by_area, reverse=True)]
+        if len(found) >= 3:
+            break
+    order = {layer.name: position for position, layer in enumerate(layers)}
+    # An attention map may look like a large feature map; but it comes late, after smaller ones.
+    return [
+        layer
+        for position, layer in enumerate(found)
+        if all(order[layer.name] < order[smaller.name] for smaller in found[position + 1 :])
+    ]
+
+
+def _trunk(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the intact layers that are not inside a head: a module that takes maps and returns none.
+
+    A head may look at maps of its own (attention pooling does); those are not features of the model. If everything is
+    inside such a module (a wrapper around the whole net), the search goes on inside the last of them.
+    """
+    root = ""
+    while True:
+        inside = [layer for layer in layers[:-1] if layer.name.startswith(root)]
+        heads = [f"{layer.name}." for layer in inside if layer.layout is not None and not layer.is_map]
+        trunk = [
+            layer
+            for layer in inside
+            if layer.instead is None and not any(layer.name.startswith(head) for head in heads)
+        ]
+        if any(layer.is_map for layer in trunk):
+            return trunk
+        deeper = [head for head in heads if any(layer.is_map and layer.name.startswith(head) for layer in inside)]
+        outermost = [head for head in deeper if not any(head != other and head.startswith(other) for other in deeper)]
+        if not outermost or outermost[-1] == root:
+            return trunk
+        root = outermost[-1]
+
+
+def _scores(layer: Layer, classes: int | None) -> bool:
+    shape = layer.feature_shape
+    return layer.type in ("Linear", "Conv2d") and shape is not None and shape.channels == classes
+
+
+def _area(layer: Layer) -> int:
+    size = layer.feature_shape.size if layer.feature_shape else ()
+    return math.prod(size)
+
+
+def _classes(layers: Sequence[Layer]) -> int | None:
+    shape = layers[-1].feature_shape
+    return shape.channels if shape is not None and not shape.is_map else None
+
+
+def _name(layer: Layer | None) -> str:
+    return f"'{layer.name}'" if layer else "missing"

@@ -1,0 +1,102 @@
+"""How one side of a pair is read: recorded outputs in, features of a known shape out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from diffkd.layout import Layout, infer_layout
+from diffkd.shape import FeatureShape
+
+SideName = Literal["student", "teacher"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the layers of one side of a pair.
+
+    Attributes:
+        names: the layers.
+        layouts: the layout of each one's output.
+        shapes: what :meth:`read` returns of each.
+        several: whether the method takes a list, even of one.
+        pools: whether maps are averaged to vectors, since the other side has no positions.
+    """
+
+    names: tuple[str, ...]
+    layouts: tuple[Layout, ...]
+    shapes: tuple[FeatureShape, ...]
+    several: bool = False
+    pools: bool = False
+
+    def read(self, outputs: Mapping[str, Tensor]) -> Tensor | list[Tensor]:
+        """Return the feature, (B, C, H, W) or (B, C), or a list of them if there are several."""
+        features = [layout.read(outputs[name]) for name, layout in zip(self.names, self.layouts, strict=True)]
+        if self.pools:
+            features = [feature.flatten(2).mean(2) if feature.ndim == 4 else feature for feature in features]
+        return features if self.several else features[0]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{shape} {layout}" if layout.kind in ("nhwc", "tokens") else str(shape)
+            for shape, layout in zip(self.shapes, self.layouts, strict=True)
+        )
+
+
+def reader_for(
+    side: SideName,
+    names: Sequence[str],
+    outputs: Mapping[str, Tensor],
+    logits: Tensor | None,
+    input_size: tuple[int, int] | None,
+    *,
+    several: bool = False,
+    layout: Layout | None = None,
+    prefix: int | None = None,
+) -> Reader:
+    """Find out how the outputs of layers are to be read.
+
+    Args:
+        side: for messages.
+        names: the layers.
+        outputs: what each returned for the example.
+        logits: what the model returned, to tell when a layer is the one that makes it.
+        input_size: (H, W) of the example.
+        several: whether the method takes a list.
+        layout: how to read them, if the user said so.
+        prefix: number of prefix tokens, if the model says so.
+
+    Raises:
+        ValueError: if the shape of an output is not understood.
+    """
+    layouts, shapes = [], []
+    for name in names:
+        tensor = outputs[name]
+        found = layout or infer_layout(tensor.shape, input_size, prefix)
+        if found is None:
+            raise ValueError(
+                f"the {side}'s layer '{name}' returns {tuple(tensor.shape)}, which is no map, tokens or vector of an "
+                f"input of {input_size}; give the pair {side}_layout=Layout(kind, prefix, grid), or take another layer"
+            )
+        is_logits = logits is not None and tensor.shape == logits.shape and tensor.data_ptr() == logits.data_ptr()
+        size = found.size(tensor.shape)
+        shapes.append(FeatureShape(found.channels(tensor.shape), size, "logits" if is_logits else "feature"))
+        layouts.append(found)
+    return Reader(tuple(names), tuple(layouts), tuple(shapes), several)
+
+
+def agree(student: Reader, teacher: Reader) -> tuple[Reader, Reader]:
+    """Bring both sides of a pair to one kind and size: maps of the teacher's size, or vectors if either is one."""
+    if student.several or teacher.several:
+        return student, teacher
+    ours, theirs = student.shapes[0], teacher.shapes[0]
+    if ours.is_map and theirs.is_map:
+        return replace(student, shapes=(replace(ours, size=theirs.size),)), teacher
+    return _pooled(student), _pooled(teacher)
+
+
+def _pooled(reader: Reader) -> Reader:
+    if not reader.shapes[0].is_map:
+        return reader
+    return replace(reader, shapes=tuple(replace(shape, size=()) for shape in reader.shapes), pools=True)

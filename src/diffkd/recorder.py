@@ -1,0 +1,79 @@
+"""Recording what chosen layers return, while it is wanted."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffkd.layers import OUTPUT, run
+from diffkd.layout import select_tensor
+from diffkd.weights import unwrap
+
+
+@dataclass
+class Recorder:
+    """Records the outputs of chosen layers of one model, only while :meth:`record` runs it.
+
+    Hooks are attached once, to the unwrapped model, so that `torch.compile` sees them; they hold this object, and a
+    deep copy of the model gets a recorder of its own, at rest.
+
+    Args:
+        names: the layers: "layer4", "output" for what the model returns, or "fpn[0]", "backbone[out]" for one element
+            of an output that is a sequence or mapping.
+    """
+
+    names: Sequence[str]
+    active: bool = False
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def attach(self, model: nn.Module) -> None:
+        """Hang the hooks into `model`, whose layers must exist."""
+        modules = dict(unwrap(model).named_modules())
+        for name in self.names:
+            path, key = split_selector(name)
+            module = modules.get("" if path == OUTPUT and path not in modules else path)
+            if module is None:
+                raise ValueError(f"layer '{path}' is not in {type(unwrap(model)).__name__}")
+            module.register_forward_hook(_Tap(self, name, key))
+
+    def record(self, model: nn.Module, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Run `model` and return what it returns, and the recorded outputs by name.
+
+        Raises:
+            ValueError: if a layer left nothing to record.
+        """
+        self.active = True
+        try:
+            output = run(model, inputs)
+        finally:
+            # Nothing is held on to: activations would live until the next batch.
+            outputs, self.outputs, self.active = self.outputs, {}, False
+        missing = [name for name in self.names if name not in outputs]
+        if missing:
+            raise ValueError(
+                f"layer '{missing[0]}' of {type(unwrap(model)).__name__} returned no tensor to record: either it does "
+                "not run in this mode, its output has no such element, or the model was compiled and called before; "
+                "compile the distiller instead"
+            )
+        return output, outputs
+
+
+class _Tap:
+    """A forward hook; a class rather than a closure so that copying and pickling a model works."""
+
+    def __init__(self, recorder: Recorder, name: str, key: str | None) -> None:
+        self.recorder, self.name, self.key = recorder, name, key
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.recorder.active:
+            tensor = select_tensor(output, self.key)
+            if tensor is not None:
+                self.recorder.outputs[self.name] = tensor
+
+
+def split_selector(name: str) -> tuple[str, str | None]:
+    """Split "fpn[0]" into the layer's name and the key, ("fpn", "0"); the key is None where there is none."""
+    match = re.fullmatch(r"(.+)\[([^\[\]]+)\]", name)
+    return (match[1], match[2]) if match else (name, None)

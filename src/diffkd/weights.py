@@ -1,0 +1,163 @@
+"""Weights as files: read as data, never as code; loaded strictly; written whole or not at all."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of tensors: safetensors, or a PyTorch file without running any code in it.
+
+    Args:
+        path: `.safetensors`, or anything `torch.load(weights_only=True)` reads: a state dict, bare or under one of the
+            keys "state_dict", "model", "model_state_dict". The prefixes "module." (DistributedDataParallel) and
+            "_orig_mod." (`torch.compile`) are taken off if every name has them.
+
+    Returns:
+        Tensors by name, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, of another kind, or would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; give the path of a .safetensors or .pt file")
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
+    except Exception as error:  # torch.load raises whatever the broken or hostile bytes lead it to
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as plain weights ({reason[:160]}): it is damaged, or holds Python objects, which "
+            "are never run; save its state dict with torch.save(model.state_dict(), ...) or as safetensors"
+        ) from error
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); save model.state_dict()")
+    weights = {str(name): value for name, value in content.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a file of tensors into `model`, strictly: every entry fits, or nothing is changed.
+
+    Args:
+        model: receives the weights in place.
+        path: as for :func:`read_weights`.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_weights`; ValueError also if entries are missing, unexpected or of
+            another shape. The message lists them.
+    """
+    weights, own = read_weights(path), model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in own]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}: {'; '.join(problems[:6])}{more}; "
+            "build the model that the file was saved from (same name, number of classes and input channels)"
+        )
+    model.load_state_dict(weights)
+
+
+def save_student(student: nn.Module, path: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+    """Save exactly the student's own state as safetensors, and a JSON card beside it.
+
+    Args:
+        student: a plain model; a `torch.compile` or DistributedDataParallel wrapper is taken off.
+        path: ends in `.safetensors`; the card is written beside it as `.json`.
+        card: JSON-serialisable facts about the student (how to build it, what it was trained on, its metrics).
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        ValueError: if `path` does not end in `.safetensors`.
+        OSError: if the file cannot be written; an earlier file of that name is then still whole.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a student is saved as .safetensors, got {path.name!r}; load_weights reads it back")
+    # Cloned, since safetensors refuses entries that share memory (tied weights) and strides other than contiguous ones.
+    state = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in unwrap(student).state_dict().items()
+    }
+    facts = {"parameters": sum(p.numel() for p in unwrap(student).parameters()), **(card or {})}
+    text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+    write_whole(path, lambda file: save_file(state, file, metadata={"format": "pt"}))
+    write_whole(path.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
+    return path
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile`'s and (Distributed)DataParallel's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that whatever happens, `path` holds either its old content or all of the new.
+
+    Args:
+        path: the file; its folder is made.
+        write: writes the content to the path it is given.
+
+    Raises:
+        OSError: if writing fails (disk full, no permission), naming the path; what was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o666 & ~_umask())
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError, RuntimeError)):
+            raise OSError(
+                f"could not write {path} ({error}); free some space or choose another folder; earlier files are whole"
+            ) from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
