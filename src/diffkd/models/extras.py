@@ -1,0 +1,26 @@
+"""Libraries that only an extra of this package installs, imported when a model needs them."""
+
+import importlib
+from types import ModuleType
+
+
+def require(module: str, extra: str, reason: str) -> ModuleType:
+    """Import and return a module of an optional library.
+
+    Args:
+        module: name to import, such as "torchvision.models".
+        extra: the extra of this package that installs it.
+        reason: what needs it, as the error's first words.
+
+    Raises:
+        ModuleNotFoundError: if the library is not installed, naming the command that installs it.
+    """
+    library = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise ModuleNotFoundError(
+            f"{reason} needs {library}, which is not installed: pip install 'diffkd[{extra}]'", name=library
+        ) from None

@@ -1,0 +1,90 @@
+"""Image classifiers of Hugging Face transformers, from a local folder or from the Hub."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffkd.models.extras import require
+
+
+def build_transformers(name: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
+    """Build an image classifier of transformers; code that comes with a model is never run.
+
+    Args:
+        name: a folder with config.json (and model.safetensors for its weights), or a name on the Hub.
+        num_classes: length of the logits; None for the model's own.
+        in_channels: channels of the images; None for the model's own.
+        pretrained: load the weights, from safetensors only; else only the configuration is read and the weights are
+            random. A layer that the weights do not fill starts from random weights and a warning names it.
+
+    Returns:
+        The model, in training mode and float32. Its output is transformers' own object; the scores are its `logits`.
+
+    Raises:
+        ModuleNotFoundError: if transformers is not installed.
+        ValueError: if there is no such model, it is no image classifier, it has no safetensors, or it cannot take
+            `in_channels`.
+    """
+    transformers = require("transformers", "hf", f"model 'hf/{name}'")
+    classes: dict[str, int] = {} if num_classes is None else {"num_labels": num_classes}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **classes)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model 'hf/{name}' has no readable configuration ({_first_line(error)}): give a folder with config.json, "
+            "or the name of a model on the Hub"
+        ) from error
+    if in_channels is not None:
+        _set_channels(name, config, in_channels, pretrained)
+    factory = transformers.AutoModelForImageClassification
+    try:
+        if not pretrained:
+            fresh: nn.Module = factory.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            return fresh.train()
+        model, report = factory.from_pretrained(
+            name,
+            config=config,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=num_classes is not None,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model 'hf/{name}' cannot be built ({_first_line(error)}): it must be an image classifier whose weights, "
+            "if asked for, are safetensors"
+        ) from error
+    _warn_of_random_weights(name, report)
+    trained: nn.Module = model
+    return trained.train()
+
+
+def _set_channels(name: str, config: Any, in_channels: int, pretrained: bool) -> None:
+    own = getattr(config, "num_channels", None)
+    if own == in_channels:
+        return
+    if own is None or pretrained:
+        reason = "its weights are for" if pretrained else "its configuration has no num_channels to change from"
+        raise ValueError(
+            f"model 'hf/{name}' cannot take {in_channels} input channels, {reason} {own or 3}: repeat the channels of "
+            "the images, or take a model from timm, which adapts its first layer"
+        )
+    config.num_channels = in_channels
+
+
+def _warn_of_random_weights(name: str, report: dict[str, Any]) -> None:
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]
+    random = sorted({*mismatched, *report["missing_keys"]})
+    if random:
+        warnings.warn(
+            f"model 'hf/{name}': {', '.join(random)} start from random weights, since the pretrained ones are missing "
+            "or of another shape",
+            stacklevel=5,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
