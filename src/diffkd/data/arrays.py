@@ -1,0 +1,92 @@
+"""Any labelled images that fit in memory, from two `.npz` files."""
+
+import os
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from diffkd.data.augmentation import Augmentation
+from diffkd.data.device_loader import DeviceLoader
+from diffkd.data.image_set import check_image_set
+from diffkd.data.in_memory import InMemory
+from diffkd.data.npz import Layout, read_npz
+
+NO_AUGMENTATION = Augmentation()
+
+
+class Arrays(LightningDataModule):
+    """Serve images and labels of two `.npz` files from memory.
+
+    Both files are read and checked when the module is made, so that bad ones are found before training.
+
+    Args:
+        train: file of the training set with the keys `images`, (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float;
+            `labels`, (N,) integers from 0; and optionally `classes`, the names of the classes.
+        test: file of the evaluation set, likewise.
+        batch_size: images per batch and process.
+        augmentation: what is done to training images.
+        seed: seed of order and augmentation.
+        mean: one value per channel, in units of [0, 1] for uint8 images and in their own for floats; None computes it
+            from the training set.
+        std: one value per channel, likewise.
+        layout: where the channels are; "auto" finds 1 or 3 channels.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged, a key is missing, a label is out of range, a value is not finite, or the two
+            files do not fit together; names the file and the first bad index.
+    """
+
+    def __init__(
+        self,
+        train: str | os.PathLike[str],
+        test: str | os.PathLike[str],
+        batch_size: int = 128,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        seed: int = 0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        layout: Layout = "auto",
+    ) -> None:
+        super().__init__()
+        train_set, classes = read_npz(train, layout)
+        test_set, test_classes = read_npz(test, layout)
+        if classes is None:
+            count = int(train_set.labels.max()) + 1 if len(train_set.labels) else 1
+            classes = tuple(str(label) for label in range(count))
+        elif test_classes not in (None, classes):
+            raise ValueError(f"{test}: its classes {test_classes} are not those of {train}, {classes}; write the same.")
+        check_image_set(train_set, len(classes), os.fspath(train))
+        check_image_set(test_set, len(classes), os.fspath(test))
+        shape, test_shape = tuple(train_set.images.shape[1:]), tuple(test_set.images.shape[1:])
+        if shape != test_shape or train_set.images.dtype != test_set.images.dtype:
+            raise ValueError(
+                f"{test}: images are {test_set.images.dtype} {test_shape} (C, H, W), those of {train} are "
+                f"{train_set.images.dtype} {shape}; write both alike."
+            )
+        self._memory = InMemory(
+            train_set, test_set, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std
+        )
+        self.classes = classes
+        self.num_classes = len(classes)
+        self.in_channels, *size = shape
+        self.image_size = (size[0], size[1])
+        self.mean, self.std = self._memory.mean, self._memory.std
+        self.augmentation = augmentation
+        self.start_batch = 0
+
+    def train_dataloader(self) -> DeviceLoader:
+        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
+        return self._memory.train_loader(self.trainer, self.start_batch)
+
+    def val_dataloader(self) -> DeviceLoader:
+        """Return the batches of the evaluation set, each image exactly once."""
+        return self._memory.val_loader(self.trainer)
+
+    def test_dataloader(self) -> DeviceLoader:
+        """Return the same as `val_dataloader`."""
+        return self.val_dataloader()
+
+    def example(self) -> Tensor:
+        """Return two normalised training images, (2, C, H, W) float32 on the CPU."""
+        return self._memory.example()

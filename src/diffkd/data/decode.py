@@ -1,0 +1,48 @@
+"""One image file to RGB, whatever its kind: upright, 8 bits, nothing clipped, and a clear error if it is broken."""
+
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    The EXIF orientation is applied. Grey images are repeated over the channels; 16-bit ones are scaled (65535 becomes
+    255); palettes and CMYK are converted; transparency is dropped and the colours below it are kept, as torchvision
+    does. Of several frames the first is taken.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The image in mode RGB.
+
+    Raises:
+        ValueError: if the file cannot be read, is corrupt or truncated, holds floats, or states more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels (a decompression bomb); names the file and the mend.
+    """
+    try:
+        with Image.open(path) as image:
+            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
+        raise ValueError(
+            f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}); replace or remove it, "
+            'or set on_bad_image="skip" to leave such images out.'
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels reach from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")  # PIL warns when it drops the transparency of a palette in one step
+    return image.convert("RGB")

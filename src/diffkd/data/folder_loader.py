@@ -1,0 +1,84 @@
+"""Batches of images decoded by worker processes, in an order and with an augmentation that depend on no worker."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from diffkd.data.folder_dataset import FolderDataset
+from diffkd.data.sampler import EpochSampler, drops_last
+
+
+class FolderLoader:
+    """Iterate over (images, labels, indices) of a `FolderDataset`; the counterpart of `DeviceLoader` for files.
+
+    Args:
+        dataset: what is loaded.
+        batch_size: images per batch and process.
+        shuffle: True for training, False for evaluation; see `EpochSampler` for what this means to the ranks' shards.
+        seed: seed of the order.
+        num_workers: worker processes, kept over the epochs; 0 decodes in this process.
+        pin_memory: whether batches lie in pinned memory, for copies to CUDA.
+        drop_last: drop a short last batch; None drops it only in training and only if it holds a single image.
+        rank: this process among `world_size`.
+        world_size: number of processes.
+        start_batch: batches to skip in the first epoch that is iterated; `len` still counts them.
+
+    Yields:
+        images (B, C, H, W) float32 normalised, labels (B,) int64, indices (B,) int64 into the data set; on the CPU.
+
+    Raises:
+        ValueError: if the data are too few for one batch; while iterating, if a file is broken.
+    """
+
+    def __init__(
+        self,
+        dataset: FolderDataset,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        drop_last: bool | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+    ) -> None:
+        # Lightning looks for `sampler.set_epoch` on whatever it iterates, and beside a sampler for a batch sampler.
+        self.batch_sampler = None
+        self.sampler = EpochSampler(
+            len(dataset), seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, start=start_batch * batch_size
+        )
+        self.batch_size = batch_size
+        self.start_batch = start_batch
+        self.drop_last = drops_last(len(self.sampler), batch_size, train=shuffle, drop_last=drop_last)
+        self._loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=self.sampler,
+            drop_last=self.drop_last,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            # Workers are seeded from this generator; without it each epoch would draw from the global one.
+            generator=torch.Generator(),
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (counted from 0) that the next iteration runs."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole epoch."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the batches of the current epoch; workers start when the first batch is asked for.
+
+        A generator, because Lightning calls `iter` before `set_epoch` when it resumes, and a `DataLoader` would by
+        then have sent its workers the indices of epoch 0.
+        """
+        for batch in self._loader:
+            yield batch[0], batch[1], batch[2]

@@ -1,0 +1,111 @@
+"""The order of the samples in an epoch: shuffled by (seed, epoch), sharded by rank, and resumable without any state."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from diffkd.data.seeding import mix_seed
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yield (epoch, index) for every sample of this rank's shard.
+
+    The order of an epoch is a pure function of (seed, epoch), equal on all ranks and devices. In training
+    (`shuffle=True`) the ranks' shards are disjoint and of equal length: at most `world_size - 1` samples of the
+    epoch's order, other ones in every epoch, are left out. In evaluation (`shuffle=False`) every sample is in exactly
+    one shard, and shards may differ in length by one. With all ranks at batch size B, the union of their b-th batches
+    is the b-th batch of one process at B times `world_size`.
+
+    Each item carries the epoch beside the index so that worker processes, which never hear of `set_epoch`, know it too.
+
+    Args:
+        size: number of samples in the data set.
+        seed: seed of the shuffling.
+        shuffle: True for training, False for evaluation.
+        rank: this process among `world_size`.
+        world_size: number of processes.
+        start: samples of this shard to skip in the first epoch that is iterated; for a resume in the middle of an
+            epoch.
+
+    Raises:
+        ValueError: if there are fewer samples than processes in training, or a number is out of range.
+    """
+
+    def __init__(
+        self, size: int, *, seed: int = 0, shuffle: bool = False, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in a world of {world_size}: give 0 <= rank < world_size.")
+        if start < 0:
+            raise ValueError(f"cannot skip {start} samples: give a start of 0 or more.")
+        if size < (world_size if shuffle else 1):
+            raise ValueError(
+                f"{size} samples are too few for {world_size} process(es): use more data or fewer devices."
+            )
+        self.size = size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+        self.epoch = 0
+        self._first_epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (counted from 0) that the next iteration runs; Lightning calls this by itself."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the length of the whole shard in samples, those skipped by `start` included."""
+        if self.shuffle:
+            return self.size // self.world_size
+        return len(range(self.rank, self.size, self.world_size))
+
+    def order(self) -> Tensor:
+        """Return this rank's sample indices of the current epoch, (len(self),) int64 on the CPU, none skipped."""
+        if not self.shuffle:
+            return torch.arange(self.size)[self.rank :: self.world_size].clone()
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        shuffled = torch.randperm(self.size, generator=generator)
+        return shuffled[self.rank : len(self) * self.world_size : self.world_size].clone()
+
+    def skipped(self) -> int:
+        """Return how many samples the current epoch leaves out at its beginning: `start` in the first one, then 0."""
+        if self._first_epoch is None:
+            self._first_epoch = self.epoch
+        return self.start if self.epoch == self._first_epoch else 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, index) in the order of the current epoch."""
+        epoch, skipped = self.epoch, self.skipped()
+        for index in self.order()[skipped:].tolist():
+            yield epoch, index
+
+
+def drops_last(samples: int, batch_size: int, *, train: bool, drop_last: bool | None = None) -> bool:
+    """Decide whether a short last batch is dropped.
+
+    Args:
+        samples: samples per process and epoch.
+        batch_size: samples per batch and process.
+        train: True for training, where a batch of one is dropped because BatchNorm cannot normalise it.
+        drop_last: the user's choice; None decides.
+
+    Returns:
+        True if the last batch is to be dropped.
+
+    Raises:
+        ValueError: if the batch size is below 1, or if no batch would be left.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is not a number of images: give 1 or more.")
+    if drop_last is None:
+        drop_last = train and batch_size > 1 and samples % batch_size == 1
+    if drop_last and samples < batch_size:
+        raise ValueError(
+            f"{samples} sample(s) per process fill no batch of {batch_size} and the last batch is dropped: "
+            "lower batch_size, use more data or set drop_last=False."
+        )
+    return drop_last

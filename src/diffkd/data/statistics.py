@@ -1,0 +1,29 @@
+"""Mean and standard deviation of the channels of a data set."""
+
+import torch
+from torch import Tensor
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Compute the mean and the (population) standard deviation of each channel over all pixels of all images.
+
+    Args:
+        images: (N, C, H, W) uint8, or finite floats.
+
+    Returns:
+        C means and C standard deviations: in units of [0, 1] for uint8 images (exact, from histograms), in the images'
+        own unit for floats (in float64). A constant channel gets the standard deviation 1, so that it can be divided
+        by.
+    """
+    means, deviations = [], []
+    for channel in images.unbind(dim=1):
+        if images.dtype == torch.uint8:
+            counts = torch.bincount(channel.flatten(), minlength=256).to(torch.float64)
+            values = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+            mean = (counts * values).sum() / counts.sum()
+            variance = (counts * (values - mean) ** 2).sum() / counts.sum()
+        else:
+            variance, mean = torch.var_mean(channel.to(torch.float64), correction=0)
+        means.append(mean.item())
+        deviations.append(variance.sqrt().item() or 1.0)
+    return tuple(means), tuple(deviations)

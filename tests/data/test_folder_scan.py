@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+
+from diffkd.data.folder_scan import scan_folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "root" / split / name
+            folder.mkdir(parents=True)
+            for file in ("b.png", "a.JPG"):
+                (folder / file).touch()
+    return tmp_path / "root"
+
+
+def test_classes_and_files_are_sorted(root):
+    (root / "train" / "cat" / "more").mkdir()
+    (root / "train" / "cat" / "more" / "c.webp").touch()
+    for ignored in (".DS_Store", ".hidden.png", "notes.txt"):
+        (root / "train" / "cat" / ignored).touch()
+    (root / "train" / ".cache").mkdir()
+    classes, train, val = scan_folder(root)
+    assert classes == ("cat", "dog")
+    names = [str(Path(path).relative_to(root / "train")) for path in train.paths]
+    assert names == ["cat/a.JPG", "cat/b.png", "cat/more/c.webp", "dog/a.JPG", "dog/b.png"]
+    assert train.labels == [0, 0, 0, 1, 1]
+    assert val.labels == [0, 0, 1, 1]
+
+
+def test_test_stands_in_for_val(root):
+    (root / "val").rename(root / "test")
+    assert len(scan_folder(root).val.paths) == 4
+
+
+def test_missing_folders_are_named(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"elsewhere/train: no such folder"):
+        scan_folder(tmp_path / "elsewhere")
+    (root / "val").rename(root / "valid")
+    with pytest.raises(FileNotFoundError, match=r"val: no such folder"):
+        scan_folder(root)
+
+
+def test_a_split_without_classes(root):
+    for path in (root / "train").rglob("*.*"):
+        path.rename(root / "train" / f"{path.parent.name}-{path.name}")
+    (root / "train" / "cat").rmdir()
+    (root / "train" / "dog").rmdir()
+    with pytest.raises(ValueError, match="train: no class folders"):
+        scan_folder(root)
+
+
+def test_an_empty_class(root):
+    for path in (root / "train" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="dog: no images, it is empty"):
+        scan_folder(root)
+    (root / "train" / "dog" / "a.heic").touch()
+    with pytest.raises(ValueError, match=r"dog: no images, only '.heic'"):
+        scan_folder(root)
+
+
+def test_classes_of_the_splits_must_agree(root):
+    (root / "val" / "bird").mkdir()
+    with pytest.raises(ValueError, match=r"val: class\(es\) 'bird' are not in .*train"):
+        scan_folder(root)
+    (root / "val" / "bird").rmdir()
+    (root / "train" / "bird").mkdir()
+    with pytest.raises(ValueError, match=r"val: class\(es\) 'bird' of .*train are missing"):
+        scan_folder(root)
+
+
+def test_links_that_leave_the_root_are_refused(root, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.png").touch()
+    link = root / "train" / "cat" / "link.png"
+    link.symlink_to(outside / "secret.png")
+    with pytest.raises(ValueError, match=r"link.png: a link to .*secret.png, outside"):
+        scan_folder(root)
+    link.unlink()
+    (root / "train" / "dog").rename(root / "gone")
+    (root / "train" / "dog").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"dog: a link to .*outside"):
+        scan_folder(root)
+
+
+def test_links_inside_the_root_are_followed_to_files_only(root):
+    (root / "train" / "cat" / "copy.png").symlink_to(root / "train" / "dog" / "b.png")
+    assert len(scan_folder(root).train.paths) == 5
+    (root / "train" / "cat" / "loop").symlink_to(root / "train")
+    with pytest.raises(ValueError, match="could loop"):
+        scan_folder(root)
+
+
+def test_the_root_itself_may_be_a_link(root, tmp_path):
+    (tmp_path / "link").symlink_to(root)
+    assert len(scan_folder(tmp_path / "link").train.paths) == 4
