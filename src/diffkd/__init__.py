@@ -1,10 +1,33 @@
 """Knowledge distillation for vision models, with DiffKD (*Knowledge Diffusion for Distillation*, NeurIPS 2023)."""
 
-from diffkd.distiller import Distiller
+from diffkd.distiller import Distiller, Observation
 from diffkd.layers import Layer, list_layers
 from diffkd.layout import Layout
 from diffkd.matching import Pair, match_layers
-from diffkd.methods import DIST, KD, DiffKD, DiffKDOutput, FitNet
+from diffkd.methods import (
+    AT,
+    CIRKD,
+    CRD,
+    CWD,
+    DIST,
+    DKD,
+    FGD,
+    KD,
+    MGD,
+    OFD,
+    PKT,
+    RKD,
+    SP,
+    SRRL,
+    VID,
+    DiffKD,
+    DiffKDOutput,
+    FitNet,
+    MasKD,
+    MethodFactory,
+    ReviewKD,
+)
+from diffkd.ramp import Ramp
 from diffkd.shape import FeatureShape
 from diffkd.teacher_input import TeacherInput
 from diffkd.weights import load_weights, read_weights, save_student
@@ -12,8 +35,21 @@ from diffkd.weights import load_weights, read_weights, save_student
 __version__ = "0.1.0"
 
 __all__ = [
+    "AT",
+    "CIRKD",
+    "CRD",
+    "CWD",
     "DIST",
+    "DKD",
+    "FGD",
     "KD",
+    "MGD",
+    "OFD",
+    "PKT",
+    "RKD",
+    "SP",
+    "SRRL",
+    "VID",
     "DiffKD",
     "DiffKDOutput",
     "Distiller",
@@ -21,7 +57,12 @@ __all__ = [
     "FitNet",
     "Layer",
     "Layout",
+    "MasKD",
+    "MethodFactory",
+    "Observation",
     "Pair",
+    "Ramp",
+    "ReviewKD",
     "TeacherInput",
     "list_layers",
     "load_weights",

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,19 @@ from diffkd.matching import Pair, pair_layers
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.reader import Reader, SideName, agree, reader_for
 from diffkd.recorder import Recorder, split_selector
+from diffkd.teacher_head import pooled_classifier
 from diffkd.weights import unwrap
+
+
+class Observation(NamedTuple):
+    """One pair's features in a batch, each (B, C, H, W) or (B, C), or a list of such, and what its method returned.
+
+    For DiffKD, `result` is a :class:`~diffkd.DiffKDOutput` with the denoised feature.
+    """
+
+    student: Tensor | list[Tensor]
+    teacher: Tensor | list[Tensor]
+    result: Any
 
 
 class Distiller(nn.Module):
@@ -35,6 +47,8 @@ class Distiller(nn.Module):
         teacher_input: turns the student's input into the teacher's, where they are normalised or sized differently
             (:class:`~diffkd.TeacherInput`).
 
+    Methods that want the teacher's classifier (SRRL) get its pooling and last linear layer.
+
     Raises:
         ValueError: if a layer is unknown or cannot be distilled, shapes are not understood, or nothing can be paired.
 
@@ -49,6 +63,8 @@ class Distiller(nn.Module):
         >>> sorted(losses)
         ['0/diffusion', '0/kd', 'output/diffusion', 'output/kd']
     """
+
+    ramp_factors: Tensor
 
     def __init__(
         self,
@@ -106,6 +122,8 @@ class Distiller(nn.Module):
             self.methods.append(_build(pair.method or methods[0], ours, theirs))
         if (parameter := next(student.parameters(), None)) is not None:
             self.methods.to(parameter.device)
+        self.register_buffer("ramp_factors", torch.ones(len(self.pairs)), persistent=False)
+        self.set_epoch(0.0)
         self.gammas: dict[str, Tensor] = {}
 
     @property
@@ -134,20 +152,31 @@ class Distiller(nn.Module):
         output, results = self._distil(inputs, context)
         losses: dict[str, Tensor] = {}
         gammas: dict[str, Tensor] = {}
-        for name, pair, result in zip(self.names, self.pairs, results, strict=True):
+        for index, (name, pair, (_, _, result)) in enumerate(zip(self.names, self.pairs, results, strict=True)):
             terms = result if isinstance(result, dict) else result.losses
-            losses.update({f"{name}/{term}": pair.weight * loss for term, loss in terms.items()})
+            factor: Tensor | float = pair.weight
+            if not pair.ramp.is_constant:
+                factor = pair.weight * self.ramp_factors[index]
+            losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
             if (gamma := getattr(result, "gamma", None)) is not None:
                 gammas[name] = gamma.detach()
         self.gammas = gammas
         return output, losses
 
-    def observe(self, inputs: Any, **context: Any) -> dict[str, Any]:
-        """Return what each method returns for a batch, by pair: for DiffKD the denoised feature, target and gamma.
+    def observe(self, inputs: Any, **context: Any) -> dict[str, Observation]:
+        """Return the features of each pair for a batch, and what its method makes of them.
 
         The modules keep their modes: call `.eval()` first, and wrap in `torch.no_grad()`, to look without training.
         """
         return dict(zip(self.names, self._distil(inputs, context)[1], strict=True))
+
+    def set_epoch(self, epoch: float) -> None:
+        """Say how far the training has come, in epochs from 0, for pairs whose losses count by a :class:`~diffkd.Ramp`.
+
+        Only such pairs need it; the factors are kept in a tensor, so that a compiled distiller sees them change.
+        """
+        if not all(pair.ramp.is_constant for pair in self.pairs):
+            self.ramp_factors.copy_(torch.tensor([pair.ramp(epoch) for pair in self.pairs]))
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise ValueError if `optimizer` misses a trainable parameter of the student or of a method."""
@@ -191,7 +220,7 @@ class Distiller(nn.Module):
         title = f"{type(unwrap(self.student)).__name__} learns from {type(unwrap(self.teacher)).__name__}"
         return "\n".join([title, *lines])
 
-    def _distil(self, inputs: Any, context: dict[str, Any]) -> tuple[Any, list[Any]]:
+    def _distil(self, inputs: Any, context: dict[str, Any]) -> tuple[Any, list[Observation]]:
         teacher_inputs = inputs if self.teacher_input is None else self.teacher_input(inputs)
         with torch.no_grad():
             _, theirs = self._teacher_recorder.record(self.teacher, teacher_inputs)
@@ -202,13 +231,16 @@ class Distiller(nn.Module):
             if isinstance(student, Tensor) and isinstance(teacher, Tensor) and student.ndim == 4:
                 student = resize(student, (teacher.shape[2], teacher.shape[3]))
             needed = getattr(method, "needs", ())
+            if "teacher_head" in needed and context.get("teacher_head") is None and isinstance(teacher, Tensor):
+                context = {**context, "teacher_head": pooled_classifier(self.teacher, teacher.shape[1])}
             missing = [need for need in needed if context.get(need) is None]
             if missing:
                 raise TypeError(
                     f"{type(method).__name__} of pair '{name}' needs {', '.join(missing)}: call "
                     f"distiller(images, {', '.join(f'{need}=...' for need in missing)})"
                 )
-            results.append(method(student, teacher, **{need: context[need] for need in needed}))
+            result = method(student, teacher, **{need: context[need] for need in needed})
+            results.append(Observation(student, teacher, result))
         return output, results
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -10,6 +10,7 @@ from torch import nn
 from diffkd.layers import OUTPUT, Layer, list_layers
 from diffkd.layout import Layout
 from diffkd.methods import MethodFactory
+from diffkd.ramp import ALWAYS, Ramp
 from diffkd.shape import Want
 
 DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits"})
@@ -26,6 +27,7 @@ class Pair:
         method: a method, or a factory `(student_shape, teacher_shape) -> method` such as a method's class. None: the
             distiller's default.
         weight: factor of all of the pair's losses.
+        ramp: when in the training they count, on top of `weight`.
         name: prefix of the losses' names; None: the student's layer.
         student_layout: how to read the student's output, where it is not found out right.
         teacher_layout: the same for the teacher.
@@ -35,6 +37,7 @@ class Pair:
     teacher: str | Sequence[str] | None = None
     method: nn.Module | MethodFactory | None = None
     weight: float = 1.0
+    ramp: Ramp = ALWAYS
     name: str | None = None
     student_layout: Layout | None = None
     teacher_layout: Layout | None = None
@@ -107,7 +110,8 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
         raise ValueError(
             f"nothing to pair for {name}, which wants {' and '.join(sorted(wants))}: the outputs of student and "
             f"teacher have {classes}, their last features are {_name(last_feature(student))} and "
-            f"{_name(last_feature(teacher))}; give pairs=[Pair(student_layer, teacher_layer)], `diffkd layers` lists the layers"
+            f"{_name(last_feature(teacher))}; give pairs=[Pair(student_layer, teacher_layer)], `diffkd layers` "
+            "lists the layers"
         )
     return pairs
 

@@ -13,12 +13,51 @@ from collections.abc import Callable
 
 from torch import nn
 
+from diffkd.methods.at import AT
+from diffkd.methods.cirkd import CIRKD
+from diffkd.methods.crd import CRD
+from diffkd.methods.cwd import CWD
 from diffkd.methods.diffkd import DiffKD, DiffKDOutput
 from diffkd.methods.dist import DIST
+from diffkd.methods.dkd import DKD
+from diffkd.methods.fgd import FGD
 from diffkd.methods.fitnet import FitNet
 from diffkd.methods.kd import KD
+from diffkd.methods.maskd import MasKD
+from diffkd.methods.mgd import MGD
+from diffkd.methods.ofd import OFD
+from diffkd.methods.pkt import PKT
+from diffkd.methods.reviewkd import ReviewKD
+from diffkd.methods.rkd import RKD
+from diffkd.methods.sp import SP
+from diffkd.methods.srrl import SRRL
+from diffkd.methods.standardization import standardize
+from diffkd.methods.vid import VID
 from diffkd.shape import FeatureShape
 
 MethodFactory = Callable[[FeatureShape, FeatureShape], nn.Module]
 
-__all__ = ["DIST", "KD", "DiffKD", "DiffKDOutput", "FitNet", "MethodFactory"]
+__all__ = [
+    "AT",
+    "CIRKD",
+    "CRD",
+    "CWD",
+    "DIST",
+    "DKD",
+    "FGD",
+    "KD",
+    "MGD",
+    "OFD",
+    "PKT",
+    "RKD",
+    "SP",
+    "SRRL",
+    "VID",
+    "DiffKD",
+    "DiffKDOutput",
+    "FitNet",
+    "MasKD",
+    "MethodFactory",
+    "ReviewKD",
+    "standardize",
+]

@@ -56,6 +56,7 @@ class DiffKD(nn.Module):
         noise_adapter: adaptive noise matching (Eq. 8). Off: the projected student feature is denoised as it is.
         distance: d of Eq. 7: "mse", "kl", "dist", or a callable `(denoised, target) -> scalar`. None: "kl" for logits,
             "mse" otherwise.
+        logits_distance: d for logits alone, where one DiffKD is made for several pairs; None: `distance`.
         temperature: tau of "kl" and "dist".
         kd_weight: lambda 3 of Eq. 9, of the distance.
         diffusion_weight: lambda 1, of the denoiser's loss.
@@ -82,6 +83,7 @@ class DiffKD(nn.Module):
         beta_schedule: BetaSchedule = "linear",
         noise_adapter: bool = True,
         distance: Literal["mse", "kl", "dist"] | Distance | None = None,
+        logits_distance: Literal["mse", "kl", "dist"] | Distance | None = None,
         temperature: float = 1.0,
         kd_weight: float = 1.0,
         diffusion_weight: float = 1.0,
@@ -102,6 +104,8 @@ class DiffKD(nn.Module):
             raise ValueError(f"ae_channels must be at least 1, or None for no autoencoder, got {ae_channels}")
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
+        if error not in (None, "mean", "sum"):
+            raise ValueError(f"error must be 'mean' or 'sum', got {error!r}")
         paper = variant == "paper"
         activate = paper if activate is None else activate
         start_timestep = (500 if paper else -1) if start_timestep is None else start_timestep
@@ -114,7 +118,9 @@ class DiffKD(nn.Module):
         self.detach_target = paper if detach_target is None else detach_target
         self.weights = {"kd": kd_weight, "diffusion": diffusion_weight, "reconstruction": reconstruction_weight}
         is_logits = isinstance(teacher_channels, FeatureShape) and teacher_channels.role == "logits"
-        self.distance = _distance(distance or ("kl" if is_logits else "mse"), temperature)
+        if is_logits:
+            distance = logits_distance or distance or "kl"
+        self.distance = _distance(distance or "mse", temperature)
 
         self.student_projection = pointwise(self.student_channels, latent, self.is_map)
         self.autoencoder = (
@@ -179,7 +185,7 @@ class DiffKD(nn.Module):
             target = teacher.detach() if self.detach_target else teacher
         latent = at_least_float32(projected)
         shape = latent.shape
-        noise = torch.randn_like(latent) if noise is None else noise.reshape(shape)
+        noise = torch.randn_like(latent) if noise is None else _shaped("noise", noise, shape)
         if self.noise_adapter is None:
             gamma, noisy_student = latent.new_ones(shape[0]), latent
         else:
@@ -190,9 +196,12 @@ class DiffKD(nn.Module):
         denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
         target = at_least_float32(target)
 
-        diffusion_noise = torch.randn_like(latent) if diffusion_noise is None else diffusion_noise.reshape(shape)
+        if diffusion_noise is None:
+            diffusion_noise = torch.randn_like(latent)
+        diffusion_noise = _shaped("diffusion_noise", diffusion_noise, shape)
         if timesteps is None:
             timesteps = torch.randint(self.num_train_timesteps, (shape[0],), device=latent.device)
+        timesteps = _shaped("timesteps", timesteps, shape[:1])
         abar = self.alphas_cumprod_bits.view(torch.float32)[timesteps].to(latent.dtype)
         predicted = self.denoiser(add_noise(target, diffusion_noise, abar), timesteps)
 
@@ -234,8 +243,16 @@ class DiffKD(nn.Module):
         return error if self.error == "mean" else error * target[0].numel()
 
 
+def _shaped(name: str, given: Tensor, shape: torch.Size) -> Tensor:
+    if given.shape not in (shape, (*shape, 1, 1)):
+        raise ValueError(f"{name} has shape {tuple(given.shape)}, expected {tuple(shape)}")
+    return given.reshape(shape)
+
+
 def _is_map(kind: Literal["map", "vector"] | None, *features: int | FeatureShape) -> bool:
     kinds = {feature.is_map for feature in features if isinstance(feature, FeatureShape)}
+    if kind not in (None, "map", "vector"):
+        raise ValueError(f"kind must be 'map' or 'vector', got {kind!r}")
     if kind is not None:
         kinds.add(kind == "map")
     if len(kinds) > 1:

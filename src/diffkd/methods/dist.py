@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from diffkd.losses import dist
 from diffkd.methods.kd import check_same_classes
+from diffkd.methods.standardization import standardize as standardized
 from diffkd.shape import FeatureShape, Want
 
 
@@ -18,6 +19,8 @@ class DIST(nn.Module):
         beta: weight of the relation between classes.
         gamma: weight of the relation between samples.
         temperature: tau > 0. The DIST paper takes 1 for ImageNet and 4 for CIFAR-100.
+        standardize: bring the logits of each sample to mean 0 and standard deviation 1 first (Sun et al., *Logit
+            Standardization in Knowledge Distillation*, CVPR 2024).
         weight: factor of the loss.
 
     Raises:
@@ -34,14 +37,18 @@ class DIST(nn.Module):
         beta: float = 1.0,
         gamma: float = 1.0,
         temperature: float = 1.0,
+        standardize: bool = False,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_same_classes(student, teacher)
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.standardize = standardize
         self.beta, self.gamma, self.temperature, self.weight = beta, gamma, temperature, weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
+        if self.standardize:
+            student, teacher = standardized(student), standardized(teacher)
         return {"kd": self.weight * dist(student, teacher, self.beta, self.gamma, self.temperature)}

@@ -5,6 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from diffkd.losses import kl_divergence
+from diffkd.methods.standardization import standardize as standardized
 from diffkd.shape import FeatureShape, Want, channels_of
 
 
@@ -15,6 +16,8 @@ class KD(nn.Module):
         student: the student's classes or shape, checked against the teacher's; may be left out.
         teacher: the teacher's classes or shape.
         temperature: tau > 0; the loss is scaled by tau^2, so that its gradient keeps its size.
+        standardize: bring the logits of each sample to mean 0 and standard deviation 1 first (Sun et al., *Logit
+            Standardization in Knowledge Distillation*, CVPR 2024).
         weight: factor of the loss.
 
     Raises:
@@ -29,6 +32,7 @@ class KD(nn.Module):
         teacher: int | FeatureShape | None = None,
         *,
         temperature: float = 4.0,
+        standardize: bool = False,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
@@ -36,9 +40,12 @@ class KD(nn.Module):
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature, self.weight = temperature, weight
+        self.standardize = standardize
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
+        if self.standardize:
+            student, teacher = standardized(student), standardized(teacher)
         return {"kd": self.weight * kl_divergence(student, teacher, self.temperature)}
 
 

@@ -1,0 +1,178 @@
+"""CIRKD: match how pixels relate to those of other images, in the batch and in memories."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffkd.losses import at_least_float32
+from diffkd.methods.class_queue import ClassQueue
+from diffkd.methods.counter_random import random_integers
+from diffkd.methods.gathering import gathered, rank
+from diffkd.methods.inputs import (
+    check_same_grid,
+    full_precision,
+    labels_on_grid,
+    like_parameters,
+    require_maps,
+    unit,
+)
+from diffkd.modules import BatchNorm
+from diffkd.shape import FeatureShape, Want
+
+
+class CIRKD(nn.Module):
+    """Cross-image relational distillation for segmentation (Yang, Zhou, An, Jiang, Xu, Zhang, CVPR 2022).
+
+    All three losses compare, by the divergence of their softmax, the cosine similarities of a pixel: "kd" to the pixels
+    of every image of the batch; "pixel" to pixels, and "region" to class averages, of the teacher on earlier images,
+    kept in a queue for each class. In the latter two the student is projected to the teacher's channels, and only
+    labelled pixels count. The queues and the step are buffers, and draws follow from the step, so that a resumed run
+    goes on as it would have; in distributed training every process stores what all of them saw, from batches of equal
+    size.
+
+    All defaults are those of the authors' code for Cityscapes. Other than there, nothing is drawn from the queues that
+    was not stored before. A memory takes 4 * classes * (pixel_memory + region_memory) * Ct bytes.
+
+    Args:
+        student: the student's shape, a map of features.
+        teacher: the teacher's shape, a map of features.
+        classes: number of classes; labels outside of 0..classes-1 are ignored.
+        pixel_memory: pixels kept for each class.
+        region_memory: regions kept for each class.
+        pixel_contrast: pixels drawn at a step, spread over the classes.
+        region_contrast: regions drawn at a step, spread over the classes.
+        pixels_per_image: how many pixels of a class are stored of an image.
+        temperature: of the similarities.
+        pool: average the maps of "kd" over squares of this size, which saves memory: that loss takes (B * H * W)^2
+            numbers.
+        batch_weight: factor of "kd".
+        pixel_weight: factor of "pixel".
+        region_weight: factor of "region".
+        weight: factor of all losses.
+
+    Raises:
+        ValueError: if one of them is a vector, or `temperature` or a size is not positive.
+    """
+
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    needs: ClassVar[tuple[str, ...]] = ("labels",)
+    step: Tensor
+
+    def __init__(
+        self,
+        student: FeatureShape,
+        teacher: FeatureShape,
+        *,
+        classes: int = 19,
+        pixel_memory: int = 20_000,
+        region_memory: int = 2_000,
+        pixel_contrast: int = 4_096,
+        region_contrast: int = 1_024,
+        pixels_per_image: int = 16,
+        temperature: float = 0.1,
+        pool: int = 1,
+        batch_weight: float = 1.0,
+        pixel_weight: float = 0.1,
+        region_weight: float = 0.1,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        require_maps("CIRKD", student, teacher)
+        if temperature <= 0 or min(pixel_contrast, region_contrast, pixels_per_image, pool) < 1:
+            raise ValueError(
+                "temperature must be above 0, and pixel_contrast, region_contrast, pixels_per_image and pool at least "
+                f"1, got {temperature}, {pixel_contrast}, {region_contrast}, {pixels_per_image} and {pool}"
+            )
+        dim = teacher.channels
+        self.student_projection = nn.Sequential(
+            *(nn.Conv2d(student.channels, dim, 1, bias=False), BatchNorm(dim), nn.ReLU()),
+            nn.Conv2d(dim, dim, 1, bias=False),
+        )
+        self.pixels = ClassQueue(classes, pixel_memory, dim)
+        self.regions = ClassQueue(classes, region_memory, dim)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.classes, self.pixels_per_image = classes, pixels_per_image
+        self.drawn_pixels, self.drawn_regions = pixel_contrast // classes + 1, region_contrast // classes + 1
+        self.temperature, self.pool, self.weight = temperature, pool, weight
+        self.batch_weight, self.pixel_weight, self.region_weight = batch_weight, pixel_weight, region_weight
+
+    def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor) -> dict[str, Tensor]:
+        """Compare the maps, and store the teacher's (in training mode).
+
+        Args:
+            student: (B, Cs, H, W).
+            teacher: (B, Ct, H, W).
+            labels: (B, H', W') int64 classes of any resolution.
+
+        Returns:
+            {"kd": loss, "pixel": loss, "region": loss}.
+
+        Raises:
+            ValueError: if the maps' sizes differ, or a batch brings more than a queue holds.
+        """
+        check_same_grid(student, teacher)
+        teacher = teacher.detach()
+        projected = self.student_projection(like_parameters(student, self.student_projection))
+        with full_precision(student):
+            cells = labels_on_grid(labels, *teacher.shape[2:]).flatten(1)  # (B, H * W)
+            ours, theirs = (unit(at_least_float32(x)).flatten(2).transpose(1, 2) for x in (projected, teacher))
+            if self.training:
+                self._store(theirs, cells)
+            known = ((cells >= 0) & (cells < self.classes)).flatten()
+            ours, theirs = ours.flatten(0, 1), theirs.flatten(0, 1)  # (B * H * W, Ct)
+            stream = 3 * rank()
+            pixels = self.pixels.draw(self.drawn_pixels, self.step, stream)
+            regions = self.regions.draw(self.drawn_regions, self.step, stream + 1)
+            losses = {
+                "kd": self.batch_weight * self._across_images(student, teacher),
+                "pixel": self.pixel_weight * self._to_memory(ours, theirs, known, *pixels),
+                "region": self.region_weight * self._to_memory(ours, theirs, known, *regions),
+            }
+        if self.training:
+            self.step += 1
+        return {term: self.weight * loss for term, loss in losses.items()}
+
+    def _across_images(self, student: Tensor, teacher: Tensor) -> Tensor:
+        ours, theirs = (
+            unit(F.avg_pool2d(at_least_float32(x), self.pool, ceil_mode=True)).flatten(2) for x in (student, teacher)
+        )
+        losses = []
+        for image in range(len(ours)):  # one image against all, (B, H * W, H * W) at a time
+            our_logits, their_logits = (x[image].T @ x / self.temperature for x in (ours, theirs))
+            losses.append(divergence(our_logits, their_logits).mean())
+        return torch.stack(losses).mean()
+
+    def _to_memory(self, ours: Tensor, theirs: Tensor, known: Tensor, entries: Tensor, exists: Tensor) -> Tensor:
+        entries = entries.to(ours.dtype).T
+        # Far below all others, but finite: the difference of two infinities is no number.
+        bias = torch.where(exists, 0.0, -1e4).to(ours.dtype)
+        losses = divergence(*(x @ entries / self.temperature + bias for x in (ours, theirs)))
+        return (losses * known).sum() / known.sum().clamp_min(1)
+
+    @torch.no_grad()
+    def _store(self, embeddings: Tensor, cells: Tensor) -> None:
+        """Store random pixels and the average of every class of every image; embeddings (B, N, Ct), cells (B, N)."""
+        batch, positions = cells.shape
+        of_class = cells[:, None] == torch.arange(self.classes, device=cells.device)[:, None]  # (B, classes, N)
+        share = of_class.to(embeddings.dtype)
+        average = unit(share @ embeddings, dim=2)[:, :, None]  # (B, classes, 1, Ct)
+        self.regions.push(*_by_class(average, of_class.any(dim=2, keepdim=True)))
+
+        key = random_integers(self.step, (batch, 1, positions), 2**31 - 1, 3 * rank() + 2)
+        best, chosen = torch.where(of_class, key, -1).topk(min(self.pixels_per_image, positions), dim=2)
+        picked = embeddings[torch.arange(batch, device=cells.device)[:, None, None], chosen]
+        self.pixels.push(*_by_class(picked, best >= 0))
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return KL(softmax(teacher) || softmax(student)) along the last dimension."""
+    ours, theirs = student.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
+    return (theirs.exp() * (theirs - ours)).sum(dim=-1)
+
+
+def _by_class(entries: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather (B, classes, n, dim) and (B, classes, n) of all processes, and bring the class to the front."""
+    entries, valid = (gathered(x).transpose(0, 1).flatten(1, 2) for x in (entries, valid))
+    return entries, valid

@@ -1,0 +1,173 @@
+"""CRD: tell the teacher's embedding of the same image from those of other images, kept in a memory."""
+
+from math import log, sqrt
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.losses import at_least_float32
+from diffkd.methods.counter_random import random_integers
+from diffkd.methods.gathering import averaged, gathered, rank
+from diffkd.methods.inputs import check_labels, embed, full_precision, like_parameters, unit
+from diffkd.shape import FeatureShape, Want
+
+
+class CRD(nn.Module):
+    """Contrastive representation distillation (Tian, Krishnan, Isola, ICLR 2020).
+
+    Both embeddings are projected to the unit sphere. With `h = P / (P + M / n)`, `P = exp(u . v / tau) / Z`, n samples
+    and M negatives, the loss is `-log h(positive) - sum log(1 - h(negative))`, averaged over the batch: the student
+    against the memory of the teacher, plus the teacher against the memory of the student. Z is fixed at the first step,
+    so that P averages 1 / n. A memory holds a running average of every sample's embedding, and is updated after the
+    loss.
+
+    Negatives are drawn among the samples of other classes, as in the authors' default. The classes are learned from the
+    batches; a sample not seen yet counts as one of another class. The memories, classes, Z and the step are buffers,
+    and draws follow from the step, so that a resumed run goes on as it would have. In distributed training, every
+    process sees the batches of all (of equal size) and holds the same memories; they need not be broadcast.
+
+    All defaults are those of the authors' code (RepDistiller) for CIFAR-100.
+
+    Args:
+        student: the student's shape; maps are averaged over positions.
+        teacher: the teacher's shape.
+        samples: n, number of training samples, whose indices are 0..n-1; 50000 in CIFAR-100.
+        negatives: M.
+        dim: length of the projected embeddings.
+        temperature: tau > 0.
+        momentum: share of the old entry when a memory is updated.
+        weight: factor of the loss.
+
+    Raises:
+        ValueError: if `samples` is below 2, `negatives` below 1 or `temperature` not positive.
+    """
+
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    needs: ClassVar[tuple[str, ...]] = ("indices", "labels")
+    student_memory: Tensor
+    teacher_memory: Tensor
+    classes: Tensor
+    log_normalizers: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        student: FeatureShape,
+        teacher: FeatureShape,
+        *,
+        samples: int = 50_000,
+        negatives: int = 16_384,
+        dim: int = 128,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        weight: float = 0.8,
+    ) -> None:
+        super().__init__()
+        if samples < 2 or negatives < 1 or temperature <= 0:
+            raise ValueError(
+                f"samples must be 2 or more, negatives 1 or more and temperature above 0, got {samples}, {negatives}, "
+                f"{temperature}"
+            )
+        self.samples, self.negatives, self.temperature = samples, negatives, temperature
+        self.momentum, self.weight = momentum, weight
+        self.student_projection = nn.Linear(student.channels, dim)
+        self.teacher_projection = nn.Linear(teacher.channels, dim)
+        # The same in every process, whatever its seed.
+        generator = torch.Generator().manual_seed(0)
+        bound = sqrt(3 / dim)
+        for name in ("student_memory", "teacher_memory"):
+            self.register_buffer(name, (2 * torch.rand(samples, dim, generator=generator) - 1) * bound)
+        self.register_buffer("classes", torch.full((samples,), -1))
+        self.register_buffer("log_normalizers", torch.zeros(2))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, student: Tensor, teacher: Tensor, *, indices: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Compare the batch with the memories, then update them (in training mode).
+
+        Args:
+            student: (B, Cs, H, W) or (B, Cs).
+            teacher: (B, Ct, H, W) or (B, Ct).
+            indices: (B,) int64, which training samples these are, in 0..samples-1.
+            labels: (B,) int64, their classes.
+
+        Returns:
+            {"kd": loss}.
+
+        Raises:
+            ValueError: if `indices` or `labels` have another shape or are no whole numbers.
+        """
+        check_labels("CRD", labels, (len(student),))
+        if indices.is_floating_point() or indices.shape != labels.shape:
+            raise ValueError(f"CRD needs one index for each image, got {indices.dtype} of {tuple(indices.shape)}")
+        ours = self._project(self.student_projection, student)
+        theirs = self._project(self.teacher_projection, teacher.detach())
+        if self.training:
+            _write(self.classes, gathered(indices), gathered(labels))
+        drawn = other_class_samples(self.classes, labels, self.negatives, self.step, rank())
+        candidates = torch.cat([indices[:, None], drawn], dim=1)  # (B, 1 + M), the positive first
+        with full_precision(student):
+            loss = self._contrast(ours, self.teacher_memory, candidates, 0)
+            loss = loss + self._contrast(theirs, self.student_memory, candidates, 1)
+        if self.training:
+            self._remember(self.student_memory, gathered(indices), gathered(ours))
+            self._remember(self.teacher_memory, gathered(indices), gathered(theirs))
+            self.step += 1
+        return {"kd": self.weight * loss}
+
+    def _project(self, projection: nn.Linear, feature: Tensor) -> Tensor:
+        pooled = embed(feature)
+        with full_precision(pooled):
+            return unit(at_least_float32(projection(like_parameters(pooled, projection))))
+
+    def _contrast(self, embeddings: Tensor, memory: Tensor, candidates: Tensor, side: int) -> Tensor:
+        # A copy, for the memory changes before the backward pass. The scores of all samples are far smaller than the
+        # (B, 1 + M, dim) entries of the drawn ones.
+        scores = embeddings @ memory.to(embeddings.dtype, copy=True).T / self.temperature
+        scores = scores.gather(1, candidates)
+        first = scores.detach().logsumexp(dim=(0, 1)) - log(scores.numel()) + log(self.samples)
+        if self.training:
+            first = averaged(first)
+        log_z = torch.where(self.step == 0, first, self.log_normalizers[side].to(first.dtype))
+        if self.training:
+            self.log_normalizers[side] = log_z
+        log_p = scores - log_z
+        noise = self.negatives / self.samples
+        log_sum = torch.logaddexp(log_p, torch.full_like(log_p[:1, :1], log(noise + 1e-7)))
+        positive = log_p[:, 0] - log_sum[:, 0]
+        negative = log(noise) - log_sum[:, 1:]
+        return -(positive.sum() + negative.sum()) / len(embeddings)
+
+    @torch.no_grad()
+    def _remember(self, memory: Tensor, indices: Tensor, embeddings: Tensor) -> None:
+        old = memory[indices].to(embeddings.dtype)
+        _write(memory, indices, unit(self.momentum * old + (1 - self.momentum) * embeddings))
+
+
+def other_class_samples(classes: Tensor, labels: Tensor, count: int, step: Tensor, stream: int = 0) -> Tensor:
+    """Draw samples of other classes, uniformly and with replacement.
+
+    Args:
+        classes: (n,) class of every sample, -1 if unknown.
+        labels: (B,) classes to avoid.
+        count: number of draws for each of them.
+        step: scalar int64; the draws follow from it (:func:`~diffkd.methods.counter_random.random_integers`).
+        stream: which of several independent sequences.
+
+    Returns:
+        (B, count) indices into `classes`. If all samples are of the class, so are those drawn.
+    """
+    total = len(classes)
+    order = classes.argsort(stable=True)
+    ordered = classes[order]
+    begin = torch.searchsorted(ordered, labels)[:, None]
+    members = torch.searchsorted(ordered, labels, right=True)[:, None] - begin
+    place = random_integers(step, (len(labels), count), (total - members).clamp_min(1), stream)
+    place = place + members * (place >= begin)  # past the class's own samples, which lie together
+    return order[place.clamp_max(total - 1)]
+
+
+def _write(memory: Tensor, indices: Tensor, values: Tensor) -> None:
+    """Write rows in place. For a sample that is there twice, its first row counts: on a GPU either might win."""
+    first = (indices[:, None] == indices).int().argmax(dim=1)
+    memory.index_copy_(0, indices, values[first].to(memory.dtype))

@@ -1,0 +1,72 @@
+"""What methods do with two features before they compare them: check, align, pool and normalise."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffkd.losses import at_least_float32
+from diffkd.modules import pointwise
+from diffkd.shape import FeatureShape
+
+
+def require_maps(method: str, *shapes: FeatureShape) -> None:
+    """Raise ValueError unless all `shapes` are maps; `method` is named in the message."""
+    for shape in shapes:
+        if not shape.is_map:
+            raise ValueError(
+                f"{method} compares positions and needs maps (channels x height x width), got a vector of {shape}; "
+                "pair layers before the pooling, or take a method for vectors"
+            )
+
+
+def check_same_grid(student: Tensor, teacher: Tensor) -> None:
+    """Raise ValueError unless both maps, (B, C, H, W), have the same batch and spatial size."""
+    if student.ndim != 4 or student.shape[::2] != teacher.shape[::2] or student.shape[3:] != teacher.shape[3:]:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be maps (B, C, H, W) of the same "
+            "batch and spatial size; resize one of them first, or let Distiller do it"
+        )
+
+
+def check_labels(method: str, labels: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless `labels` are whole numbers of `shape`."""
+    if labels.is_floating_point() or tuple(labels.shape) != shape:
+        raise ValueError(
+            f"{method} needs one class for each image or position, whole numbers of shape {shape}, got "
+            f"{labels.dtype} of {tuple(labels.shape)}; mixed labels (Mixup, CutMix) do not fit, switch them off"
+        )
+
+
+def align(student: FeatureShape, teacher: FeatureShape) -> nn.Module:
+    """Return a linear map from the student's channels to the teacher's; the identity where they agree."""
+    if student.channels == teacher.channels:
+        return nn.Identity()
+    return pointwise(student.channels, teacher.channels, teacher.is_map)
+
+
+def like_parameters(tensor: Tensor, module: nn.Module) -> Tensor:
+    """Return `tensor` in the type of the parameters of `module`; as it is if there are none."""
+    parameter = next(module.parameters(), None)
+    return tensor if parameter is None else tensor.to(parameter.dtype)
+
+
+def embed(feature: Tensor) -> Tensor:
+    """Return the embedding (B, C), in float32 or wider, of a vector (B, C) or a map (B, C, H, W), its mean."""
+    feature = at_least_float32(feature)
+    return feature.flatten(2).mean(dim=2) if feature.ndim > 2 else feature
+
+
+def unit(x: Tensor, dim: int = 1) -> Tensor:
+    """Return `x` over its Euclidean norm along `dim`. Zero stays zero, and its gradient finite."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return x.div(norm.masked_fill(norm == 0, 1))
+
+
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Return a context without autocast on the device of `tensor`: inside it, products of float32 stay float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def labels_on_grid(labels: Tensor, height: int, width: int) -> Tensor:
+    """Return class maps (B, H, W), of whole numbers, on another grid: the nearest label of each position."""
+    return F.interpolate(labels[:, None].float(), (height, width), mode="nearest")[:, 0].long()

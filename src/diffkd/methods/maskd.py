@@ -1,0 +1,144 @@
+"""MasKD: match under masks that learned tokens cut out of the teacher's feature."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffkd.losses import at_least_float32
+from diffkd.methods.inputs import align, check_same_grid, full_precision, like_parameters, require_maps
+from diffkd.shape import FeatureShape, Want
+
+
+class MasKD(nn.Module):
+    """Masked distillation with receptive tokens (Huang, Zhang, You, Wang, Qian, Cao, Xu, ICLR 2023).
+
+    A token e_i makes a mask of the teacher's map, `M_i = sigmoid(e_i . t)` at every position. "kd" is the squared error
+    under each mask, over the mask's sum and the channels; the masks of an image are weighted by a small network.
+    "tokens" teaches tokens and weighting: the task loss of the teacher when it goes on from its masked map, plus the
+    mean Dice coefficient between masks, which keeps them apart. "kd" does not move the tokens.
+
+    The authors learn the tokens first, in a run of their own of 2000 steps; here they are learned in the same run, "kd"
+    setting in after as many steps. They are learned on, so that nothing depends on an optimiser that leaves them alone.
+    The authors' detectors also multiply the masks by the student's later on; this does not.
+
+    The defaults are those of the authors' code for RetinaNet. For segmentation they mask class maps, with 8 tokens and
+    without weighting, and halve "kd".
+
+    Args:
+        student: the student's shape, a map.
+        teacher: the teacher's shape, a map.
+        tokens: number of tokens, 2 or more.
+        weighting: weight the masks of an image.
+        token_steps: steps before "kd" sets in.
+        task_loss: the teacher's task loss, of what `teacher_head` returns and the labels; None: cross-entropy.
+        token_weight: factor of "tokens".
+        weight: factor of "kd".
+
+    Raises:
+        ValueError: if one of them is a vector, or there are fewer than two tokens.
+    """
+
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    step: Tensor
+
+    def __init__(
+        self,
+        student: FeatureShape,
+        teacher: FeatureShape,
+        *,
+        tokens: int = 6,
+        weighting: bool = True,
+        token_steps: int = 2_000,
+        task_loss: Callable[[Any, Any], Tensor] | None = None,
+        token_weight: float = 1.0,
+        weight: float = 7.0,
+    ) -> None:
+        super().__init__()
+        require_maps("MasKD", student, teacher)
+        if tokens < 2:
+            raise ValueError(f"tokens must be 2 or more, since their masks are compared with one another, got {tokens}")
+        channels = teacher.channels
+        self.student_projection = align(student, teacher)
+        self.tokens = nn.Parameter(0.01 * torch.randn(tokens, channels))
+        self.weighting = (
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, tokens, 1)
+            )
+            if weighting
+            else None
+        )
+        self.on_logits = teacher.role == "logits"
+        self.token_steps, self.task_loss = token_steps, task_loss or cross_entropy
+        self.token_weight, self.weight = token_weight, weight
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What forward takes by keyword: the head only if the map is not the teacher's output itself."""
+        return ("labels",) if self.on_logits else ("labels", "teacher_head")
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        labels: Any,
+        teacher_head: Callable[[Tensor], Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """Compare the maps under the masks, and teach the tokens.
+
+        Args: student: (B, Cs, H, W). teacher: (B, Ct, H, W). labels: what the task loss compares with: by default
+            classes (B,) or (B, H', W'), outside of 0..K-1 ignored. teacher_head: what the frozen teacher does after the
+            layer: a map of its shape to the task's output. None: the
+                map is the output.
+
+        Returns:
+            {"kd": loss, "tokens": loss}.
+        """
+        check_same_grid(student, teacher)
+        teacher = teacher.detach()
+        ours = at_least_float32(self.student_projection(like_parameters(student, self)))
+        theirs = at_least_float32(teacher)
+        with full_precision(student):
+            masks = (at_least_float32(self.tokens) @ theirs.flatten(2)).sigmoid()  # (B, tokens, H * W)
+        if self.weighting is None:
+            shares, importance = masks.new_ones(masks.shape[:2]), masks.new_full(masks.shape[:2], 1 / masks.shape[1])
+        else:
+            scores = at_least_float32(self.weighting(like_parameters(teacher, self)))
+            shares = importance = scores.flatten(1).softmax(dim=1)
+
+        error = (ours - theirs).square().mean(dim=1).flatten(1)  # (B, H * W)
+        fixed = masks.detach()
+        under = (fixed.square() * error[:, None]).sum(dim=2) / fixed.sum(dim=2).clamp_min(1e-5)  # (B, tokens)
+        loss = (under * importance.detach()).sum(dim=1).mean()
+
+        mixture = (masks * shares[:, :, None]).sum(dim=1).reshape(len(theirs), 1, *theirs.shape[2:])
+        masked = (theirs * mixture).to(teacher.dtype)
+        task = self.task_loss(masked if teacher_head is None else teacher_head(masked), labels)
+        begun = self.step >= self.token_steps
+        if self.training:
+            self.step += 1
+        return {"kd": self.weight * loss * begun, "tokens": self.token_weight * (task + dice(masks))}
+
+
+def dice(masks: Tensor) -> Tensor:
+    """Return the mean Dice coefficient `2 a.b / (a.a + b.b)` of all pairs of different masks, for (B, tokens, N)."""
+    with full_precision(masks):
+        inner = masks @ masks.transpose(1, 2)
+    own = inner.diagonal(dim1=1, dim2=2)
+    coefficients = 2 * inner / (own[:, :, None] + own[:, None, :]).clamp_min(1e-12)
+    count = masks.shape[1]
+    off_diagonal = coefficients.sum(dim=(1, 2)) - coefficients.diagonal(dim1=1, dim2=2).sum(dim=1)
+    return (off_diagonal / (count * (count - 1))).mean()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits (B, K) or (B, K, H, W), resized to the labels, over known labels."""
+    if logits.ndim == 4 and logits.shape[2:] != labels.shape[1:]:
+        logits = F.interpolate(at_least_float32(logits), labels.shape[1:], mode="bilinear", align_corners=False)
+    known = (labels >= 0) & (labels < logits.shape[1])
+    total = F.cross_entropy(at_least_float32(logits), labels.where(known, -100), ignore_index=-100, reduction="sum")
+    return total / known.sum().clamp_min(1)

@@ -1,0 +1,39 @@
+"""SP: keep similar what the teacher finds similar."""
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from diffkd.losses import at_least_float32
+from diffkd.methods.inputs import full_precision, unit
+from diffkd.shape import FeatureShape, Want
+
+
+class SP(nn.Module):
+    """Similarity-preserving distillation (Tung, Mori, ICCV 2019).
+
+    `1 / B^2 * |G_t - G_s|_F^2`, where G are the inner products of the images' features, each row over its norm.
+    Unchanged by orthogonal transformations and permutations of a feature's entries; for a batch of one it is 0.
+
+    Args:
+        student: the student's shape.
+        teacher: the teacher's shape; neither channels nor positions need to agree.
+        weight: factor of the loss; 3000 in paper, RepDistiller and mdistiller.
+    """
+
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+
+    def __init__(self, student: FeatureShape, teacher: FeatureShape, *, weight: float = 3000.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Return {"kd": loss} for features (B, Cs, H, W) or (B, Cs), and (B, Ct, H, W) or (B, Ct)."""
+        with full_precision(student):
+            difference = _similarities(student) - _similarities(teacher.detach())
+            return {"kd": self.weight * difference.square().mean()}
+
+
+def _similarities(feature: Tensor) -> Tensor:
+    rows = at_least_float32(feature).flatten(1)
+    return unit(rows @ rows.T)

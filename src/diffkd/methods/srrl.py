@@ -1,0 +1,65 @@
+"""SRRL: let the teacher's classifier judge the student's feature."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.losses import mse
+from diffkd.methods.inputs import embed, like_parameters
+from diffkd.modules import BatchNorm
+from diffkd.shape import FeatureShape, Want
+
+
+class SRRL(nn.Module):
+    """Softmax regression representation learning (Yang, Martinez, Bulat, Tzimiropoulos, ICLR 2021).
+
+    The student's feature goes through a connector (1x1 convolution, batch normalisation, ReLU) to the teacher's
+    channels. Two squared errors: "feature", between the averages over positions, and "kd", between what the teacher's
+    classifier makes of both. Mean squared errors with weights of 1, as in the authors' code.
+
+    Args:
+        student: the student's shape, the last feature before the classifier.
+        teacher: the teacher's shape, the same.
+        feature_weight: factor of "feature".
+        weight: factor of both losses.
+
+    Raises:
+        ValueError: if one is a map and the other a vector.
+    """
+
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    needs: ClassVar[tuple[str, ...]] = ("teacher_head",)
+
+    def __init__(
+        self, student: FeatureShape, teacher: FeatureShape, *, feature_weight: float = 1.0, weight: float = 1.0
+    ) -> None:
+        super().__init__()
+        if student.is_map != teacher.is_map:
+            raise ValueError(f"SRRL needs two maps or two vectors, got {student} and {teacher}; pool the map first")
+        channels = student.channels, teacher.channels
+        linear = nn.Conv2d(*channels, 1, bias=False) if teacher.is_map else nn.Linear(*channels, bias=False)
+        self.connector = nn.Sequential(linear, BatchNorm(teacher.channels), nn.ReLU())
+        self.feature_weight, self.weight = feature_weight, weight
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, *, teacher_head: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Compare the features and what the teacher's head makes of them.
+
+        Args:
+            student: (B, Cs, H, W) or (B, Cs).
+            teacher: (B, Ct, H, W) or (B, Ct).
+            teacher_head: what the frozen teacher does after the layer: a feature of the teacher's shape to logits.
+
+        Returns:
+            {"kd": loss of the logits, "feature": loss of the features}.
+        """
+        connected = self.connector(like_parameters(student, self.connector)).to(teacher.dtype)
+        with torch.no_grad():
+            target = teacher_head(teacher)
+        return {
+            "kd": self.weight * mse(teacher_head(connected), target),
+            "feature": self.weight * self.feature_weight * mse(embed(connected), embed(teacher.detach())),
+        }

@@ -1,0 +1,47 @@
+"""When, and how strongly, a distillation loss counts in the course of a training."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A factor that follows the epoch: 0 before `start`, rising linearly for `warmup` epochs, 0 again from `stop` on.
+
+    Args:
+        start: first epoch in which the loss counts, counted from 0; fractions are allowed.
+        warmup: epochs in which the factor rises from 0 to 1.
+        stop: epoch from which the loss counts no more; None: to the end.
+
+    Raises:
+        ValueError: if a number is negative, or nothing is left between start and stop.
+    """
+
+    start: float = 0.0
+    warmup: float = 0.0
+    stop: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.warmup < 0 or (self.stop is not None and self.stop <= self.start):
+            raise ValueError(
+                f"a ramp needs start >= 0, warmup >= 0 and stop > start, got {self.start}, {self.warmup}, {self.stop}"
+            )
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the factor is 1 throughout."""
+        return self == ALWAYS
+
+    def __call__(self, epoch: float) -> float:
+        """Return the factor at an epoch, fractional within it.
+
+        >>> ramp = Ramp(start=2, warmup=4, stop=10)
+        >>> [ramp(epoch) for epoch in (0, 2, 4, 6, 9.9, 10)]
+        [0.0, 0.0, 0.5, 1.0, 1.0, 0.0]
+        """
+        if epoch < self.start or (self.stop is not None and epoch >= self.stop):
+            return 0.0
+        return min(1.0, (epoch - self.start) / self.warmup) if self.warmup else 1.0
+
+
+ALWAYS = Ramp()
+"""The loss counts in full from the first step to the last."""

@@ -1,0 +1,427 @@
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_diffkd import Parameters, plain_diffkd
+from torch import nn
+
+from diffkd import DiffKD, FeatureShape
+from diffkd.losses import dist, kl_divergence, mse
+from diffkd.official import their_name, to_official_state
+
+CASES = {
+    "map": ({"student_channels": 6, "teacher_channels": 8, "kind": "map"}, (3, 4), 5),
+    "map with autoencoder": ({"student_channels": 6, "teacher_channels": 16, "ae_channels": 9}, (4, 3), 5),
+    "map in three steps": ({"student_channels": 8, "teacher_channels": 4, "inference_steps": 3}, (3, 3), 3),
+    "vector": ({"student_channels": 10, "teacher_channels": 10, "kind": "vector"}, (1, 1), 5),
+    "vector with autoencoder": (
+        {"student_channels": 7, "teacher_channels": 10, "kind": "vector", "ae_channels": 12},
+        (1, 1),
+        5,
+    ),
+}
+
+
+def randomise(model: nn.Module) -> None:
+    """Move every parameter and statistic away from its tell-tale 0 or 1."""
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+        elif value.is_floating_point() and value.ndim == 1:
+            value.add_(0.3 * torch.randn_like(value))
+
+
+def draws(shape, dtype):
+    return {
+        "noise": torch.randn(shape, dtype=dtype),
+        "diffusion_noise": torch.randn(shape, dtype=dtype),
+        "timesteps": torch.randint(1000, shape[:1]),
+    }
+
+
+def assert_close(actual, expected, tolerance, scale=None):
+    """Relative to the largest entry of the group: many gradients are zero but for rounding."""
+    scale = float(expected.detach().abs().max()) if scale is None else scale
+    assert float((actual.reshape(expected.shape) - expected).detach().abs().max()) <= tolerance * max(scale, 1e-30)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "gradient_tolerance"),
+    [(torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-4)],
+    ids=["float64", "float32"],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_plain_transcription(case, dtype, tolerance, gradient_tolerance, training):
+    options, size, steps = CASES[case]
+    model = DiffKD(**options).to(dtype).train(training)
+    randomise(model)
+    student = torch.randn(4, options["student_channels"], *size, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(4, options["teacher_channels"], *size, dtype=dtype, requires_grad=True)
+    given = draws((4, model.latent_channels, *size), dtype)
+
+    values = {name: value.clone() for name, value in to_official_state(model).items()}
+    trainable = {their_name(name): p for name, p in model.named_parameters()}
+    leaves = {name: values[name].requires_grad_() for name in trainable}
+    inputs = [student.detach().requires_grad_(), teacher.detach().requires_grad_()]
+    plain = Parameters(values, training)
+    expected = plain_diffkd(plain, *inputs, **given, is_map=model.is_map, steps=steps)
+    result = model(student, teacher, **given)
+
+    assert_close(result.denoised, expected["denoised"], tolerance)
+    assert_close(result.target, expected["target"], tolerance)
+    assert_close(result.gamma, expected["gamma"], tolerance)
+    terms = ["kd", "diffusion"] + ["reconstruction"] * ("ae_channels" in options)
+    assert sorted(result.losses) == sorted(terms)
+    for term in terms:
+        assert_close(result.losses[term], expected[term], tolerance)
+
+    sum(result.losses.values()).backward()
+    sum(expected[term] for term in terms).backward()
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    scale = max(float(gradient.abs().max()) for gradient in gradients.values())
+    assert {name for name, p in trainable.items() if p.grad is not None} == set(gradients)
+    for name, gradient in gradients.items():
+        assert_close(trainable[name].grad, gradient, gradient_tolerance, scale)
+    for ours, theirs in zip((student, teacher), inputs, strict=True):
+        assert_close(ours.grad, theirs.grad, gradient_tolerance, scale)
+
+    state = to_official_state(model)
+    for name, value in plain.updated.items():
+        assert_close(state[name].double(), value.double(), tolerance)
+
+
+def gradients_of(loss, model, *tensors):
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, [*parameters, *tensors], allow_unused=True, retain_graph=True)
+    parts = {name.split(".")[0] for name, g in zip(names, found, strict=False) if g is not None and g.abs().max() > 0}
+    return parts, *(g is not None for g in found[len(names) :])
+
+
+class TestWhereGradientsGo:
+    def losses(self, **options):
+        model = DiffKD(6, 8, **options)
+        student, teacher = torch.randn(4, 6, 3, 3, requires_grad=True), torch.randn(4, 8, 3, 3, requires_grad=True)
+        return model, student, teacher, model(student, teacher).losses
+
+    def test_with_autoencoder(self):
+        model, student, teacher, losses = self.losses(ae_channels=5)
+        student_side = {"student_projection", "noise_adapter", "denoiser", "output_projection"}
+        assert gradients_of(losses["kd"], model, student, teacher) == (student_side, True, False)
+        assert gradients_of(losses["diffusion"], model, student, teacher) == ({"denoiser"}, False, False)
+        assert gradients_of(losses["reconstruction"], model, student, teacher) == ({"autoencoder"}, False, True)
+
+    def test_without_autoencoder_the_target_is_attached_as_in_the_authors_code(self):
+        model, student, teacher, losses = self.losses()
+        assert gradients_of(losses["kd"], model, student, teacher)[1:] == (True, True)
+        assert gradients_of(losses["diffusion"], model, student, teacher) == ({"denoiser"}, False, True)
+
+    def test_unless_it_is_detached(self):
+        model, student, teacher, losses = self.losses(detach_target=True)
+        assert gradients_of(losses["kd"], model, student, teacher)[1:] == (True, False)
+        assert gradients_of(losses["diffusion"], model, student, teacher)[1:] == (False, False)
+
+    def test_the_time_embedding_learns_from_the_diffusion_loss(self):
+        model, *_, losses = self.losses()
+        losses["diffusion"].backward()
+        assert model.denoiser.time_embedding.weight.grad.abs().max() > 0
+
+
+class TestOptions:
+    def run(self, model, *, channels=(6, 8), size=(3, 3), seed=1):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return model(torch.randn(4, channels[0], *size), torch.randn(4, channels[1], *size))
+
+    def test_no_noise_adapter(self):
+        model = DiffKD(6, 8, noise_adapter=False)
+        result = self.run(model)
+        assert torch.equal(result.gamma, torch.ones(4))
+        assert not any("noise_adapter" in name for name in model.state_dict())
+        student, teacher = torch.randn(4, 6, 3, 3), torch.randn(4, 8, 3, 3)
+        model.eval()
+        noises = torch.randn(2, 4, 8, 3, 3)
+        with_noise = [model(student, teacher, noise=noise).denoised for noise in noises]
+        assert torch.equal(*with_noise)
+
+    def test_inference_steps_start_and_schedule(self):
+        assert "timesteps 400, 300, 200, 100, 0" in repr(DiffKD(6, 8))
+        assert "timesteps 332, 166, 0" in repr(DiffKD(6, 8, inference_steps=3))
+        assert "timesteps 500, 250" in repr(DiffKD(6, 8, inference_steps=2, start_timestep=500))
+        assert "timesteps 40, 30, 20, 10, 0" in repr(DiffKD(6, 8, num_train_timesteps=100))
+        assert DiffKD(6, 8, beta_schedule="cosine").steps != DiffKD(6, 8).steps
+
+    def test_timesteps_are_drawn_from_all_there_are(self):
+        model = DiffKD(2, 2, kind="vector", num_train_timesteps=3, inference_steps=1)
+        seen = []
+        model.denoiser.time_embedding.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+        model(torch.randn(200, 2), torch.randn(200, 2))
+        assert seen[-1].unique().tolist() == [0, 1, 2]
+
+    @pytest.mark.parametrize(
+        ("distance", "reference"),
+        [
+            ("mse", mse),
+            ("kl", partial(kl_divergence, temperature=3.0)),
+            ("dist", partial(dist, temperature=3.0)),
+            (nn.L1Loss(), nn.functional.l1_loss),
+        ],
+    )
+    def test_distances(self, distance, reference):
+        result = self.run(DiffKD(6, 8, distance=distance, temperature=3.0))
+        torch.testing.assert_close(result.losses["kd"], reference(result.denoised, result.target))
+
+    def test_logits_are_compared_by_kl_unless_told_otherwise(self):
+        shape = FeatureShape(5, (), "logits")
+        student, teacher = torch.randn(2, 4, 5).unbind()
+        result = DiffKD(shape, shape)(student, teacher)
+        torch.testing.assert_close(result.losses["kd"], kl_divergence(result.denoised, result.target))
+        result = DiffKD(shape, shape, distance="mse")(student, teacher)
+        torch.testing.assert_close(result.losses["kd"], mse(result.denoised, result.target))
+
+    def test_weights_scale_their_terms(self):
+        plain = DiffKD(6, 8, ae_channels=4)
+        heavy = DiffKD(6, 8, ae_channels=4, kd_weight=2.0, diffusion_weight=3.0, reconstruction_weight=0.0)
+        heavy.load_state_dict(plain.state_dict())
+        before, after = self.run(plain).losses, self.run(heavy).losses
+        factors = {term: float(after[term] / before[term]) for term in before}
+        assert factors == pytest.approx({"kd": 2.0, "diffusion": 3.0, "reconstruction": 0.0})
+
+    def test_sum_is_the_squared_norm_averaged_over_the_batch(self):
+        mean, total = DiffKD(6, 8, ae_channels=4), DiffKD(6, 8, ae_channels=4, error="sum")
+        total.load_state_dict(mean.state_dict())
+        before, after = self.run(mean).losses, self.run(total).losses
+        factors = {term: float(after[term] / before[term]) for term in before}
+        assert factors == pytest.approx({"kd": 1.0, "diffusion": 4 * 9, "reconstruction": 8 * 9}, rel=1e-5)
+
+    @pytest.mark.parametrize("options", [{"ae_channels": 12}, {}])
+    def test_the_papers_variant_sets_every_difference(self, options):
+        model = DiffKD(6, 8, variant="paper", **options)
+        norms = [name for name, module in model.named_modules() if type(module).__name__ == "BatchNorm"]
+        assert all(".block." in name for name in norms)
+        assert isinstance(model.output_projection, nn.Identity)
+        assert "timesteps 500, 400, 300, 200, 100" in repr(model)
+        assert model.denoiser.pred[0].activate
+        student, teacher = torch.randn(4, 6, 3, 3), torch.randn(4, 8, 3, 3, requires_grad=True)
+        result = model(student, teacher)
+        assert not result.target.requires_grad
+        spelled_out = DiffKD(
+            6,
+            8,
+            output_projection=False,
+            latent_norm=False,
+            denoiser_norm=False,
+            activate=True,
+            error="sum",
+            start_timestep=500,
+            detach_target=True,
+            **options,
+        )
+        spelled_out.load_state_dict(copy.deepcopy(model.state_dict()))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                self.run(model).losses.values(), self.run(spelled_out).losses.values(), strict=True
+            )
+        )
+
+    def test_an_option_overrides_the_variant(self):
+        model = DiffKD(6, 8, variant="paper", output_projection=True, start_timestep=-1, error="mean")
+        assert isinstance(model.output_projection, nn.Sequential)
+        assert "timesteps 400," in repr(model)
+        assert model.error == "mean"
+
+
+@given(
+    student=st.integers(1, 20),
+    teacher=st.integers(1, 20),
+    ae=st.one_of(st.none(), st.integers(1, 20)),
+    steps=st.integers(1, 8),
+    batch=st.integers(1, 4),
+    size=st.one_of(st.none(), st.tuples(st.integers(1, 6), st.integers(1, 6))),
+    variant=st.sampled_from(["code", "paper"]),
+    training=st.booleans(),
+)
+@settings(max_examples=40)
+def test_any_shape_gives_finite_losses_and_gradients(student, teacher, ae, steps, batch, size, variant, training):
+    shapes = [FeatureShape(channels, size or ()) for channels in (student, teacher)]
+    model = DiffKD(*shapes, ae_channels=ae, inference_steps=steps, variant=variant).train(training)
+    x = torch.randn(batch, student, *(size or ()), requires_grad=True)
+    result = model(x, torch.randn(batch, teacher, *(size or ())))
+    assert result.denoised.shape == result.target.shape == (batch, ae or teacher, *(size or ()))
+    assert result.gamma.shape == (batch,)
+    total = sum(result.losses.values())
+    total.backward()
+    assert total.isfinite()
+    assert x.grad.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_vectors_may_come_as_unit_maps():
+    model = DiffKD(5, 7, kind="vector")
+    student, teacher = torch.randn(4, 5), torch.randn(4, 7)
+    given = draws((4, 7), torch.float32)
+    flat = model(student, teacher, **given)
+    unit = model(student[..., None, None], teacher[..., None, None], **given)
+    assert unit.denoised.shape == unit.target.shape == (4, 7, 1, 1)
+    assert torch.equal(unit.denoised[..., 0, 0], flat.denoised)
+    given = {name: x[..., None, None] if x.ndim == 2 else x for name, x in given.items()}
+    assert torch.equal(model(student, teacher, **given).denoised, flat.denoised)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
+def test_memory_layout_does_not_matter(layout):
+    model = DiffKD(6, 8, ae_channels=4).double()
+    features = [torch.randn(4, c, 3, 5, dtype=torch.float64) for c in (6, 8)]
+    given = draws((4, 4, 3, 5), torch.float64)
+    expected = copy.deepcopy(model)(*features, **given)
+    if layout == "channels_last":
+        features = [x.to(memory_format=torch.channels_last) for x in features]
+    if layout == "permuted":
+        features = [x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for x in features]
+    torch.testing.assert_close(model(*features, **given).denoised, expected.denoised, rtol=1e-10, atol=1e-10)
+
+
+def test_draws_repeat_with_the_seed_and_happen_in_evaluation_too():
+    model = DiffKD(6, 8).eval()
+    student, teacher = torch.randn(2, 6, 3, 3), torch.randn(2, 8, 3, 3)
+    torch.manual_seed(5)
+    first = model(student, teacher)
+    second = model(student, teacher)
+    torch.manual_seed(5)
+    again = model(student, teacher)
+    assert torch.equal(first.denoised, again.denoised)
+    assert torch.equal(first.losses["diffusion"], again.losses["diffusion"])
+    assert not torch.equal(first.denoised, second.denoised)
+    # Drawn in this order: the student's noise, the diffusion noise, the timesteps.
+    torch.manual_seed(5)
+    given = {"noise": torch.randn(2, 8, 3, 3), "diffusion_noise": torch.randn(2, 8, 3, 3)}
+    given["timesteps"] = torch.randint(1000, (2,))
+    assert torch.equal(model(student, teacher, **given).losses["diffusion"], first.losses["diffusion"])
+
+
+def train_three_steps(dtype, kind):
+    torch.manual_seed(0)
+    size = (4, 4) if kind == "map" else ()
+    model = DiffKD(FeatureShape(6, size), FeatureShape(8, size), ae_channels=5)
+    student, teacher = nn.Parameter(torch.randn(8, 6, *size)), torch.randn(8, 8, *size)
+    optimizer = torch.optim.SGD([*model.parameters(), student], lr=0.05)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            features = student * 1.0, teacher
+            if dtype is not None:
+                features = tuple(x.to(dtype) for x in features)
+            result = model(*features)
+            loss = sum(result.losses.values())
+        assert result.denoised.dtype == loss.dtype == torch.float32
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in [*model.parameters(), student])
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["map", "vector"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_finite_and_close(dtype, kind):
+    """The authors' code turns to NaN on the second step, since its schedule is rounded."""
+    assert train_three_steps(dtype, kind) == pytest.approx(train_three_steps(None, kind), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_cast_to_half_keeps_its_schedule(dtype):
+    model, half = DiffKD(6, 8, ae_channels=5), None
+    half = copy.deepcopy(model).to(dtype)
+    assert torch.equal(half.alphas_cumprod_bits, model.alphas_cumprod_bits)
+    student, teacher = torch.randn(4, 6, 3, 3), torch.randn(4, 8, 3, 3)
+    given = draws((4, 5, 3, 3), torch.float32) | {"timesteps": torch.tensor([0, 1, 500, 999])}
+    for _ in range(2):
+        expected, result = model(student, teacher, **given), half(student.to(dtype), teacher.to(dtype), **given)
+    assert all(loss.dtype == torch.float32 for loss in result.losses.values())
+    for term, loss in expected.losses.items():
+        torch.testing.assert_close(result.losses[term], loss, rtol=0.1, atol=0.05)
+    sum(result.losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in half.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_compute_the_same(copied):
+    model = DiffKD(6, FeatureShape(8, (3, 3), "logits"), ae_channels=5, temperature=2.0)
+    twin = copied(model)
+    student, teacher = torch.randn(4, 6, 3, 3), torch.randn(4, 8, 3, 3)
+    given = draws((4, 5, 3, 3), torch.float32)
+    for ours, theirs in zip(
+        model(student, teacher, **given).losses.values(), twin(student, teacher, **given).losses.values(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in twin.parameters()}
+
+
+def test_the_schedule_is_not_in_the_state():
+    state = DiffKD(6, 8, ae_channels=5).state_dict()
+    assert not any("alphas" in name or "steps" in name for name in state)
+    DiffKD(6, 8, ae_channels=5, inference_steps=2, beta_schedule="cosine").load_state_dict(state)
+
+
+def test_shapes_are_taken_for_channel_counts():
+    model = DiffKD(FeatureShape(6, (4, 4)), FeatureShape(8, (7, 7)))
+    assert model.is_map
+    assert (model.student_channels, model.teacher_channels) == (6, 8)
+    assert not DiffKD(FeatureShape(6), FeatureShape(8)).is_map
+    assert not DiffKD(FeatureShape(6), 8).is_map
+    assert DiffKD(6, 8).is_map
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DiffKD(6, 8, variant="book"), "variant must be 'code' or 'paper', got 'book'"),
+        (lambda: DiffKD(6, 8, ae_channels=0), "ae_channels must be at least 1"),
+        (lambda: DiffKD(6, 8, temperature=0.0), "temperature must be above 0"),
+        (lambda: DiffKD(6, 8, distance="l7"), "mse, kl, dist or a callable, got 'l7'"),
+        (lambda: DiffKD(6, 8, error="median"), "error must be 'mean' or 'sum', got 'median'"),
+        (lambda: DiffKD(6, 8, kind="tensor"), "kind must be 'map' or 'vector', got 'tensor'"),
+        (lambda: DiffKD(6, 8, inference_steps=0), "inference_steps must be in 1..500"),
+        (lambda: DiffKD(6, 8, start_timestep=1000), "start_timestep must be in 1..999"),
+        (lambda: DiffKD(0, 8), "at least 1 channel, got 0"),
+        (lambda: DiffKD(FeatureShape(6), FeatureShape(8, (7, 7))), "pool the map first"),
+        (lambda: DiffKD(FeatureShape(6), FeatureShape(8), kind="map"), "mix maps and vectors"),
+    ],
+)
+def test_bad_options_are_named(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("kind", "student", "teacher", "message"),
+    [
+        ("map", (2, 7, 3, 3), (2, 8, 3, 3), r"student's feature has shape \(2, 7, 3, 3\).*\(B, 6, H, W\)"),
+        ("map", (2, 6), (2, 8), r"built for \(B, 6, H, W\)"),
+        ("map", (2, 6, 3, 3), (2, 8, 6, 6), "resize one of them first"),
+        ("map", (2, 6, 3, 3), (3, 8, 3, 3), "same batch"),
+        ("vector", (2, 6), (2, 8, 3, 3), r"teacher's feature has shape .*\(B, 8\) or \(B, 8, 1, 1\)"),
+    ],
+)
+def test_features_of_another_shape_are_named(kind, student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        DiffKD(6, 8, kind=kind)(torch.randn(student), torch.randn(teacher))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"noise": torch.randn(2, 8, 3, 4)}, r"noise has shape \(2, 8, 3, 4\), expected \(2, 8, 3, 3\)"),
+        ({"diffusion_noise": torch.randn(2, 8)}, r"diffusion_noise has shape \(2, 8\), expected \(2, 8, 3, 3\)"),
+        ({"timesteps": torch.zeros(3, dtype=torch.long)}, r"timesteps has shape \(3,\), expected \(2,\)"),
+    ],
+)
+def test_draws_of_another_shape_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        DiffKD(6, 8)(torch.randn(2, 6, 3, 3), torch.randn(2, 8, 3, 3), **given)
