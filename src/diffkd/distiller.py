@@ -77,8 +77,12 @@ class Distiller(nn.Module):
         teacher_input: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
-        if unwrap(student) is unwrap(teacher):
-            raise ValueError("student and teacher are the same object; copy.deepcopy one of them")
+        trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+        if unwrap(student) is unwrap(teacher) or any(id(parameter) in trained for parameter in teacher.parameters()):
+            raise ValueError(
+                "student and teacher share parameters: training the student would change the teacher; "
+                "copy.deepcopy one of them"
+            )
         self.student = student
         # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
         self._teacher = [teacher.eval()]
@@ -119,10 +123,11 @@ class Distiller(nn.Module):
                 read_teacher(pair.teacher_names, several=several, layout=pair.teacher_layout),
             )
             self.readers.append((ours, theirs))
-            self.methods.append(_build(pair.method or methods[0], ours, theirs))
+            self.methods.append(_build(methods[0] if pair.method is None else pair.method, ours, theirs))
         if (parameter := next(student.parameters(), None)) is not None:
             self.methods.to(parameter.device)
-        self.register_buffer("ramp_factors", torch.ones(len(self.pairs)), persistent=False)
+        device = None if parameter is None else parameter.device
+        self.register_buffer("ramp_factors", torch.ones(len(self.pairs), device=device), persistent=False)
         self.set_epoch(0.0)
         self.gammas: dict[str, Tensor] = {}
 
@@ -223,7 +228,8 @@ class Distiller(nn.Module):
     def _distil(self, inputs: Any, context: dict[str, Any]) -> tuple[Any, list[Observation]]:
         teacher_inputs = inputs if self.teacher_input is None else self.teacher_input(inputs)
         with torch.no_grad():
-            _, theirs = self._teacher_recorder.record(self.teacher, teacher_inputs)
+            # The example was cast to the teacher's type, so a teacher in half precision gets its images likewise.
+            _, theirs = self._teacher_recorder.record(self.teacher, on_device_of(self.teacher, teacher_inputs))
         output, ours = self._student_recorder.record(self.student, inputs)
         results = []
         for name, (our_reader, their_reader), method in zip(self.names, self.readers, self.methods, strict=True):

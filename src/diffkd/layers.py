@@ -74,14 +74,19 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     input_size = input_size_of(example)
     prefix = prefix_tokens(model)
     seen: list[_Seen] = []
-    handles = [module.register_forward_hook(_probe_hook(name, seen)) for name, module in model.named_modules() if name]
+    handles = [
+        module.register_forward_hook(_probe_hook(name, seen))
+        for name, module in model.named_modules()
+        if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule)  # which take no hooks
+    ]
     try:
         with evaluation_mode(model), torch.no_grad():
             output = run(model, example)
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(
             f"{type(model).__name__} cannot take an example of shape {_shapes(example)} "
-            f"({type(error).__name__}: {str(error).strip()[:300]}); give the example as the model is called in training"
+            f"({type(error).__name__}: {reason}); give the example as the model is called in training"
         ) from error
     finally:
         for handle in handles:

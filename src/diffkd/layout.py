@@ -87,7 +87,7 @@ def infer_layout(shape: Sequence[int], input_size: tuple[int, int] | None, prefi
         if input_size is None or _proportional(shape[2], shape[3], input_size):
             return Layout("nchw")
         return Layout("nhwc") if _proportional(shape[1], shape[2], input_size) else None
-    if len(shape) == 3 and input_size is not None:
+    if len(shape) == 3 and shape[2] > 1 and input_size is not None:
         count = shape[1]
         prefixes = range(min(MAX_PREFIX_TOKENS, count - 1) + 1) if prefix is None else (prefix,)
         for tokens in prefixes:
@@ -99,8 +99,10 @@ def infer_layout(shape: Sequence[int], input_size: tuple[int, int] | None, prefi
 def _proportional(height: int, width: int, input_size: tuple[int, int]) -> bool:
     full_height, full_width = input_size
     fits = height <= full_height and width <= full_width
-    # Each side is rounded to a whole cell on its own, so the proportions may be off by one cell of either.
-    return fits and abs(height * full_width - width * full_height) <= max(input_size)
+    # Each side is rounded to a whole cell on its own, so the proportions may be off by one cell of either; but the
+    # equal sides of a square are rounded alike, which tells 7x7x8 from 7x8 positions, and 16 + 4 tokens from 4x5.
+    tolerance = 0 if full_height == full_width else max(input_size)
+    return fits and abs(height * full_width - width * full_height) <= tolerance
 
 
 def _grid(count: int, input_size: tuple[int, int]) -> tuple[int, int] | None:
@@ -123,10 +125,10 @@ def select_tensor(output: Any, key: str | None = None) -> Tensor | None:
     Returns:
         The tensor, or None if there is none.
     """
-    if isinstance(output, Tensor):
-        return output
     if key is not None:
         return select_tensor(_element(output, key))
+    if isinstance(output, Tensor):
+        return output
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits

@@ -24,6 +24,10 @@ _DEFAULTS: dict[str, Any] = {
     "use_ae": False,
     "ae_channels": None,
 }
+# A layer's name may hold any of the first words ("backbone.model.layer4"), so that the second is looked at too.
+_MODULE_ENTRY = re.compile(
+    r"_diff\.(.+)\.((?:trans|model\.(?:pred|time_embedding)|proj\.\d|ae\.(?:en|de)coder|noise_adapter\.(?:feat|pred))\..+)"
+)
 
 
 def from_official(
@@ -80,7 +84,7 @@ def load_official_state(model: DiffKD, state_dict: Mapping[str, Tensor]) -> None
     problems += [
         f"{their_name(name)} is {tuple(value.shape)}, expected {tuple(own[name].shape)}"
         for name, value in theirs.items()
-        if name in own and value.numel() != own[name].numel()
+        if name in own and value.shape not in (own[name].shape, _their_shape(model, name, own[name]).shape)
     ]
     if problems:
         raise ValueError(f"these parameters are not of this DiffKD: {'; '.join(problems[:8])}; check its config")
@@ -122,14 +126,16 @@ def split_checkpoint(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
         `(student, modules)`: the student's own entries, and a DiffKD by teacher layer name.
 
     Raises:
-        ValueError: if the entries of a module are incomplete.
+        ValueError: if the entries of a module are incomplete, or not of a DiffKD module.
     """
     plain = {re.sub(r"^(module\.)+", "", name): value for name, value in state_dict.items()}
     student = {name: value for name, value in plain.items() if not name.startswith(("_diff.", "_align."))}
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in plain.items():
-        if match := re.fullmatch(r"_diff\.(.+?)\.((?:trans|model|proj|ae|noise_adapter)\..+)", name):
+        if match := _MODULE_ENTRY.fullmatch(name):
             layers.setdefault(match[1], {})[match[2]] = value
+        elif name.startswith("_diff."):
+            raise ValueError(f"the checkpoint's entry {name!r} is not of a DiffKD module of the authors' code")
     return student, {layer: _module_from_state(layer, state) for layer, state in layers.items()}
 
 

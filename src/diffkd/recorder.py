@@ -29,13 +29,25 @@ class Recorder:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def attach(self, model: nn.Module) -> None:
-        """Hang the hooks into `model`, whose layers must exist."""
+        """Hang the hooks into `model`, whose layers must exist.
+
+        Raises:
+            ValueError: if there is no such layer, or the model is compiled already.
+        """
         modules = dict(unwrap(model).named_modules())
         for name in self.names:
             path, key = split_selector(name)
-            module = modules.get("" if path == OUTPUT and path not in modules else path)
+            if path == OUTPUT:
+                continue  # what the model returns needs no hook
+            module = modules.get(path)
             if module is None:
                 raise ValueError(f"layer '{path}' is not in {type(unwrap(model)).__name__}")
+            if hasattr(model, "_orig_mod"):
+                # Hooks are not guarded: a graph made before, even of another model of this class, would be run again.
+                raise ValueError(
+                    f"{type(unwrap(model)).__name__} is compiled already, and ignores hooks on its layers; give the "
+                    "model itself, and compile the distiller"
+                )
             module.register_forward_hook(_Tap(self, name, key))
 
     def record(self, model: nn.Module, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -50,11 +62,15 @@ class Recorder:
         finally:
             # Nothing is held on to: activations would live until the next batch.
             outputs, self.outputs, self.active = self.outputs, {}, False
+        for name in self.names:
+            path, key = split_selector(name)
+            if path == OUTPUT and (tensor := select_tensor(output, key)) is not None:
+                outputs[name] = tensor
         missing = [name for name in self.names if name not in outputs]
         if missing:
             raise ValueError(
                 f"layer '{missing[0]}' of {type(unwrap(model)).__name__} returned no tensor to record: either it does "
-                "not run in this mode, its output has no such element, or the model was compiled and called before; "
+                "not run in this mode, its output has no such element, or a part of the model is compiled already; "
                 "compile the distiller instead"
             )
         return output, outputs

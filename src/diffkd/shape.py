@@ -46,4 +46,4 @@ class FeatureShape:
 
 def channels_of(feature: int | FeatureShape) -> int:
     """Return the channel count of `feature`, given as a count or as a shape."""
-    return feature.channels if isinstance(feature, FeatureShape) else feature
+    return feature.channels if isinstance(feature, FeatureShape) else FeatureShape(feature).channels

@@ -49,7 +49,8 @@ class TeacherInput(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, C, H', W') for the teacher from the student's (B, C, H, W)."""
-        images = self.scale * images + self.shift
+        # Moved along, since the example comes before the distiller's first `.to()`, and in the type of the images.
+        images = self.scale.to(images) * images + self.shift.to(images)
         if self.size is not None and tuple(images.shape[2:]) != tuple(self.size):
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
         return images

@@ -113,7 +113,7 @@ def save_student(student: nn.Module, path: str | Path, card: Mapping[str, Any] |
     facts = {"parameters": sum(p.numel() for p in unwrap(student).parameters()), **(card or {})}
     text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
     write_whole(path, lambda file: save_file(state, file, metadata={"format": "pt"}))
-    write_whole(path.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(path.with_suffix(".json"), text)
     return path
 
 
@@ -126,6 +126,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, as :func:`write_whole` does."""
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -143,8 +148,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     os.close(handle)
     temporary = Path(name)
     try:
-        temporary.chmod(0o666 & ~_umask())
         write(temporary)
+        temporary.chmod(0o666 & ~_umask())  # afterwards, since safetensors makes the file anew, for its owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -224,9 +224,7 @@ class TestOptions:
         spelled_out.load_state_dict(copy.deepcopy(model.state_dict()))
         assert all(
             torch.equal(a, b)
-            for a, b in zip(
-                self.run(model).losses.values(), self.run(spelled_out).losses.values(), strict=True
-            )
+            for a, b in zip(self.run(model).losses.values(), self.run(spelled_out).losses.values(), strict=True)
         )
 
     def test_an_option_overrides_the_variant(self):
@@ -348,6 +346,16 @@ def test_a_module_cast_to_half_keeps_its_schedule(dtype):
         torch.testing.assert_close(result.losses[term], loss, rtol=0.1, atol=0.05)
     sum(result.losses.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in half.parameters())
+
+
+def test_half_precision_does_not_round_the_noise_away():
+    """The first timestep keeps 0.9999 of the signal, which is 1 in bfloat16."""
+    model = DiffKD(6, 8).bfloat16()
+    seen = []
+    model.denoiser.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    teacher, given = torch.zeros(4, 8, 3, 3), draws((4, 8, 3, 3), torch.float32)
+    model(torch.randn(4, 6, 3, 3), teacher, **given | {"timesteps": torch.zeros(4, dtype=torch.long)})
+    torch.testing.assert_close(seen[-1], 0.01 * given["diffusion_noise"], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

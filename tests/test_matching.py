@@ -1,0 +1,144 @@
+from functools import partial
+
+import pytest
+import torch
+from small_nets import MLP, ChannelsLastNet, ConvNet, Pyramid, TokenNet, Wrapped
+from torch import nn
+
+from diffkd import DIST, KD, DiffKD, FitNet, Pair, list_layers, match_layers
+from diffkd.matching import DEFAULT_WANTS, last_feature, stages, wants_of
+
+IMAGES = torch.randn(2, 3, 16, 16)
+
+
+def names(pairs):
+    return [(pair.student_names, pair.teacher_names) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        (ConvNet(), "stage"),
+        (Wrapped(ConvNet()), "net.0.0.stage"),
+        (Wrapped(Wrapped(ConvNet())), "net.0.0.net.0.0.stage"),
+        (TokenNet(), "blocks"),
+        (ChannelsLastNet(), "block"),
+        (Wrapped(ChannelsLastNet()), "net.0.0.block"),
+        (Pyramid(), "named"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)), "1"),
+    ],
+)
+def test_the_last_feature_is_the_last_map_before_pooling(net, expected):
+    assert last_feature(list_layers(net, IMAGES)).name == expected
+
+
+def test_without_maps_it_is_the_last_hidden_vector():
+    assert last_feature(list_layers(MLP(), torch.randn(2, 12))).name == "second"
+    assert last_feature(list_layers(nn.Linear(4, 3), torch.randn(2, 4))) is None
+
+
+def test_heads_are_no_features():
+    class AttentionPooled(nn.Module):
+        """Its head looks at a map of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.trunk = nn.Conv2d(3, 8, 3, 2, 1)
+            self.head = nn.Sequential(nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+        def forward(self, x):
+            return self.head(self.trunk(x))
+
+    class ScoresThenPools(nn.Module):
+        """Classifies every position with a 1x1 convolution."""
+
+        def __init__(self):
+            super().__init__()
+            self.trunk, self.score = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 10, 1)
+
+        def forward(self, x):
+            return self.score(self.trunk(x)).mean(dim=(2, 3))
+
+    assert last_feature(list_layers(AttentionPooled(), IMAGES)).name == "trunk"
+    assert last_feature(list_layers(ScoresThenPools(), IMAGES)).name == "trunk"
+
+
+def test_feature_and_logits_are_paired_for_diffkd():
+    pairs = match_layers(ConvNet(4), TokenNet(), IMAGES, method=DiffKD)
+    assert names(pairs) == [(("stage",), ("blocks",)), (("output",), ("output",))]
+    assert all(pair.method is DiffKD for pair in pairs)
+
+
+def test_other_classes_leave_the_feature_alone():
+    assert names(match_layers(ConvNet(classes=10), ConvNet(classes=7), IMAGES)) == [(("stage",), ("stage",))]
+
+
+def test_methods_get_what_they_want():
+    assert names(match_layers(ConvNet(), ConvNet(), IMAGES, method=KD)) == [(("output",), ("output",))]
+    assert names(match_layers(ConvNet(), ConvNet(), IMAGES, method=FitNet)) == [(("stage",), ("stage",))]
+    tau = partial(partial(DIST, temperature=4.0), weight=2.0)
+    assert wants_of(tau) == DIST.wants == {"logits"}
+    assert wants_of(None) == wants_of(lambda student, teacher: nn.Identity()) == DEFAULT_WANTS
+
+
+def test_logits_methods_say_why_they_cannot_be_paired():
+    with pytest.raises(ValueError, match=r"nothing to pair for KD, which wants logits: .* 10 and 7 classes.*give pair"):
+        match_layers(ConvNet(classes=10), ConvNet(classes=7), IMAGES, method=KD)
+
+
+def test_models_without_anything_say_so():
+    with pytest.raises(ValueError, match="last features are missing and missing"):
+        match_layers(nn.Linear(4, 3), nn.Linear(4, 2), torch.randn(2, 4))
+
+
+class Deep(nn.Module):
+    """Four resolutions, two blocks each."""
+
+    def __init__(self, depth=4):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 1, 1)
+        self.stages = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1)) for _ in range(depth - 1))
+        )
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.fc(self.stages(self.stem(x)).mean(dim=(2, 3)))
+
+
+class PerStage(nn.Module):
+    wants = frozenset({"stages"})
+
+
+class PerLevels(nn.Module):
+    wants = frozenset({"levels"})
+
+
+def test_stages_go_from_large_to_small():
+    layers = list_layers(Deep(), torch.randn(1, 3, 32, 32))
+    assert [str(layer.feature_shape) for layer in stages(layers)] == ["4x32x32", "4x16x16", "4x8x8", "4x4x4"]
+    assert stages(layers)[-1].name == last_feature(layers).name
+    assert stages(list_layers(MLP(), torch.randn(2, 12))) == []
+
+
+def test_stages_pair_from_the_deepest_on():
+    example = torch.randn(1, 3, 32, 32)
+    each = match_layers(Deep(3), Deep(4), example, method=PerStage)
+    assert [len(pair.student_names) for pair in each] == [1, 1, 1]
+    assert names(each)[-1] == (("stages",), ("stages",))
+    (together,) = match_layers(Deep(3), Deep(4), example, method=PerLevels)
+    assert together.name == "levels"
+    assert list(zip(together.student_names, together.teacher_names, strict=True)) == [
+        (a[0], b[0]) for a, b in names(each)
+    ]
+
+
+def test_the_teacher_may_see_another_size():
+    pairs = match_layers(ConvNet(), TokenNet(), IMAGES, teacher_example=torch.randn(2, 3, 32, 32))
+    assert len(pairs) == 2
+
+
+def test_a_pair_names_its_layers():
+    assert Pair("a").teacher_names == ("a",)
+    assert Pair("a", "b").teacher_names == ("b",)
+    assert Pair(["a", "b"]).student_names == Pair(["a", "b"]).teacher_names == ("a", "b")

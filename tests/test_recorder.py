@@ -1,0 +1,101 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from small_nets import ConvNet, Pyramid, TwoInputs
+from torch import nn
+
+from diffkd.recorder import Recorder, split_selector
+
+IMAGES = torch.randn(2, 3, 16, 16)
+
+
+def recorder_on(model, *names):
+    recorder = Recorder(names)
+    recorder.attach(model)
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("layer4", ("layer4", None)),
+        ("blocks.3.mlp", ("blocks.3.mlp", None)),
+        ("fpn[0]", ("fpn", "0")),
+        ("fpn[-1]", ("fpn", "-1")),
+        ("backbone.body[layer 4]", ("backbone.body", "layer 4")),
+        ("[0]", ("[0]", None)),
+    ],
+)
+def test_selectors(name, expected):
+    assert split_selector(name) == expected
+
+
+def test_records_what_the_layers_return():
+    model = ConvNet().eval()
+    recorder = recorder_on(model, "stage", "output")
+    output, outputs = recorder.record(model, IMAGES)
+    assert sorted(outputs) == ["output", "stage"]
+    assert outputs["output"] is output
+    assert torch.equal(outputs["stage"], model.stage(model.stem(IMAGES)))
+
+
+def test_elements_of_tuples_and_mappings():
+    model = Pyramid().eval()
+    recorder = recorder_on(model, "levels[0]", "levels[-1]", "named[coarse]", "output[features]", "output")
+    output, outputs = recorder.record(model, IMAGES)
+    assert outputs["levels[0]"].shape == (2, 4, 8, 8)
+    assert outputs["levels[-1]"].shape == (2, 8, 4, 4)
+    assert torch.equal(outputs["named[coarse]"], outputs["levels[-1]"])
+    assert outputs["output[features]"] is output["features"]
+    assert outputs["output"] is output["logits"]
+
+
+def test_inputs_may_be_tuples_or_mappings():
+    model = TwoInputs().eval()
+    recorder = recorder_on(model, "vector")
+    extra = torch.randn(2, 5)
+    by_position = recorder.record(model, (IMAGES, extra))[1]["vector"]
+    by_name = recorder.record(model, {"extra": extra, "pixels": IMAGES})[1]["vector"]
+    assert torch.equal(by_position, by_name)
+
+
+def test_nothing_is_recorded_outside_nor_held_after():
+    model = ConvNet()
+    recorder = recorder_on(model, "stage")
+    model(IMAGES)
+    assert recorder.outputs == {}
+    recorder.record(model, IMAGES)
+    assert recorder.outputs == {}
+    assert not recorder.active
+    with pytest.raises(RuntimeError):
+        recorder.record(model, torch.randn(2, 1, 4, 4))
+    assert recorder.outputs == {}
+    assert not recorder.active
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_the_model_do_not_report_here(copied):
+    model = ConvNet()
+    recorder = recorder_on(model, "stage")
+    twin = copied(model)
+    recorder.active = True
+    twin(IMAGES)
+    assert recorder.outputs == {}
+
+
+def test_unknown_layers():
+    with pytest.raises(ValueError, match="layer 'nothing' is not in ConvNet"):
+        recorder_on(ConvNet(), "nothing")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(Pyramid, "levels[5]"), (Pyramid, "named[x]"), (ConvNet, "stage[0]"), (ConvNet, "unused")]
+)
+def test_layers_that_leave_nothing(model, name):
+    model = model()
+    model.unused = nn.Identity()
+    recorder = recorder_on(model, name)
+    with pytest.raises(ValueError, match="returned no tensor to record"):
+        recorder.record(model, IMAGES)
