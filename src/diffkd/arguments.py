@@ -1,0 +1,113 @@
+"""Options of the command line, made from the arguments of typed functions."""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Misuse(Exception):  # noqa: N818
+    """The words of the command line do not fit the command."""
+
+
+def fit_with(words: list[str]) -> Any:
+    """Call :func:`~diffkd.tasks.fit.fit` with the words of a command line: [RECIPE] [OPTIONS].
+
+    Raises:
+        Misuse: if the words do not fit.
+        FileNotFoundError: if there is no such recipe.
+    """
+    import diffkd.data  # noqa: F401  (its modules can then be named without their package)
+    from diffkd.recipes import find_recipe
+    from diffkd.tasks.fit import fit
+
+    if words and not words[0].startswith("-"):
+        words = [f"--config={find_recipe(words[0])}", *words[1:]]
+    return call(fit, words, "fit", skip={"config"}, configurable=True)
+
+
+def call(
+    function: Callable[..., Any],
+    words: list[str],
+    command: str,
+    *,
+    skip: set[str | int] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    positional: str | None = None,
+    configurable: bool = False,
+) -> Any:
+    """Make options of a function's arguments, parse `words`, and call it.
+
+    Args:
+        function: typed; its docstring describes the options.
+        words: of the command line.
+        command: the command's name, for messages.
+        skip: arguments that are no options.
+        fixed: values of arguments that are no options.
+        positional: the argument that the first word stands for, where it is no option.
+        configurable: take `--config FILE` for any number of files of values, later ones before earlier ones, and hand
+            the function what was resolved as its argument `config`.
+
+    Returns:
+        What the function returns; None after `--help`.
+
+    Raises:
+        Misuse: if the words do not fit.
+    """
+    import yaml
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    if positional is not None and words and not words[0].startswith("-"):
+        words = [f"--{positional}={words[0]}", *words[1:]]
+    parameters = inspect.signature(function).parameters
+    parser = ArgumentParser(prog=f"diffkd {command}", exit_on_error=False)
+    if configurable:
+        parser.add_argument("--config", action="config", help="recipe: a file of values for these options")
+    parser.add_function_arguments(function, skip={*(skip or ()), *(fixed or ())})
+    if "seed" in parameters and "data" in parameters:
+        parser.link_arguments("seed", "data.init_args.seed")
+    if "optimizer" in parameters:
+        from diffkd.tasks.describe import describe
+
+        parser.set_defaults({"optimizer": describe(parameters["optimizer"].default)})
+    if {"-h", "--help"} & set(words):
+        # The parser lists every known subclass of Module, pages of them.
+        print(re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", parser.format_help()), end="")  # noqa: T201
+        return None
+    flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
+    try:
+        values = parser.parse_args(_with_lists(_with_values(words, flags), parameters))
+    except ArgumentError as error:
+        raise Misuse(" ".join(str(error).split())) from error
+    arguments = parser.instantiate(values).as_dict()
+    arguments.pop("config", None)
+    if configurable:
+        dumped = parser.dump(values, skip_validation=True)
+        arguments["config"] = {k: v for k, v in yaml.safe_load(dumped).items() if k != "config"}
+    return function(**arguments, **(fixed or {}))
+
+
+def _with_values(words: list[str], flags: set[str]) -> list[str]:
+    """Let `--resume` stand for `--resume=true`."""
+    spoken = ("true", "false", "yes", "no")
+    pairs = zip(words, [*words[1:], ""], strict=False)
+    return [f"{word}=true" if word in flags and after.lower() not in spoken else word for word, after in pairs]
+
+
+def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Let `--methods kd dist` stand for `--methods=["kd", "dist"]`, for arguments that are lists of plain values."""
+    lists = {
+        f"--{name}" for name, one in parameters.items() if str(one.annotation).startswith(("list[str]", "list[int]"))
+    }
+    joined: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        values = []
+        while word in lists and position < len(words) and not words[position].startswith(("-", "[")):
+            values.append(words[position])
+            position += 1
+        joined.append(f"{word}={json.dumps(values)}" if values else word)
+    return joined

@@ -1,0 +1,139 @@
+"""The command line: `diffkd COMMAND`, each command a typed function whose arguments are its options."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+from diffkd.arguments import Misuse, call, fit_with
+
+_HELP = """usage: diffkd COMMAND [OPTIONS]
+
+Knowledge distillation for vision models, with DiffKD at its heart.
+
+commands:
+{commands}
+
+`diffkd COMMAND --help` lists the options of a command.
+--traceback, or DIFFKD_TRACEBACK=1, shows where an error came from.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after `diffkd`; None: those of this process.
+
+    Returns:
+        0 if all went well, 1 if the command failed, 2 if it was called wrongly, 128 and the signal's number if it was
+        interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    wants_traceback = "--traceback" in words or os.environ.get("DIFFKD_TRACEBACK") == "1"
+    words = [word for word in words if word != "--traceback"]
+    commands = _commands()
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        lines = (f"  {name:{width}}  {(run.__doc__ or '').splitlines()[0]}" for name, run in commands.items())
+        print(_HELP.format(commands="\n".join(lines)), end="")  # noqa: T201
+        return 0 if words else 2
+    if words[0] == "--version":
+        from diffkd import __version__
+
+        print(__version__)  # noqa: T201
+        return 0
+    if words[0] not in commands:
+        return _fail(f"there is no command {words[0]!r}; there are {', '.join(commands)}", 2)
+    if missing := [name for name in ("lightning", "jsonargparse", "torchmetrics", "rich") if find_spec(name) is None]:
+        return _fail(f"`diffkd {words[0]}` needs {', '.join(missing)}: pip install 'diffkd[train]'", 1)
+    try:
+        commands[words[0]](words[1:])
+    except Misuse as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (ValueError, TypeError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
+        if wants_traceback:
+            raise
+        return _fail(str(error) or type(error).__name__, 1)
+    except Exception as error:
+        if (signum := getattr(error, "signum", None)) is not None:
+            return _fail(str(error), 128 + signum)
+        if wants_traceback or not type(error).__module__.startswith("lightning."):
+            raise  # a mistake of this package's: all that is known of it should be seen
+        return _fail(str(error), 1)
+    return 0
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    found: dict[str, Callable[[list[str]], None]] = {
+        "fit": _fit,
+        "test": _test,
+        "layers": _layers,
+        "export": _export,
+        "compare": _compare,
+        "recipes": _recipes,
+    }
+    if find_spec("diffkd.demo") is not None:
+        found = {"demo": _demo, **found}
+    return found
+
+
+def _demo(words: list[str]) -> None:
+    """Distil a small student with each method, in minutes, with data that come with the package."""
+    from diffkd.demo import demo
+
+    call(demo, words, "demo")
+
+
+def _fit(words: list[str]) -> None:
+    """Train a student, alone or with a teacher: diffkd fit [RECIPE] --out FOLDER [OPTIONS]."""
+    fit_with(words)
+
+
+def _compare(words: list[str]) -> None:
+    """Train a recipe with several methods and seeds: diffkd compare RECIPE --out FOLDER [OPTIONS] [-- FIT_OPTIONS]."""
+    from diffkd.compare import compare
+
+    split = words.index("--") if "--" in words else len(words)
+    fixed = {"options": words[split + 1 :]}
+    call(compare, words[:split], "compare", fixed=fixed, positional="recipe")
+
+
+def _test(words: list[str]) -> None:
+    """Measure a trained student: diffkd test RUN_OR_FILE [OPTIONS]."""
+    import diffkd.data  # noqa: F401
+    from diffkd.tasks.evaluation import evaluate
+
+    call(evaluate, words, "test", positional="student")
+
+
+def _layers(words: list[str]) -> None:
+    """List the layers of a model, and with --teacher the pairs of two: diffkd layers MODEL [OPTIONS]."""
+    from diffkd.tasks.layer_table import layers
+
+    call(layers, words, "layers", positional="model")
+
+
+def _export(words: list[str]) -> None:
+    """Save the plain student of a run or checkpoint: diffkd export RUN_OR_CHECKPOINT --out FILE."""
+    from diffkd.tasks.student_file import export
+
+    call(export, words, "export", positional="source")
+
+
+def _recipes(words: list[str]) -> None:
+    """List the recipes that come with the package, for diffkd fit."""
+    from diffkd.recipes import recipes
+
+    call(recipes, words, "recipes")
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"diffkd: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tasks: one LightningModule for each, and what their training shares."""

@@ -1,0 +1,169 @@
+"""Checkpoints that are whole or not there, read as data, and saved often enough."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import nn
+
+from diffkd.tasks.classification import ClassificationTask
+from diffkd.tasks.interruption import Interrupted, StopRequest
+from diffkd.weights import write_whole
+
+
+class WholeFiles(CheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is whole; reads without running code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint`; on failure raise OSError and leave the file that was there."""
+        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint of plain values and tensors."""
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this package on the CPU, without running any code in it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, holds anything but plain values and tensors, or is of another program.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever the broken or hostile bytes lead it to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise ValueError(f"{path} is no whole checkpoint ({reason}); start again, or take another one") from error
+    if not isinstance(content, dict) or not isinstance(content.get("diffkd"), dict):
+        raise ValueError(f"{path} is no checkpoint of this package; give the last.ckpt of a run folder")
+    return content
+
+
+class Saver(Checkpoint):
+    """Saves at the end of every epoch, every so many steps, and when the training is asked to stop.
+
+    Before anything is written, the losses and the weights are checked to be finite. A failure to write ends the
+    training with the earlier checkpoint whole: going on could lose far more than the one epoch.
+
+    Args:
+        path: of the checkpoint; each overwrites the one before.
+        every_steps: steps between two checkpoints within an epoch; None: at its end only.
+        max_steps: end the training, as if it were complete, after so many steps; None: by epochs alone.
+        on_epoch: called on the first process at the end of each epoch, before the checkpoint is written.
+        how_to_resume: what to tell a user whose training was interrupted.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        every_steps: int | None = None,
+        max_steps: int | None = None,
+        on_epoch: Callable[[ClassificationTask], None] | None = None,
+        how_to_resume: str = "",
+    ) -> None:
+        if (every_steps is not None and every_steps < 1) or (max_steps is not None and max_steps < 1):
+            raise ValueError(f"save_every_steps and max_steps must be at least 1, got {every_steps} and {max_steps}")
+        self.path, self.every_steps, self.max_steps = path, every_steps, max_steps
+        self.on_epoch, self.how_to_resume = on_epoch, how_to_resume
+        self.stop = StopRequest()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to signals, from here on: the trainer has installed its own handlers before."""
+        self.stop.listen()
+        if self.max_steps is not None and trainer.global_step >= self.max_steps:
+            trainer.should_stop = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time to, or if the training is to stop."""
+        step = trainer.global_step
+        if self.max_steps is not None and step >= self.max_steps:
+            trainer.should_stop = True
+            return
+        if batch_idx + 1 == trainer.num_training_batches:
+            return  # the end of the epoch saves, after validation
+        task = _task(pl_module)
+        due = self.every_steps is not None and step % self.every_steps == 0
+        asks = due or trainer.world_size == 1 or step % task.log_every == 0
+        signum = self.stop.agreed(pl_module.device) if asks else 0
+        if due or signum:
+            self.save(trainer, task)
+        if signum:
+            raise self._interrupted(trainer, signum)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, and stop if that is asked for."""
+        task = _task(pl_module)
+        if trainer.is_global_zero and self.on_epoch is not None:
+            check_weights(task)
+            self.on_epoch(task)
+        self.save(trainer, task)
+        finished = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        signum = self.stop.agreed(pl_module.device)
+        if signum and not finished:
+            raise self._interrupted(trainer, signum)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back."""
+        self.stop.stop_listening()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self.stop.stop_listening()
+
+    def save(self, trainer: Trainer, task: ClassificationTask) -> None:
+        """Write the checkpoint; call on all processes at once.
+
+        Raises:
+            FloatingPointError: if a loss or a weight is not finite; nothing is written then.
+            OSError: if the file cannot be written; the earlier one is whole then.
+        """
+        task.ledger.check()
+        check_weights(task)
+        trainer.save_checkpoint(self.path)
+
+    def _interrupted(self, trainer: Trainer, signum: int) -> Interrupted:
+        done = f"stopped after step {trainer.global_step} and saved {self.path}"
+        return Interrupted(f"{done}. {self.how_to_resume}".strip(), signum)
+
+
+def check_weights(task: ClassificationTask) -> None:
+    """Raise FloatingPointError, naming the first, if weights of the student or of a method are not finite.
+
+    A loss can be finite and its gradient not, so the losses alone do not tell.
+    """
+    parts: dict[str, nn.Module] = {"the student": task.student}
+    if task.distiller is not None:
+        names = (
+            f"the {type(m).__name__} of pair '{n}'"
+            for n, m in zip(task.distiller.names, task.distiller.methods, strict=True)
+        )
+        parts.update(zip(names, task.distiller.methods, strict=True))
+    for owner, part in parts.items():
+        tensors = [t for t in part.state_dict().values() if t.is_floating_point()]
+        if tensors and not torch.stack([t.isfinite().all() for t in tensors]).all():
+            name = next(n for n, t in part.state_dict().items() if not t.isfinite().all())
+            raise FloatingPointError(
+                f"weight '{name}' of {owner} was not finite after step {task.global_step}, though the losses were; "
+                "lower the learning rate or clip gradients. The earlier checkpoint is whole."
+            )
+
+
+def _task(module: LightningModule) -> ClassificationTask:
+    if not isinstance(module, ClassificationTask):
+        raise TypeError(f"Saver saves a ClassificationTask, not a {type(module).__name__}")
+    return module

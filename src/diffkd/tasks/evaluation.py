@@ -1,0 +1,133 @@
+"""Measuring a saved student exactly as at the end of its training."""
+
+import importlib
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from rich.console import Console
+from torch import nn
+
+from diffkd.data.augmentation import Augmentation
+from diffkd.models import load_model
+from diffkd.tasks.classification import ClassificationTask
+from diffkd.tasks.data_facts import DataFacts, facts_of
+from diffkd.tasks.fit import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
+from diffkd.tasks.quiet import quiet_trainer
+from diffkd.tasks.student_file import Which, find_student, read_card
+from diffkd.teacher_input import TeacherInput
+
+
+def evaluate(
+    student: str,
+    *,
+    model: str | None = None,
+    data: LightningDataModule | None = None,
+    which: Which = "last",
+    precision: str | None = None,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> dict[str, float]:
+    """Measure a student on the evaluation set.
+
+    What is not given is read off the card beside the weights. A card is believed where it names models of the known
+    libraries and data of this package; code of anybody's own runs only if it is named here.
+
+    Args:
+        student: folder of a run, or file of weights.
+        model: name of the model, as for fit.
+        data: data to measure on.
+        which: of a run, the student of the last or of the best epoch.
+        precision: as for fit; None: as in training.
+        accelerator: cpu, gpu, mps, or auto.
+        progress: print what was found.
+
+    Returns:
+        "top1", with more than five classes "top5", both in 0..1, and "loss", the mean cross entropy.
+
+    Raises:
+        FileNotFoundError: if there are no such weights, or the data are not where they were.
+        ValueError: if the weights do not fit the model, or neither the arguments nor the card say what is needed.
+    """
+    path = find_student(student, which)
+    card = read_card(path)
+    data = _data_of(card) if data is None else data
+    facts = facts_of(data)
+    name = model or _model_of(card, str(path))
+    classes, channels = card.get("num_classes", facts.num_classes), card.get("in_channels", facts.in_channels)
+    if (classes, channels) != (facts.num_classes, facts.in_channels):
+        raise ValueError(
+            f"{path} is for {classes} classes and {channels} channels, the data have {facts.num_classes} and "
+            f"{facts.in_channels}; give the data it was trained on with --data"
+        )
+    built = load_model(name, num_classes=classes, in_channels=channels, weights=path)
+    task = ClassificationTask(
+        _renormalised(built, card, facts),
+        num_classes=facts.num_classes,
+        optimizer=DEFAULT_OPTIMIZER,
+        schedule=DEFAULT_SCHEDULE,
+        epochs=1,
+    )
+    with quiet_trainer():
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision or card.get("precision", "32-true"),  # type: ignore[arg-type]  # checked by the trainer
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        trainer.validate(task, datamodule=data, verbose=False)
+    measured = task.measured
+    console = Console(quiet=not progress)
+    console.print(
+        f"{path}: {name}, {sum(p.numel() for p in built.parameters()):,} parameters", highlight=False, soft_wrap=True
+    )
+    for metric, value in measured.items():
+        recorded = card.get("metrics", {}).get(metric)
+        note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}, {card.get('which', '')})"
+        console.print(f"{metric:5} {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
+    return measured
+
+
+def _shown(metric: str, value: float) -> str:
+    return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
+
+
+def _model_of(card: dict[str, Any], path: str) -> str:
+    name = card.get("model")
+    if not isinstance(name, str):
+        raise ValueError(f"{path} has no card that says which model it is; give --model, such as cifar/resnet20")
+    if ":" in name and not name.startswith(("timm/", "hf/")):
+        raise ValueError(f"the card names code to run, {name!r}; if you trust it, give it yourself: --model {name}")
+    return name
+
+
+def _data_of(card: dict[str, Any]) -> LightningDataModule:
+    """Build the data module that a card names, if it is one of this package's."""
+    description = card.get("data") or {}
+    module, _, name = str(description.get("class_path", "")).rpartition(".")
+    if not module:
+        raise ValueError("nothing says what to measure on; give --data, such as diffkd.data.FashionMNIST")
+    kind = getattr(importlib.import_module("diffkd.data"), name, None)
+    ours = module == "diffkd.data" or module.startswith("diffkd.data.")
+    if not ours or not isinstance(kind, type) or not issubclass(kind, LightningDataModule):
+        raise ValueError(
+            f"the card names data of somebody's own, {module}.{name}; give --data {module}.{name} yourself"
+        )
+    arguments = dict(description.get("init_args") or {})
+    if isinstance(arguments.get("augmentation"), dict):
+        arguments["augmentation"] = Augmentation(**arguments["augmentation"])
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the data cannot be made from the card ({error}); give --data {module}.{name} ...") from error
+
+
+def _renormalised(model: nn.Module, card: dict[str, Any], facts: DataFacts) -> nn.Module:
+    """Let the model see images normalised as in its training, whatever the data's own normalisation."""
+    mean, std = tuple(card.get("mean", facts.mean)), tuple(card.get("std", facts.std))
+    if (mean, std) == (facts.mean, facts.std):
+        return model
+    return nn.Sequential(TeacherInput(facts.mean, facts.std, mean, std), model)

@@ -1,0 +1,261 @@
+"""`fit`: train a student, alone or with a teacher, and leave a folder with all that came of it."""
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from rich.console import Console
+
+from diffkd.matching import Pair
+from diffkd.methods import MethodFactory
+from diffkd.ramp import ALWAYS, Ramp
+from diffkd.tasks.card import make_card, versions, with_metrics
+from diffkd.tasks.checkpointing import Saver, WholeFiles
+from diffkd.tasks.classification import ClassificationTask
+from diffkd.tasks.data_facts import facts_of
+from diffkd.tasks.describe import describe
+from diffkd.tasks.memory import peak_memory, reset_peak
+from diffkd.tasks.optimization import OptimizerFactory, Schedule
+from diffkd.tasks.progress import TrainingProgress
+from diffkd.tasks.quiet import quiet_trainer
+from diffkd.tasks.replicas import is_first_process
+from diffkd.tasks.report import StartReport
+from diffkd.tasks.run_folder import RunFolder
+from diffkd.tasks.setup import build_distiller, build_student, build_teacher
+from diffkd.tasks.student_file import read_card
+from diffkd.weights import save_student
+
+DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+DEFAULT_SCHEDULE = Schedule("cosine")
+
+
+def fit(
+    student: str,
+    data: LightningDataModule,
+    out: str | Path,
+    *,
+    teacher: str | None = None,
+    teacher_weights: str | None = None,
+    teacher_pretrained: bool = False,
+    student_weights: str | None = None,
+    student_pretrained: bool = False,
+    method: list[MethodFactory] | MethodFactory | None = None,
+    pairs: Literal["auto"] | list[Pair] = "auto",
+    task_weight: float = 1.0,
+    method_weight: float = 1.0,
+    method_ramp: Ramp = ALWAYS,
+    epochs: int = 100,
+    optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    decay_all: bool = True,
+    label_smoothing: float = 0.0,
+    ema: float | None = None,
+    gradient_clip: float | None = None,
+    precision: str = "32-true",
+    seed: int = 0,
+    resume: bool = False,
+    max_steps: int | None = None,
+    log_every: int = 50,
+    save_every_steps: int | None = None,
+    compile: bool = False,
+    accelerator: str = "auto",
+    devices: list[int] | int | str = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    progress: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train a classifier; with a teacher and a method, distil the teacher into it.
+
+    Args:
+        student: name of the model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., package.module:function.
+        data: where images and labels come from; says how many classes and channels there are.
+        out: folder of the run; must be new or empty, unless `resume`.
+        teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
+        teacher_weights: file of its weights, or the folder of the run that trained it.
+        teacher_pretrained: use its published weights.
+        student_weights: file, or folder of a run, to start the student from.
+        student_pretrained: start the student from its published weights.
+        method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, diffkd.FitNet, or one of your own; or a
+            list of them, each then paired as it wants.
+        pairs: which layers learn from which; "auto" finds out.
+        task_weight: factor of the cross entropy with the labels.
+        method_weight: factor of all distillation losses.
+        method_ramp: when in the training they count: start, warm-up and stop, in epochs.
+        epochs: length of the training.
+        optimizer: any optimiser, such as torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop.
+        schedule: how the learning rate changes over the epochs.
+        decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
+        label_smoothing: share of the label that is spread over all classes.
+        ema: decay of a running average of the student, such as 0.9999, which is then measured and saved.
+        gradient_clip: largest norm of the gradient.
+        precision: 32-true, bf16-mixed, 16-mixed, or another of Lightning's.
+        seed: of initial weights, order, augmentation and noise.
+        resume: go on with the run in `out`, if there is one.
+        max_steps: stop after so many steps and write the results, to try a recipe out.
+        log_every: steps between two entries in the log.
+        save_every_steps: save within the epochs too, every so many steps.
+        compile: compile the training step with torch.compile.
+        accelerator: cpu, gpu, mps, or auto.
+        devices: how many, or which; the batch size is per device.
+        num_nodes: machines, each with as many devices.
+        strategy: of training on several devices; auto takes DDP.
+        progress: show how the training goes.
+        config: what to record as the values of the run; None: these arguments.
+
+    Returns:
+        The result, as `result.json` in `out` holds it: "last" and "best" epoch with their accuracies, and more.
+
+    Raises:
+        FileExistsError: if `out` holds something and `resume` is off.
+        ValueError: if the arguments do not fit together.
+        FloatingPointError: if the training diverges; names loss and step.
+        Interrupted: if it was asked to stop by SIGINT or SIGTERM, after saving.
+        KeyboardInterrupt: if it was asked twice.
+    """
+    values = dict(locals())
+    config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
+    config = {name: value for name, value in config.items() if name != "resume"}
+    _check_teaching(teacher, method, pairs)
+    folder = RunFolder(out)
+    first = is_first_process()
+    console = Console(stderr=True, quiet=not (progress and first))
+    if (finished := folder.check(config, resume=resume)) is not None:
+        console.print(f"{folder.path} is finished", soft_wrap=True)
+        console.print(summary(finished), highlight=False, soft_wrap=True)
+        return finished
+
+    facts = facts_of(data)
+    model = build_student(student, facts, weights=student_weights, pretrained=student_pretrained, seed=seed)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    task = ClassificationTask(
+        model
+        if teacher is None
+        else build_distiller(
+            model,
+            *build_teacher(teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained),
+            example=facts.example,
+            pairs=pairs,
+            method=method,
+            seed=seed,
+        ),
+        num_classes=facts.num_classes,
+        optimizer=optimizer,
+        schedule=schedule,
+        epochs=epochs,
+        decay_all=decay_all,
+        task_weight=task_weight,
+        method_weight=method_weight,
+        method_ramp=method_ramp,
+        label_smoothing=label_smoothing,
+        mixup=facts.mixup,
+        cutmix=facts.cutmix,
+        ema=ema,
+        seed=seed,
+        log_every=log_every,
+    )
+    if compile:
+        task.model.compile()
+    card = task.card = make_card(student, facts, config)
+    if first:
+        folder.start(config)
+
+    def on_epoch(task: ClassificationTask) -> None:
+        row = task.history.rows[-1]
+        if row["top1"] > read_card(folder.best).get("metrics", {}).get("top1", -1.0):
+            save_student(task.result, folder.best, with_metrics(card, row, "best epoch"))
+        task.history.write_csv(folder.metrics)
+
+    saver = Saver(
+        folder.checkpoint,
+        every_steps=save_every_steps,
+        max_steps=max_steps,
+        on_epoch=on_epoch,
+        how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume",
+    )
+    resumes = resume and folder.checkpoint.is_file()
+    if resume and not resumes:
+        console.print(f"nothing to resume in {folder.path}; starting at the beginning", soft_wrap=True)
+    reset_peak()
+    with quiet_trainer():
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=_strategy(strategy, devices, num_nodes),
+            precision=precision,  # type: ignore[arg-type]  # checked by the trainer
+            max_epochs=epochs,
+            gradient_clip_val=gradient_clip,
+            logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
+            callbacks=[StartReport(console), TrainingProgress(console), saver],
+            plugins=[WholeFiles()],
+            default_root_dir=folder.path,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resumes else None)
+        except SystemExit as leaving:  # how the trainer answers a second Ctrl-C
+            raise KeyboardInterrupt from leaving
+
+    last = task.history.rows[-1]
+    best = read_card(folder.best) or with_metrics({}, task.history.best, "best epoch")
+    result = {
+        "last": last,
+        "best": {"epoch": best["epoch"], **best["metrics"]},
+        "parameters": parameters,
+        "method_parameters": sum(p.numel() for p in task.model.parameters()) - parameters,
+        "peak_memory": peak_memory(trainer.strategy.root_device),
+        "device": _device_name(trainer),
+        "seed": seed,
+        "command": shlex.join(sys.argv),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": versions(),
+    }
+    if first:
+        save_student(task.result, folder.student, with_metrics(card, last, "last epoch"))
+        folder.finish(result)
+        console.print(summary(result), highlight=False, soft_wrap=True)
+    return result
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """Return a result in one line: accuracy of the last and the best epoch, parameters, seconds."""
+    scores = (
+        f"{which} epoch ({int(result[which]['epoch'])}) top1 {100 * result[which]['top1']:.2f} %"
+        for which in ("last", "best")
+    )
+    return f"{', '.join(scores)}; {result['parameters']:,} parameters, {result['last']['seconds']:.0f} s"
+
+
+def _check_teaching(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
+    taught = method is not None or pairs != "auto"
+    if taught and teacher is None:
+        raise ValueError("a method needs a teacher to learn from: give --teacher, or leave the method and pairs out")
+    if teacher is not None and not taught:
+        raise ValueError("a teacher needs a method: give --method, such as diffkd.DiffKD, or leave the teacher out")
+
+
+def _strategy(strategy: str, devices: list[int] | int | str, num_nodes: int) -> str | Strategy:
+    several = num_nodes > 1 or not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1))
+    if strategy == "ddp" or (strategy == "auto" and several):
+        # Buffers are brought into line before each validation, whose batches may differ in number between processes.
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return strategy
+
+
+def _device_name(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{trainer.world_size} x {name}"

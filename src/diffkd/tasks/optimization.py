@@ -1,0 +1,119 @@
+"""The optimiser's parameter groups, and the learning rate as a pure function of how far training has come."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate changes: peak rate times a factor that depends on the epoch alone.
+
+    The epoch is counted from 0 and is fractional within an epoch. Nothing is accumulated, so a resumed run has the same
+    rates as an uninterrupted one.
+
+    Args:
+        kind: "constant"; "step": times `factor` at every milestone or after every `every` epochs; "exponential": times
+            `factor` per `every` epochs, smoothly; "cosine": half a cosine from the end of warm-up to the last epoch,
+            where it arrives at `floor`.
+        milestones: epochs at which "step" decays; empty: every `every` epochs.
+        every: period of "step" without milestones, and of "exponential", in epochs.
+        factor: of "step" and "exponential".
+        floor: share of the peak rate below which "cosine" does not fall.
+        warmup_epochs: the rate first rises linearly, for this many epochs; the schedule's own epochs run on meanwhile.
+        warmup_start: share of the peak rate from which it rises.
+        per: "step" changes the rate with every optimiser step, "epoch" at the start of every epoch. Warm-up is always
+            per step.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    kind: Literal["constant", "step", "exponential", "cosine"] = "cosine"
+    milestones: Sequence[float] = ()
+    every: float = 1.0
+    factor: float = 0.1
+    floor: float = 0.0
+    warmup_epochs: float = 0.0
+    warmup_start: float = 0.0
+    per: Literal["step", "epoch"] = "step"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("constant", "step", "exponential", "cosine"):
+            raise ValueError(f"schedule.kind must be constant, step, exponential or cosine, got {self.kind!r}")
+        if self.every <= 0 or self.factor <= 0:
+            raise ValueError(f"schedule.every and schedule.factor must be above 0, got {self.every} and {self.factor}")
+        if self.warmup_epochs < 0 or not 0 <= self.warmup_start <= 1 or not 0 <= self.floor <= 1:
+            raise ValueError(
+                "schedule: warmup_epochs must be at least 0, warmup_start and floor in 0..1, got "
+                f"{self.warmup_epochs}, {self.warmup_start} and {self.floor}"
+            )
+
+    def __call__(self, epoch: float, epochs: int) -> float:
+        """Return the factor of the peak rate.
+
+        Args:
+            epoch: finished epochs, fractional.
+            epochs: length of the whole training.
+
+        >>> [Schedule("step", milestones=[2, 3])(epoch, 4) for epoch in (0.0, 1.9, 2.0)]
+        [1.0, 1.0, 0.1]
+        """
+        if epoch < self.warmup_epochs:
+            return self.warmup_start + (1 - self.warmup_start) * epoch / self.warmup_epochs
+        if self.per == "epoch":
+            epoch = math.floor(epoch)
+        match self.kind:
+            case "constant":
+                return 1.0
+            case "step":
+                passed = sum(epoch >= mark for mark in self.milestones)
+                return self.factor ** (passed if self.milestones else math.floor(epoch / self.every))
+            case "exponential":
+                return float(self.factor ** (epoch / self.every))
+            case "cosine":
+                length = max(epochs - self.warmup_epochs, 1e-12)
+                progress = min(max(epoch - self.warmup_epochs, 0.0) / length, 1.0)
+                return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def build_optimizer(model: nn.Module, factory: OptimizerFactory, *, decay_all: bool = True) -> Optimizer:
+    """Build an optimiser of all trainable parameters of `model`.
+
+    Args:
+        model: its `parameters()` are trained.
+        factory: makes the optimiser from parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`.
+        decay_all: weight decay on every parameter; False: none on biases and on the scales and shifts of normalisation
+            layers (all parameters of at most one dimension).
+
+    Returns:
+        The optimiser; `initial_lr` of each group keeps its peak rate.
+
+    Raises:
+        ValueError: if nothing is trainable.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no trainable parameters; set requires_grad of what should learn")
+    groups: list[dict[str, Any]] = [{"params": trainable}]
+    if not decay_all:
+        groups = [
+            {"params": [p for p in trainable if p.ndim > 1]},
+            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    optimizer = factory([group for group in groups if group["params"]])
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return optimizer
+
+
+def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+    """Set the rate of every group to its peak rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor

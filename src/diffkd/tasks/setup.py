@@ -1,0 +1,138 @@
+"""What a run trains: student and teacher by name, and the distiller that joins them."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from diffkd.data.seeding import mix_seed
+from diffkd.distiller import Distiller
+from diffkd.matching import Pair
+from diffkd.methods import DiffKD, MethodFactory
+from diffkd.models import input_normalization, load_model
+from diffkd.tasks.data_facts import DataFacts
+from diffkd.tasks.describe import factory_of
+from diffkd.tasks.student_file import read_card
+from diffkd.teacher_input import TeacherInput
+from diffkd.weights import read_weights
+
+
+def build_student(name: str, data: DataFacts, *, weights: str | None, pretrained: bool, seed: int) -> nn.Module:
+    """Build the student; its initial weights depend on the seed alone, not on what it is trained with.
+
+    Args:
+        name: as for :func:`~diffkd.models.load_model`.
+        data: says how many classes and channels there are.
+        weights: file to start from, None for none.
+        pretrained: start from the published weights.
+        seed: of the initial weights.
+    """
+    torch.manual_seed(seed)
+    return load_model(
+        name,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        weights=None if weights is None else find_weights(weights),
+        pretrained=pretrained,
+    )
+
+
+def build_teacher(
+    name: str, data: DataFacts, *, weights: str | None, pretrained: bool
+) -> tuple[nn.Module, TeacherInput | None]:
+    """Build the frozen teacher with the classes that its weights have, and what turns the data's images into its own.
+
+    The card beside the weights, if there is one, says classes and normalisation; otherwise the weights themselves and
+    the model's published normalisation do.
+
+    Args:
+        name: as for :func:`~diffkd.models.load_model`.
+        data: what the student sees.
+        weights: file of the teacher's weights, None for published ones.
+        pretrained: use the published weights.
+
+    Returns:
+        The teacher, and its view of the images (None: the same as the student's).
+
+    Raises:
+        ValueError: if there are no weights: an untrained teacher has nothing to teach.
+    """
+    own_code = ":" in name and not name.startswith(("timm/", "hf/"))
+    if weights is None and not pretrained and not own_code:
+        raise ValueError(
+            f"teacher {name} has no weights: give --teacher_weights FILE, or --teacher_pretrained for published ones"
+        )
+    path = None if weights is None else find_weights(weights)
+    card = {} if path is None else read_card(path)
+    channels = card.get("in_channels", data.in_channels)
+    classes = card.get("num_classes")
+    if classes is None and own_code:
+        classes = data.num_classes
+    elif classes is None and path is not None:
+        classes = _classes_in(path, name, data.num_classes, channels)
+    teacher = load_model(name, num_classes=classes, in_channels=channels, weights=path, pretrained=pretrained)
+    theirs = (card["mean"], card["std"]) if card.get("mean") else None
+    if theirs is None and pretrained:
+        theirs = input_normalization(teacher, name)
+    if theirs is None or _close(theirs, (data.mean, data.std)):
+        return teacher, None
+    return teacher, TeacherInput(data.mean, data.std, theirs[0], theirs[1])
+
+
+def build_distiller(
+    student: nn.Module,
+    teacher: nn.Module,
+    teacher_input: TeacherInput | None,
+    *,
+    example: torch.Tensor,
+    pairs: Literal["auto"] | Sequence[Pair],
+    method: MethodFactory | Sequence[MethodFactory] | None,
+    seed: int,
+) -> Distiller:
+    """Join student and teacher; the methods' initial weights depend on the seed alone."""
+    torch.manual_seed(mix_seed(seed, 1))
+    if not isinstance(pairs, str):
+        pairs = [pair if pair.method is None else replace(pair, method=_method(pair.method)) for pair in pairs]
+    methods = [DiffKD] if method is None else method if isinstance(method, Sequence) else [method]
+    factories = [factory_of(one) for one in methods]
+    return Distiller(student, teacher, pairs, example=example, method=factories, teacher_input=teacher_input)
+
+
+def find_weights(weights: str | Path) -> Path:
+    """Return the file meant by `weights`: a file, a run folder (its student), or one that comes with the package.
+
+    Raises:
+        FileNotFoundError: if there is none of these.
+    """
+    path = Path(weights)
+    packaged = Path(str(files("diffkd"))) / "assets" / path
+    for candidate in (path, path / "student.safetensors", packaged):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"there are no weights at {path}: give a file, or the folder of a finished run")
+
+
+def _method(method: Any) -> Any:
+    return method if isinstance(method, nn.Module) else factory_of(method)
+
+
+def _classes_in(weights: Path, name: str, classes: int, channels: int | None) -> int:
+    """Return how many classes the weights are for: the model's entries that depend on it are found by building one."""
+    ours = load_model(name, num_classes=classes, in_channels=channels).state_dict()
+    found = {
+        len(theirs)
+        for entry, theirs in read_weights(weights).items()
+        if entry in ours and theirs.ndim and len(ours[entry]) == classes and theirs.shape != ours[entry].shape
+    }
+    return found.pop() if len(found) == 1 else classes
+
+
+def _close(ours: Any, theirs: Any) -> bool:
+    return all(
+        len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
+        for a, b in zip(ours, theirs, strict=True)
+    )

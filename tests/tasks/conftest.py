@@ -1,0 +1,29 @@
+"""Small images in files, and small classifiers, for whole trainings in seconds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CLASSES = 6
+
+
+@pytest.fixture(scope="session")
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two .npz files of 8x8 images in six classes, told apart by brightness, with noise."""
+    folder = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    files = {}
+    for name, count in (("train", 60), ("test", 36)):
+        labels = np.arange(count) % CLASSES
+        bright = labels[:, None, None, None] * 30
+        images = (draw.integers(0, 60, (count, 8, 8, 3)) + bright).astype(np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=labels)
+        files[name] = str(folder / f"{name}.npz")
+    return files
+
+
+@pytest.fixture(scope="session")
+def model_file() -> str:
+    """The file whose functions build the models of these tests."""
+    return str(Path(__file__).parents[1] / "tiny_models.py")

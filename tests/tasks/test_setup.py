@@ -1,0 +1,85 @@
+"""Teachers: their weights, classes and normalisation."""
+
+import json
+
+import pytest
+import torch
+
+from diffkd import KD, FitNet, TeacherInput, save_student
+from diffkd.models import load_model
+from diffkd.tasks.data_facts import DataFacts
+from diffkd.tasks.setup import build_distiller, build_student, build_teacher, find_weights
+
+FACTS = DataFacts(5, 1, (32, 32), (0.5,), (0.25,), tuple("abcde"), torch.zeros(2, 1, 32, 32))
+NAME = "cifar/compact_resnet8"
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A teacher with seven classes."""
+    return save_student(load_model(NAME, num_classes=7, in_channels=1), tmp_path / "teacher.safetensors")
+
+
+def test_classes_are_read_off_the_weights(weights):
+    weights.with_suffix(".json").unlink()
+    teacher, view = build_teacher(NAME, FACTS, weights=str(weights), pretrained=False)
+    assert teacher.fc.out_features == 7
+    assert view is None
+
+
+def test_the_card_says_how_images_are_normalised(weights):
+    weights.with_suffix(".json").write_text(json.dumps({"num_classes": 7, "mean": [0.0], "std": [1.0]}))
+    _, view = build_teacher(NAME, FACTS, weights=str(weights), pretrained=False)
+    assert isinstance(view, TeacherInput)
+    pixels = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(view((pixels - 0.5) / 0.25), pixels)
+
+
+def test_the_same_normalisation_needs_nothing(weights):
+    weights.with_suffix(".json").write_text(json.dumps({"num_classes": 7, "mean": [0.5], "std": [0.25]}))
+    assert build_teacher(NAME, FACTS, weights=str(weights), pretrained=False)[1] is None
+
+
+def test_teachers_with_other_classes_teach_features(weights):
+    teacher, view = build_teacher(NAME, FACTS, weights=str(weights), pretrained=False)
+    student = build_student(NAME, FACTS, weights=None, pretrained=False, seed=0)
+    options = {"example": FACTS.example, "pairs": "auto", "seed": 0}
+    distiller = build_distiller(student, teacher, view, method=None, **options)
+    assert [pair.student for pair in distiller.pairs] == ["layer3"]
+    with pytest.raises(ValueError, match="5 and 7 classes"):
+        build_distiller(student, teacher, view, method=KD, **options)
+
+
+def test_an_untrained_teacher_is_refused():
+    with pytest.raises(ValueError, match="--teacher_weights"):
+        build_teacher(NAME, FACTS, weights=None, pretrained=False)
+
+
+def test_weights_of_another_model_are_refused(weights):
+    with pytest.raises(ValueError, match="does not fit"):
+        build_teacher("cifar/compact_resnet14", FACTS, weights=str(weights), pretrained=False)
+
+
+def test_weights_are_found_by_file_and_by_run(weights):
+    assert find_weights(weights) == weights
+    weights.rename(weights.with_name("student.safetensors"))
+    assert find_weights(weights.parent).name == "student.safetensors"
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        find_weights("nothing")
+
+
+def test_the_seed_decides_about_student_and_methods(weights):
+    def build(seed):
+        teacher, view = build_teacher(NAME, FACTS, weights=str(weights), pretrained=False)
+        torch.manual_seed(99 - seed)  # what happened before must not matter
+        student = build_student(NAME, FACTS, weights=None, pretrained=False, seed=seed)
+        distiller = build_distiller(
+            student, teacher, view, example=FACTS.example, pairs="auto", method=FitNet, seed=seed
+        )
+        return distiller.state_dict()
+
+    first, again, other = build(1), build(1), build(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["student.fc.weight"], other["student.fc.weight"])
+    projections = [name for name in first if "student_projection" in name and name.endswith("weight")]
+    assert not torch.equal(first[projections[0]], other[projections[0]])

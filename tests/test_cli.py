@@ -1,0 +1,233 @@
+"""The command line: commands, recipes, overrides, and errors in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from diffkd import cli
+
+RECIPE = """
+student: cifar/compact_resnet8
+epochs: 2
+data:
+  class_path: diffkd.data.Arrays
+  init_args: {{train: {folder}/train.npz, test: {folder}/test.npz, batch_size: 12}}
+optimizer:
+  class_path: torch.optim.AdamW
+  init_args: {{lr: 0.01}}
+schedule: {{kind: step, milestones: [1]}}
+accelerator: cpu
+progress: false
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 48), ("test", 24)):
+        labels = np.arange(count) % 4
+        images = (draw.integers(0, 80, (count, 16, 16, 1)) + 40 * labels[:, None, None, None]).astype(np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=labels)
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def teacher(recipe):
+    """The folder of a finished run."""
+    assert cli.main(["fit", str(recipe), f"--out={recipe.parent / 'teacher'}", "--seed=5"]) == 0
+    return recipe.parent / "teacher"
+
+
+def config_of(run):
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+def error_of(capsys):
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("diffkd: ")
+    assert output.err.count("\n") == 1
+    return output.err
+
+
+def test_values_come_from_the_recipe_and_the_command_line(recipe, teacher):
+    config = config_of(teacher)
+    assert config["optimizer"]["class_path"] == "torch.optim.AdamW"
+    assert config["optimizer"]["init_args"]["lr"] == 0.01
+    assert config["schedule"]["milestones"] == [1]
+    assert config["seed"] == 5
+    assert config["out"] == str(teacher)
+    result = json.loads((teacher / "result.json").read_text())
+    assert result["last"]["lr"] == pytest.approx(0.001)
+    assert result["seed"] == 5
+
+
+def test_a_method_and_its_options_on_the_command_line(recipe, teacher, tmp_path):
+    words = ["fit", str(recipe), f"--out={tmp_path}", "--epochs=1", "--teacher=cifar/compact_resnet8"]
+    words += [f"--teacher_weights={teacher}", "--method=diffkd.DiffKD", "--method.ae_channels=9"]
+    words += ["--optimizer.lr=0.02", "--data.batch_size=24", "--ema=0.9"]
+    assert cli.main(words) == 0
+    config = config_of(tmp_path)
+    (method,) = config["method"]
+    assert method["init_args"]["ae_channels"] == 9
+    assert config["optimizer"]["init_args"]["lr"] == 0.02
+    assert config["data"]["init_args"]["batch_size"] == 24
+    last = json.loads((tmp_path / "result.json").read_text())["last"]
+    assert last["train/output/reconstruction"] > 0
+    assert last["step"] == 2
+
+
+def test_pairs_and_several_methods_in_a_file(recipe, teacher, tmp_path):
+    extra = {
+        "teacher": "cifar/compact_resnet8",
+        "teacher_weights": str(teacher),
+        "pairs": [
+            {"student": "layer2", "method": {"class_path": "diffkd.DiffKD", "init_args": {"ae_channels": 4}}},
+            {"student": "output", "method": "diffkd.DIST", "weight": 2.0},
+        ],
+    }
+    (tmp_path / "extra.yaml").write_text(yaml.safe_dump(extra))
+    words = ["fit", str(recipe), f"--config={tmp_path / 'extra.yaml'}", f"--out={tmp_path / 'run'}", "--epochs=1"]
+    assert cli.main(words) == 0
+    last = json.loads((tmp_path / "run" / "result.json").read_text())["last"]
+    assert {"train/layer2/reconstruction", "train/output/kd"} <= last.keys()
+    assert "train/output/reconstruction" not in last
+    # The recorded values are a recipe themselves.
+    assert cli.main(["fit", str(tmp_path / "run" / "config.yaml"), "--resume"]) == 0
+
+
+def test_a_finished_run_is_tested_and_exported(teacher, tmp_path, capsys):
+    result = json.loads((teacher / "result.json").read_text())
+    assert cli.main(["test", str(teacher), "--accelerator=cpu"]) == 0
+    shown = f"{100 * result['last']['top1']:.2f} %"
+    assert f"top1  {shown}  (recorded {shown}, last epoch)" in capsys.readouterr().out
+    assert cli.main(["export", str(teacher), f"--out={tmp_path / 'plain.safetensors'}"]) == 0
+    assert (tmp_path / "plain.json").exists()
+    other = teacher.parent / "test.npz"
+    words = ["test", str(tmp_path / "plain.safetensors"), "--data=diffkd.data.Arrays", f"--data.train={other}"]
+    assert cli.main([*words, f"--data.test={other}", "--accelerator=cpu"]) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_layers(capsys):
+    assert (
+        cli.main(["layers", "cifar/compact_resnet8", "--teacher", "cifar/compact_resnet14", "--method=diffkd.KD"]) == 0
+    )
+    output = capsys.readouterr().out
+    assert "output" in output
+    assert "layer3" not in output
+
+
+def test_resolved_values_can_be_printed(recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["fit", str(recipe), f"--out={tmp_path / 'x'}", "--print_config"])
+    assert done.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["optimizer"]["init_args"]["lr"] == 0.01
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "layers", "export", "recipes"])
+def test_help_of_every_command(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: diffkd {command}")
+    assert "known subclasses" not in text
+    assert len(text) < 12_000
+
+
+def test_help_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in ("fit", "test", "layers", "export", "recipes"))
+    assert cli.main([]) == 2
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["train"], 2, "no command 'train'"),
+        (["fit"], 2, "required"),
+        (["fit", "cifar100/resnet56-resnet"], 1, "nearest: cifar100/resnet56-resnet20"),
+        (["fit", "--student=a", "--out=b", "--data=Nothing"], 2, "Nothing"),
+        (["fit", "--epochs=many"], 2, "epochs"),
+        (["test", "nowhere"], 1, "nowhere"),
+        (["export", "nowhere"], 1, "nowhere"),
+        (["layers", "cifar/resnet21"], 1, "resnet20"),
+        (["layers", "cifar/resnet20", "--image_size=1.5"], 2, "image_size"),
+        (["layers", "cifar/resnet20", "--image_size=0"], 1, "cannot take an example"),
+    ],
+)
+def test_errors_are_one_line(words, code, message, capsys):
+    assert cli.main(words) == code
+    assert message in error_of(capsys)
+
+
+def test_errors_of_a_run_are_one_line(recipe, teacher, tmp_path, capsys):
+    assert cli.main(["fit", str(recipe), f"--out={teacher}"]) == 1
+    assert "--resume" in error_of(capsys)
+    assert cli.main(["fit", str(recipe), f"--out={teacher}", "--resume", "--epochs=7", "--seed=5"]) == 1
+    assert "epochs is 2 there, 7 here" in error_of(capsys)
+    missing = tmp_path / "missing.npz"
+    assert cli.main(["fit", str(recipe), f"--out={tmp_path / 'a'}", f"--data.train={missing}"]) == 1
+    assert "missing.npz" in error_of(capsys)
+    assert cli.main(["fit", str(recipe), f"--out={tmp_path / 'a'}", "--optimizer.lr=1e30"]) == 1
+    assert "not finite at step" in error_of(capsys)
+    assert cli.main(["fit", str(recipe), f"--out={tmp_path / 'b'}", "--schedule.factor=-1"]) in (1, 2)
+    assert "factor" in error_of(capsys)
+    assert cli.main(["fit", str(recipe), f"--out={tmp_path / 'b'}", "--precision=17"]) == 1
+    assert "17" in error_of(capsys)
+    assert cli.main(["fit", str(recipe), f"--out={tmp_path / 'b'}", "--accelerator=abacus"]) == 1
+    assert "abacus" in error_of(capsys)
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        cli.main(["test", "nowhere", "--traceback"])
+    monkeypatch.setenv("DIFFKD_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["test", "nowhere"])
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.main(["fit"]) == 1
+    assert "pip install 'diffkd[train]'" in error_of(capsys)
+
+
+def test_interrupted_from_outside_and_resumed(recipe, tmp_path):
+    """A process of its own, stopped by a signal as a scheduler stops it."""
+    run = tmp_path / "run"
+    words = ["fit", str(recipe), f"--out={run}", "--epochs=100000", "--save_every_steps=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffkd.cli", *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    (line,) = errors.strip().splitlines()[-1:]
+    assert line.startswith("diffkd: stopped after step")
+    resume = line[line.index("diffkd fit") :].split()[1:]
+    assert resume == ["fit", str(run / "config.yaml"), "--resume"]
+    assert cli.main([*resume, "--epochs=3"]) == 1  # other values

@@ -1,0 +1,90 @@
+"""Recipes: short, complete, and understood by `fit`."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffkd import cli
+from diffkd.models import load_model
+from diffkd.recipes import find_recipe, recipe_names
+
+TRAININGS = [name for name in recipe_names() if not name.startswith("methods/")]
+TABLE_9 = [
+    *("wrn_40_2-wrn_40_1", "resnet56-resnet20", "resnet32x4-resnet8x4"),
+    *("resnet50-mobilenetv2", "resnet32x4-shufflenetv1", "resnet32x4-shufflenetv2"),
+]
+
+
+def values_of(name):
+    return yaml.safe_load(find_recipe(name).read_text())
+
+
+def test_the_papers_trainings_are_there():
+    assert {f"cifar100/{pair}" for pair in TABLE_9} <= set(TRAININGS)
+    assert len([name for name in TRAININGS if name.startswith("imagenet/")]) == 7
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_recipe_is_12_to_20_lines_after_a_title(name):
+    title, *lines = find_recipe(name).read_text().splitlines()
+    assert title.startswith("# ")
+    assert 12 <= len([line for line in lines if line.strip() and not line.startswith("#")]) <= 20
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_recipe_is_understood(name, capsys):
+    """All names and types fit; no data are read."""
+    with pytest.raises(SystemExit) as done:
+        cli.main(["fit", name, "--out=somewhere", "--print_config"])
+    assert done.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    for key, value in values_of(name).items():
+        if key not in ("out", "method", "pairs", "data", "optimizer", "schedule"):
+            assert resolved[key] == value, key
+    assert resolved["schedule"]["kind"] in ("step", "cosine")
+
+
+@pytest.mark.parametrize("name", [name for name in TRAININGS if "teacher" in values_of(name)])
+def test_a_recipe_names_models_that_exist(name):
+    values = values_of(name)
+    for side in ("student", "teacher"):
+        if values[side].startswith("cifar/"):
+            load_model(values[side])
+        else:
+            assert values["teacher_pretrained"] is True
+
+
+@pytest.mark.parametrize("pair", TABLE_9)
+def test_strategy_a1(pair):
+    values = values_of(f"cifar100/{pair}")
+    small = "mobilenet" in pair or "shufflenet" in pair
+    assert values["optimizer"]["init_args"] == {
+        "lr": 0.01 if small else 0.05,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+    }
+    assert values["epochs"] == 240
+    assert values["data"]["init_args"]["batch_size"] == 64
+    assert values["schedule"]["milestones"] == [150, 180, 210]
+    # What a teacher's run leaves is where the student's looks for it.
+    assert values["teacher_weights"] == f"runs/{values['teacher'].replace('cifar/', 'cifar100/')}"
+
+
+def test_files_and_names_are_found(tmp_path):
+    (tmp_path / "own.yaml").write_text("epochs: 1")
+    assert find_recipe(str(tmp_path / "own.yaml")) == tmp_path / "own.yaml"
+    assert find_recipe(TRAININGS[0]).is_file()
+    with pytest.raises(FileNotFoundError, match="nearest: cifar100/resnet56-resnet20"):
+        find_recipe("cifar100/resnet56-resnet21")
+    with pytest.raises(FileNotFoundError):
+        find_recipe("../recipes/cifar100/teacher")
+
+
+def test_recipes_are_listed(capsys):
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipe_names()
+    assert "CIFAR-100, strategy A1: ResNet-56 teaches ResNet-20" in "\n".join(lines)
+    assert Path(find_recipe("cifar100/teacher")).is_absolute()
