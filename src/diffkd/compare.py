@@ -1,0 +1,208 @@
+"""`compare`: train a recipe with several methods and seeds, and put the results side by side."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from diffkd.arguments import fit_with
+from diffkd.plots import draw_results
+from diffkd.recipes import find_recipe
+from diffkd.tables import Row, as_json, as_latex, as_markdown, cells, summarize
+from diffkd.tasks.history import read_csv
+from diffkd.tasks.interruption import Interrupted
+from diffkd.weights import write_text
+
+DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a comparison: its method, its seed, and the folder it leaves."""
+
+    method: str
+    seed: int
+    folder: Path
+
+
+def compare(
+    recipe: str,
+    out: Path,
+    *,
+    methods: list[str] | None = None,
+    seeds: int = 3,
+    jobs: int = 1,
+    devices: list[int] | None = None,
+    json: bool = False,
+    markdown: bool = False,
+    latex: bool = False,
+    options: Sequence[str] = (),
+) -> list[Row]:
+    """Train a recipe with several methods, each from several seeds, and write one table.
+
+    Every run is a `diffkd fit` of its own in `out/METHOD/seed-N`. Called again, it leaves finished runs alone, goes on
+    with those that were interrupted, and makes the table anew: `comparison.json`, `.md`, `.tex` and `.png` in `out`.
+
+    Args:
+        recipe: file, or name of a recipe in the package.
+        out: folder of the comparison.
+        methods: names of methods in the package ("alone", "kd", "diffkd", ...; `diffkd recipes` lists them under
+            "methods/"), or files that set other values of the recipe.
+        seeds: how many, from 0.
+        jobs: runs at the same time. On a CPU each gets its share of the cores.
+        devices: GPUs to spread the runs over, such as [0, 1]; None: the first, or the CPU.
+        json: print the table as JSON.
+        markdown: print it as Markdown.
+        latex: print it as LaTeX.
+        options: further options of `diffkd fit`, for all runs.
+
+    Returns:
+        A row per method.
+
+    Raises:
+        ValueError: if there are no methods, seeds or jobs, or a name is given twice.
+        RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
+    """
+    methods = list(DEFAULT_METHODS) if methods is None else methods
+    names = [Path(method).stem for method in methods]
+    if not methods or len(set(names)) < len(names) or seeds < 1 or jobs < 1:
+        raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
+    recipe_file = find_recipe(recipe)
+    presets = {name: find_method(method) for name, method in zip(names, methods, strict=True)}
+    # Seed by seed, so that an interrupted comparison has something of every method.
+    runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
+    console = Console(stderr=True)
+    commands = {
+        run: [
+            *(str(recipe_file), f"--config={presets[run.method]}", *options),
+            *(f"--seed={run.seed}", f"--out={run.folder}", "--resume=true", "--progress=false"),
+            *([f"--devices=[{devices[index % len(devices)]}]"] if devices else []),
+        ]
+        for index, run in enumerate(runs)
+    }
+    failed = train_all(commands, jobs, console)
+    rows = report(out, names, seeds)
+    console.print(rich_table(rows))
+    for wanted, text in ((json, _json_text(rows)), (markdown, as_markdown(rows)), (latex, as_latex(rows))):
+        if wanted:
+            print(text, end="")  # noqa: T201
+    if failed:
+        logs = ", ".join(str(run.folder.with_suffix(".log")) for run in failed)
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed; see {logs}. The others are in the table.")
+    return rows
+
+
+def find_method(method: str) -> Path:
+    """Return the file that sets a method's values: a path, or the name of one in the package.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    return find_recipe(method if Path(method).is_file() else f"methods/{method}")
+
+
+def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
+    """Write table and curves of what is finished in the folder of a comparison, and return the rows."""
+    results: dict[str, dict[int, Any]] = {}
+    curves: dict[str, list[list[float]]] = {}
+    for method in methods:
+        for seed in range(seeds):
+            folder = out / method / f"seed-{seed}"
+            if (folder / "result.json").is_file():
+                results.setdefault(method, {})[seed] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+                history = read_csv(folder / "metrics.csv")
+                curves.setdefault(method, []).append([100 * float(row["top1"]) for row in history])
+    rows = summarize(results)
+    if rows:
+        first = next(iter(next(iter(results.values())).values()))
+        facts = {"device": first["device"], "versions": first["versions"], "metric": "top1", "rows": as_json(rows)}
+        texts = {"json": json.dumps(facts, indent=2) + "\n", "md": as_markdown(rows), "tex": as_latex(rows)}
+        for suffix, text in texts.items():
+            write_text(out / f"comparison.{suffix}", text)
+        draw_results(out / "comparison.png", curves)
+    return rows
+
+
+def rich_table(rows: Sequence[Row]) -> Table:
+    """Return the rows as a table for the terminal."""
+    head, *body = cells(rows)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for column, title in enumerate(head):
+        table.add_column(title, justify="right" if column else "left")
+    for line in body:
+        table.add_row(*line)
+    return table
+
+
+def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) -> list[Run]:
+    """Train runs in processes of their own, and return those that failed.
+
+    Args:
+        commands: for each run, the words of its `diffkd fit`.
+        jobs: runs at the same time; on a CPU each gets its share of the cores.
+        console: says how it goes.
+    """
+    failed, started = [], time.monotonic()
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // jobs)
+    # Not forked: CUDA and threads do not survive that.
+    context = multiprocessing.get_context("spawn")
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the runs are told
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+        futures = {pool.submit(_train, run, words): run for run, words in commands.items()}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                run = futures[future]
+                if not future.result():
+                    failed.append(run)
+                outcome = "failed" if run in failed else "done"
+                minutes = (time.monotonic() - started) / 60
+                console.print(f"{done}/{len(futures)}  {run.method} seed {run.seed} {outcome}  {minutes:.1f} min")
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()  # a run that is asked to stop saves first
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    return failed
+
+
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _train(run: Run, words: list[str]) -> bool:
+    """Train one run, its output going to a log beside its folder; return whether it succeeded."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)  # the comparison is gone, and nobody would read the result
+    if (run.folder / "result.json").is_file():
+        return True
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with run.folder.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            fit_with(words)
+        except Interrupted as stopped:
+            raise KeyboardInterrupt(str(stopped)) from None  # so that the whole comparison stops
+        except Exception:
+            traceback.print_exc()
+            return False
+    return True
+
+
+def _json_text(rows: Sequence[Row]) -> str:
+    return json.dumps(as_json(rows), indent=2) + "\n"

@@ -1,0 +1,89 @@
+"""`demo`: the packaged teacher distilled into a small student by every method at hand, in minutes on a CPU."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from diffkd.compare import DEFAULT_METHODS, compare, cores
+from diffkd.data import FashionSubset
+from diffkd.distiller import Distiller
+from diffkd.models import load_model
+from diffkd.plots import draw_results, saliency
+from diffkd.tables import Row
+from diffkd.tasks.data_facts import facts_of
+from diffkd.tasks.history import read_csv
+from diffkd.tasks.setup import build_teacher
+from diffkd.weights import unwrap
+
+TEACHER = "cifar/compact_resnet14"
+STUDENT = "cifar/compact_resnet8"
+
+
+def demo(
+    out: Path = Path("diffkd-demo"),
+    *,
+    task: Literal["classification"] = "classification",
+    seeds: int = 3,
+    epochs: int = 8,
+    jobs: int | None = None,
+) -> list[Row]:
+    """Train a small student alone and with KD, DIST, FitNet and DiffKD, and compare.
+
+    Images and teacher come with the package: nothing is fetched. Nothing is fixed in advance either: what is measured
+    is shown. Interrupted and called again, it goes on where it was.
+
+    Args:
+        out: folder for the table (JSON, Markdown), the picture, the DiffKD student and all runs.
+        task: what to demonstrate.
+        seeds: runs of each method.
+        epochs: length of each run.
+        jobs: runs at the same time; None: one per core.
+
+    Returns:
+        A row per method.
+    """
+    console = Console(stderr=True)
+    console.print(f"{task}: {TEACHER} teaches {STUDENT}, {len(DEFAULT_METHODS)} methods, {seeds} seeds each, in {out}")
+    rows = compare("demo", out, seeds=seeds, jobs=jobs or cores(), options=[f"--epochs={epochs}"])
+    run = out / "diffkd" / "seed-0"
+    for suffix in (".safetensors", ".json"):
+        shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
+    curves = {
+        method: [
+            [100 * row["top1"] for row in read_csv(out / method / f"seed-{seed}" / "metrics.csv")]
+            for seed in range(seeds)
+        ]
+        for method in DEFAULT_METHODS
+    }
+    images, maps = _look(run / "checkpoints" / "last.ckpt")
+    draw_results(out / "demo.png", curves, images, maps)
+    console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}")
+    console.print(f"The student of DiffKD is a plain model now. Try: diffkd test {out / 'student.safetensors'}")
+    return rows
+
+
+def _look(checkpoint: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return test images of six classes, and where student, denoised student and teacher look."""
+    data = FashionSubset()
+    student: nn.Module = load_model(STUDENT, num_classes=data.num_classes, in_channels=data.in_channels)
+    teacher, _ = build_teacher(TEACHER, facts_of(data), weights="fashion_mnist/teacher.safetensors", pretrained=False)
+    distiller = Distiller(student, teacher, example=data.example())
+    state: dict[str, Any] = torch.load(checkpoint, weights_only=True)["state_dict"]
+    prefix = "model."
+    unwrap(distiller).load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    images, labels, _ = next(iter(data.val_dataloader()))
+    chosen = [labels.tolist().index(label) for label in sorted(set(labels.tolist()))[:6]]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        seen = distiller.eval().observe(images[chosen])[distiller.names[0]]
+    assert isinstance(seen.student, Tensor)  # one layer on each side
+    maps = {
+        "student": saliency(seen.student),
+        "denoised": saliency(seen.result.denoised),
+        "teacher": saliency(seen.result.target),
+    }
+    return images[chosen], maps

@@ -1,0 +1,85 @@
+"""Pictures: learning curves, and where student, denoised student and teacher look."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure, SubFigure
+from torch import Tensor
+
+from diffkd.weights import write_whole
+
+
+def saliency(feature: Tensor, temperature: float = 0.5) -> Tensor:
+    """Return where a feature is strong: `H W softmax(mean over channels / tau)` over positions (Eq. 10 of the paper).
+
+    Args:
+        feature: (B, C, H, W).
+        temperature: tau; the paper takes 0.5.
+
+    Returns:
+        (B, H, W), each map of mean 1.
+    """
+    strength = feature.float().mean(dim=1)  # (B, H, W)
+    share = (strength.flatten(1) / temperature).softmax(dim=1)
+    return (share * share.shape[1]).reshape(strength.shape)
+
+
+def draw_results(
+    path: str | Path,
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    images: Tensor | None = None,
+    maps: Mapping[str, Tensor] | None = None,
+    *,
+    ylabel: str = "test accuracy (%)",
+) -> Path:
+    """Draw learning curves and, beside them, saliency maps.
+
+    Args:
+        path: PNG or SVG file to write.
+        curves: for each method, one sequence of values per seed, an entry per epoch.
+        images: (B, C, H, W) the pictures that the maps belong to, in any range.
+        maps: for each title ("student", "denoised", "teacher"), (B, H, W) from :func:`saliency`.
+        ylabel: what the curves show.
+
+    Returns:
+        The path.
+    """
+    # A figure of its own rather than pyplot: no global state, no window.
+    figure = Figure(figsize=(12 if maps else 6.5, 4.5), layout="constrained")
+    panels: list[Any] = list(np.asarray(figure.subfigures(1, 2), dtype=object)) if maps else [figure]
+    axes = panels[0].subplots()
+    for color, (method, runs) in zip(matplotlib.color_sequences["tab10"] * 2, curves.items(), strict=False):
+        epochs = range(1, len(runs[0]) + 1)
+        values = np.array(runs, dtype=float)
+        mean = values.mean(axis=0)
+        axes.plot(epochs, mean, color=color, label=method, marker="." if len(mean) < 30 else None)
+        if len(runs) > 1:
+            std = values.std(axis=0, ddof=1)
+            axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="epoch", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(title="mean ± std" if any(len(runs) > 1 for runs in curves.values()) else None)
+    if maps is not None and images is not None:
+        _draw_maps(panels[1], images, maps)
+    path = Path(path)
+    write_whole(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png"))
+    return path
+
+
+def _draw_maps(figure: Figure | SubFigure, images: Tensor, maps: Mapping[str, Tensor]) -> None:
+    columns = ["image", *maps]
+    grid = figure.subplots(len(images), len(columns), squeeze=False)
+    for row, image in enumerate(images):
+        for column, title in enumerate(columns):
+            axes = grid[row][column]
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(title, fontsize=10)
+            if column:
+                axes.imshow(maps[title][row].numpy(), cmap="viridis")
+            else:
+                low, high = image.amin(), image.amax()
+                axes.imshow(((image - low) / (high - low).clamp(min=1e-8)).movedim(0, -1).numpy(), cmap="gray")

@@ -1,0 +1,103 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffkd.compare import compare, find_method, report
+
+MODELS = Path(__file__).parent / "tiny_models.py"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe over 40 images that trains in a second, its teacher's weights made on the spot."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images = generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(40) % 4)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+student: {MODELS}:small
+teacher: {MODELS}:large
+method: diffkd.DiffKD
+data:
+  class_path: diffkd.data.Arrays
+  init_args: {{train: {tmp_path}/train.npz, test: {tmp_path}/test.npz, batch_size: 10}}
+epochs: 2
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2, jobs=2)
+    assert [(row.method, row.seeds) for row in rows] == [("alone", (0, 1)), ("diffkd", (0, 1))]
+    assert rows[0].method_parameters == 0 < rows[1].method_parameters
+    table = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert table["rows"][1]["last"] == pytest.approx(rows[1].last)
+    for seed in (0, 1):
+        result = json.loads((out / "diffkd" / f"seed-{seed}" / "result.json").read_text(encoding="utf-8"))
+        assert result["seed"] == seed
+    assert "diffkd" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert (out / "comparison.png").stat().st_size > 1000
+
+    # Again: nothing is trained twice, a run that was lost is trained again, and to the same end.
+    kept = out / "alone" / "seed-0" / "student.safetensors"
+    lost = out / "diffkd" / "seed-1" / "student.safetensors"
+    before, trained = kept.stat().st_mtime_ns, lost.read_bytes()
+    for file in sorted((out / "diffkd" / "seed-1").rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    again = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2)
+    assert kept.stat().st_mtime_ns == before
+    assert lost.read_bytes() == trained
+    assert [row.last for row in again] == [row.last for row in rows]
+
+
+def test_failed_runs_are_named_and_the_others_reported(recipe: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("student: cifar/resnet9000\nteacher: null\nmethod: null\n", encoding="utf-8")
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed.*broken/seed-0\.log"):
+        compare(str(recipe), tmp_path / "out", methods=["alone", str(broken)], seeds=1)
+    assert "resnet9000" in (tmp_path / "out" / "broken" / "seed-0.log").read_text(encoding="utf-8")
+    assert [row.method for row in report(tmp_path / "out", ["alone", "broken"], 1)] == ["alone"]
+
+
+def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["compare", str(recipe), "--methods", "alone", "--seeds", "1", f"--out={out}", "--", "--epochs", "2000"]
+    process = subprocess.Popen([sys.executable, "-m", "diffkd.cli", *words], stderr=subprocess.DEVNULL)
+    checkpoint = out / "alone" / "seed-0" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert checkpoint.is_file()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    seen = checkpoint.stat().st_mtime_ns
+    time.sleep(1.5)
+    assert checkpoint.stat().st_mtime_ns == seen, "a run outlived the comparison"
+    assert not (out / "alone" / "seed-0" / "result.json").exists()
+    assert os.access(checkpoint, os.R_OK)
+
+
+@pytest.mark.parametrize("values", [{"methods": []}, {"methods": ["kd", "kd"]}, {"seeds": 0}, {"jobs": 0}])
+def test_nonsense_is_refused_before_anything_is_trained(
+    recipe: Path, tmp_path: Path, values: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match="different methods"):
+        compare(str(recipe), tmp_path / "out", **values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(FileNotFoundError, match="methods/diffkd"):
+        find_method("difkd")
