@@ -44,6 +44,7 @@ def test_file(file: Path) -> None:
     assert model(torch.randn(1, 2, 4, 4)).shape == (1, 9, 4, 4)
     assert load_model(f"{file}:build").out_channels == 4
     assert load_model(f"{file}:fixed").in_features == 2
+    assert load_model(f"{file}:fixed", num_classes=3, in_channels=1).in_features == 2  # takes neither, so has its own
     assert load_model(f"{file}:anything", num_classes=2, pretrained=True).options == {
         "num_classes": 2,
         "pretrained": True,
@@ -67,12 +68,6 @@ def test_module() -> None:
     [
         ("{file}:biuld", {}, ValueError, "has no function 'biuld'; nearest: 'build'"),
         ("{file}:", {}, ValueError, "has no function ''"),
-        (
-            "{file}:fixed",
-            {"num_classes": 3, "in_channels": 1},
-            ValueError,
-            "takes no argument num_classes and no in_channels",
-        ),
         ("{file}:build", {"pretrained": True}, ValueError, "takes no argument pretrained"),
         ("{file}:number", {}, TypeError, "'number' is a int"),
         ("{file}:nothing", {}, TypeError, "returned a NoneType; it must return an nn.Module"),

@@ -83,3 +83,20 @@ def test_the_seed_decides_about_student_and_methods(weights):
     assert not torch.equal(first["student.fc.weight"], other["student.fc.weight"])
     projections = [name for name in first if "student_projection" in name and name.endswith("weight")]
     assert not torch.equal(first[projections[0]], other[projections[0]])
+
+
+def test_functions_without_arguments_build_students(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def fits(): return nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 5))\n"
+        "def small(): return nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 4))\n"
+        "def colour(): return nn.Sequential(nn.Conv2d(3, 5, 32), nn.Flatten())\n",
+        encoding="utf-8",
+    )
+    student = build_student(f"{file}:fits", FACTS, weights=None, pretrained=False, seed=0)
+    assert student.training
+    with pytest.raises(ValueError, match="the data have 5 classes"):
+        build_student(f"{file}:small", FACTS, weights=None, pretrained=False, seed=0)
+    with pytest.raises(ValueError, match="cannot take an example of shape"):
+        build_student(f"{file}:colour", FACTS, weights=None, pretrained=False, seed=0)

@@ -19,8 +19,8 @@ def build_from_function(name: str, num_classes: int | None, in_channels: int | N
 
     Args:
         name: "package.module:function" or "path/to/file.py:function".
-        num_classes: passed as `num_classes` unless None.
-        in_channels: passed as `in_channels` unless None.
+        num_classes: passed as `num_classes` unless None, if the function takes that; otherwise its model is as it is.
+        in_channels: passed as `in_channels`, likewise.
         pretrained: passed as `pretrained` if True.
 
     Returns:
@@ -28,7 +28,7 @@ def build_from_function(name: str, num_classes: int | None, in_channels: int | N
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if there is no such module or function, or it does not accept an argument that is to be passed.
+        ValueError: if there is no such module or function, or it takes no `pretrained` that is asked for.
         TypeError: if it is not callable, or returns no model.
     """
     source, _, function = name.rpartition(":")
@@ -41,14 +41,12 @@ def build_from_function(name: str, num_classes: int | None, in_channels: int | N
         raise TypeError(
             f"model '{name}': '{function}' is a {type(build).__name__}; name a function that builds a model"
         )
-    asked = {"num_classes": num_classes, "in_channels": in_channels, "pretrained": pretrained or None}
-    arguments = {key: value for key, value in asked.items() if value is not None}
-    refused = [key for key in arguments if not _accepts(build, key)]
-    if refused:
+    if pretrained and not _accepts(build, "pretrained"):
         raise ValueError(
-            f"model '{name}': '{function}' takes no argument {' and no '.join(refused)}: add it to the function, "
-            "or leave it out here"
+            f"model '{name}': '{function}' takes no argument pretrained: add it to the function, or leave it out here"
         )
+    asked = {"num_classes": num_classes, "in_channels": in_channels, "pretrained": pretrained or None}
+    arguments = {key: value for key, value in asked.items() if value is not None and _accepts(build, key)}
     model = build(**arguments)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model '{name}': '{function}' returned a {type(model).__name__}; it must return an nn.Module")

@@ -31,8 +31,8 @@ def load_model(
         name: "cifar/resnet20", "timm/NAME", "torchvision/NAME" (both also as NAME.TAG, which chooses the pretrained
             weights), "hf/NAME_OR_FOLDER", "package.module:function" or "path/to/file.py:function". The last two run
             the user's own code.
-        num_classes: length of the output; None for the model's own.
-        in_channels: channels of the images; None for the model's own.
+        num_classes: length of the output; None for the model's own. Functions get it if they take it.
+        in_channels: channels of the images; None for the model's own. Functions get it if they take it.
         weights: local file to load strictly; None for random or pretrained weights.
         pretrained: load the published weights, which may be fetched from the network.
 

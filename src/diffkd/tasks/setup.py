@@ -11,6 +11,7 @@ from torch import nn
 
 from diffkd.data.seeding import mix_seed
 from diffkd.distiller import Distiller
+from diffkd.layers import list_layers
 from diffkd.matching import Pair
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization, load_model
@@ -30,15 +31,25 @@ def build_student(name: str, data: DataFacts, *, weights: str | None, pretrained
         weights: file to start from, None for none.
         pretrained: start from the published weights.
         seed: of the initial weights.
+
+    Raises:
+        ValueError: if the model cannot take the images, or does not score as many classes as there are.
     """
     torch.manual_seed(seed)
-    return load_model(
+    student = load_model(
         name,
         num_classes=data.num_classes,
         in_channels=data.in_channels,
         weights=None if weights is None else find_weights(weights),
         pretrained=pretrained,
     )
+    output = list_layers(student, data.example)[-1].shape
+    if len(output) != 2 or output[1] != data.num_classes:
+        raise ValueError(
+            f"student {name} returns {output} for two images, but the data have {data.num_classes} classes: it must "
+            f"return (2, {data.num_classes}); let its function take num_classes, or give other data"
+        )
+    return student
 
 
 def build_teacher(
