@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from diffkd.weights import write_whole
@@ -60,6 +61,7 @@ def draw_results(
             std = values.std(axis=0, ddof=1)
             axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="epoch", ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(title="mean ± std" if any(len(runs) > 1 for runs in curves.values()) else None)
     if maps is not None and images is not None:
