@@ -1,13 +1,8 @@
-"""What all tests share: one thread, a fixed seed, and the sibling modules of this folder on the path."""
-
-import sys
-from pathlib import Path
+"""What all tests share: one thread and a fixed seed."""
 
 import hypothesis
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 torch.set_num_threads(1)
 

@@ -95,7 +95,7 @@ def compare(
     }
     failed = train_all(commands, jobs, console)
     rows = report(out, names, seeds)
-    console.print(rich_table(rows))
+    console.print(rich_table(rows, console.width))
     for wanted, text in ((json, _json_text(rows)), (markdown, as_markdown(rows)), (latex, as_latex(rows))):
         if wanted:
             print(text, end="")  # noqa: T201
@@ -136,14 +136,15 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
     return rows
 
 
-def rich_table(rows: Sequence[Row]) -> Table:
-    """Return the rows as a table for the terminal."""
+def rich_table(rows: Sequence[Row], width: int) -> Table:
+    """Return the rows as a table for a terminal of `width` columns; a narrow one leaves out what files still hold."""
     head, *body = cells(rows)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column, title in enumerate(head):
-        table.add_column(title, justify="right" if column else "left")
+    kept = [title for title in head if width >= 110 or title not in ("best epoch", "+ training", "MiB")]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in kept:
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for line in body:
-        table.add_row(*line)
+        table.add_row(*(cell for title, cell in zip(head, line, strict=True) if title in kept))
     return table
 
 

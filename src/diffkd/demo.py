@@ -28,7 +28,7 @@ def demo(
     *,
     task: Literal["classification"] = "classification",
     seeds: int = 3,
-    epochs: int = 8,
+    epochs: int = 7,
     jobs: int | None = None,
 ) -> list[Row]:
     """Train a small student alone and with KD, DIST, FitNet and DiffKD, and compare.

@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def stop():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for its background jobs
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     request = StopRequest()
     yield request
