@@ -19,7 +19,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     for channel in images.unbind(dim=1):
         if images.dtype == torch.uint8:
             # In parts, since bincount takes eight times the memory of its input along the way.
-            parts = [torch.bincount(part.flatten(), minlength=256) for part in channel.split(1000)]
+            parts = [torch.bincount(part.flatten(), minlength=256) for part in torch.split(channel, 1000)]
             counts = torch.stack(parts).sum(dim=0).to(torch.float64)
             values = torch.arange(256, dtype=torch.float64, device=images.device) / 255
             mean = (counts * values).sum() / counts.sum()
