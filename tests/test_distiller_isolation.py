@@ -102,6 +102,19 @@ class TestStudentIsUntouched:
         distiller.teacher(IMAGES)
         assert distiller._teacher_recorder.outputs == {}
 
+    def test_hooks_come_off(self):
+        distiller = distil()
+        copied = copy.deepcopy(distiller)
+        distiller.release()
+        for model in (distiller.student, distiller.teacher):
+            assert not any(module._forward_hooks for module in model.modules())
+        assert b"diffkd" not in pickle.dumps(nn.Sequential(*distiller.student.children()))
+        with pytest.raises(ValueError, match="released"):
+            distiller(IMAGES)
+        assert copied(IMAGES)[1]  # a copy keeps its own
+        copied.release()
+        assert not any(module._forward_hooks for module in copied.student.modules())
+
     def test_two_distillers_on_one_student(self):
         student = ConvNet(4)
         first, second = distil(student, pairs=[Pair("stage")]), distil(student, pairs=[Pair("stem"), Pair("output")])

@@ -183,6 +183,11 @@ class Distiller(nn.Module):
         if not all(pair.ramp.is_constant for pair in self.pairs):
             self.ramp_factors.copy_(torch.tensor([pair.ramp(epoch) for pair in self.pairs]))
 
+    def release(self) -> None:
+        """Take the hooks off both models for good, say to pickle the student whole; this distiller is done then."""
+        self._student_recorder.detach()
+        self._teacher_recorder.detach()
+
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise ValueError if `optimizer` misses a trainable parameter of the student or of a method."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

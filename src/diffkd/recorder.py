@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from diffkd.layers import OUTPUT, run
 from diffkd.layout import select_tensor
@@ -27,6 +28,7 @@ class Recorder:
     names: Sequence[str]
     active: bool = False
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(self, model: nn.Module) -> None:
         """Hang the hooks into `model`, whose layers must exist.
@@ -48,7 +50,13 @@ class Recorder:
                     f"{type(unwrap(model)).__name__} is compiled already, and ignores hooks on its layers; give the "
                     "model itself, and compile the distiller"
                 )
-            module.register_forward_hook(_Tap(self, name, key))
+            self.handles.append(module.register_forward_hook(_Tap(self, name, key)))
+
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
 
     def record(self, model: nn.Module, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
         """Run `model` and return what it returns, and the recorded outputs by name.
@@ -70,8 +78,8 @@ class Recorder:
         if missing:
             raise ValueError(
                 f"layer '{missing[0]}' of {type(unwrap(model)).__name__} returned no tensor to record: either it does "
-                "not run in this mode, its output has no such element, or a part of the model is compiled already; "
-                "compile the distiller instead"
+                "not run in this mode, its output has no such element, the distiller was released, or a part of the "
+                "model is compiled already; compile the distiller instead"
             )
         return output, outputs
 
