@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffkd.weights import write_whole
+from diffkd.weights import write_text
 
 Row = dict[str, float]
 
@@ -49,7 +49,7 @@ class History:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_whole(path, lambda file: file.write_text(text.getvalue(), encoding="utf-8"))
+        write_text(path, text.getvalue())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows."""

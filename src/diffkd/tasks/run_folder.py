@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from diffkd.weights import write_whole
+from diffkd.weights import write_text
 
 # What may change between the parts of one run without changing what is trained.
 _FREE = {"out", "resume", "accelerator", "devices", "progress", "log_every", "save_every_steps", "config"}
@@ -68,12 +68,12 @@ class RunFolder:
             OSError: if that cannot be written.
         """
         text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
-        write_whole(self.config, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(self.config, text)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result, which marks the run as finished."""
         text = json.dumps(result, indent=2) + "\n"
-        write_whole(self.result, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(self.result, text)
 
     def _holds_work(self) -> bool:
         if self.path.is_file():

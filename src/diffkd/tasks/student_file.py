@@ -11,7 +11,7 @@ from torch import Tensor
 from diffkd.official import split_checkpoint
 from diffkd.tasks.checkpointing import read_checkpoint
 from diffkd.tasks.run_folder import RunFolder
-from diffkd.weights import read_weights, write_whole
+from diffkd.weights import read_weights, write_text, write_whole
 
 Which = Literal["last", "best"]
 
@@ -85,7 +85,7 @@ def export(source: str, out: str | Path | None = None, *, which: Which = "last")
     tensors = {name: value.clone().contiguous() for name, value in weights.items()}
     text = json.dumps(card, indent=2, sort_keys=True) + "\n"
     write_whole(target, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    write_whole(target.with_suffix(".json"), lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(target.with_suffix(".json"), text)
     print(f"{target}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} values")  # noqa: T201
     return target
 
