@@ -35,7 +35,7 @@ def test_selectors(name, expected):
 def test_records_what_the_layers_return():
     model = ConvNet().eval()
     recorder = recorder_on(model, "stage", "output")
-    output, outputs = recorder.record(model, IMAGES)
+    output, outputs, _ = recorder.record(model, IMAGES)
     assert sorted(outputs) == ["output", "stage"]
     assert outputs["output"] is output
     assert torch.equal(outputs["stage"], model.stage(model.stem(IMAGES)))
@@ -44,7 +44,7 @@ def test_records_what_the_layers_return():
 def test_elements_of_tuples_and_mappings():
     model = Pyramid().eval()
     recorder = recorder_on(model, "levels[0]", "levels[-1]", "named[coarse]", "output[features]", "output")
-    output, outputs = recorder.record(model, IMAGES)
+    output, outputs, _ = recorder.record(model, IMAGES)
     assert outputs["levels[0]"].shape == (2, 4, 8, 8)
     assert outputs["levels[-1]"].shape == (2, 8, 4, 4)
     assert torch.equal(outputs["named[coarse]"], outputs["levels[-1]"])

@@ -26,7 +26,7 @@ RESULTS = {
 
 
 def test_mean_spread_best_and_cost() -> None:
-    rows = {row.method: row for row in summarize(RESULTS)}
+    rows = {row.method: row for row in summarize(RESULTS, "top1")}
     assert rows["alone"].last == pytest.approx(71.0)
     assert rows["alone"].last_std == pytest.approx(statistics.stdev([70, 72, 71]))
     assert rows["kd"].best == pytest.approx(statistics.mean([73, 75, 75]))
@@ -35,7 +35,7 @@ def test_mean_spread_best_and_cost() -> None:
 
 
 def test_differences_pair_the_seeds_that_both_have() -> None:
-    rows = {row.method: row for row in summarize(RESULTS)}
+    rows = {row.method: row for row in summarize(RESULTS, "top1")}
     assert rows["diffkd"].against["kd"].mean == pytest.approx(((74 - 73) + (76 - 75)) / 2)
     assert rows["diffkd"].against["alone"].mean == pytest.approx(((74 - 70) + (76 - 71)) / 2)
     assert "kd" not in rows["kd"].against
@@ -51,14 +51,14 @@ def test_p_value_is_students_paired_t_test() -> None:
 
 
 def test_one_seed_has_neither_spread_nor_p() -> None:
-    rows = summarize({"alone": {0: result(0.5, 0.5)}, "kd": {0: result(0.6, 0.6)}})
+    rows = summarize({"alone": {0: result(0.5, 0.5)}, "kd": {0: result(0.6, 0.6)}}, "top1")
     assert rows[1].last_std is None
     assert rows[1].against["alone"].p is None
     assert "±" not in as_markdown(rows)
 
 
 def test_all_formats_hold_every_method_and_number() -> None:
-    rows = summarize(RESULTS)
+    rows = summarize(RESULTS, "top1")
     head, *body = cells(rows)
     assert all(len(line) == len(head) for line in body)
     markdown, latex = as_markdown(rows), as_latex(rows)
@@ -69,4 +69,4 @@ def test_all_formats_hold_every_method_and_number() -> None:
 
 
 def test_methods_without_a_finished_run_are_left_out() -> None:
-    assert [row.method for row in summarize({"alone": RESULTS["alone"], "kd": {}})] == ["alone"]
+    assert [row.method for row in summarize({"alone": RESULTS["alone"], "kd": {}}, "top1")] == ["alone"]

@@ -123,16 +123,20 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
             folder = out / method / f"seed-{seed}"
             if (folder / "result.json").is_file():
                 results.setdefault(method, {})[seed] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+                score = results[method][seed]["score"]
                 history = read_csv(folder / "metrics.csv")
-                curves.setdefault(method, []).append([100 * float(row["top1"]) for row in history])
-    rows = summarize(results)
+                curves.setdefault(method, []).append([100 * float(row[score]) for row in history])
+    if not results:
+        return []
+    first = next(iter(next(iter(results.values())).values()))
+    score = first["score"]
+    rows = summarize(results, score)
     if rows:
-        first = next(iter(next(iter(results.values())).values()))
-        facts = {"device": first["device"], "versions": first["versions"], "metric": "top1", "rows": as_json(rows)}
+        facts = {"device": first["device"], "versions": first["versions"], "metric": score, "rows": as_json(rows)}
         texts = {"json": json.dumps(facts, indent=2) + "\n", "md": as_markdown(rows), "tex": as_latex(rows)}
         for suffix, text in texts.items():
             write_text(out / f"comparison.{suffix}", text)
-        draw_results(out / "comparison.png", curves)
+        draw_results(out / "comparison.png", curves, ylabel=f"{score} (%)")
     return rows
 
 

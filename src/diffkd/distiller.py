@@ -2,19 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffkd.layers import evaluation_mode, find_layer, input_size_of, list_layers, on_device_of, prefix_tokens
-from diffkd.layout import resize, select_tensor
+from diffkd.layers import find_layer, list_layers, on_device_of, run
+from diffkd.layout import resize
 from diffkd.matching import Pair, pair_layers
 from diffkd.methods import DiffKD, MethodFactory
-from diffkd.reader import Reader, SideName, agree, reader_for
-from diffkd.recorder import Recorder, split_selector
+from diffkd.probe import probe, watch
+from diffkd.reader import Reader, agree
+from diffkd.recorder import Call, Recorder, split_selector
+from diffkd.student_view import StudentView
 from diffkd.teacher_head import pooled_classifier
 from diffkd.weights import unwrap
 
@@ -45,7 +46,8 @@ class Distiller(nn.Module):
             arguments. Two images do.
         method: default method of the pairs; with "auto" also a list of methods, each paired as it wants.
         teacher_input: turns the student's input into the teacher's, where they are normalised or sized differently
-            (:class:`~diffkd.TeacherInput`).
+            (:class:`~diffkd.TeacherInput`), or takes it from layers of the student
+            (:class:`~diffkd.student_view.StudentView`).
 
     Methods that want the teacher's classifier (SRRL) get its pooling and last linear layer.
 
@@ -74,7 +76,7 @@ class Distiller(nn.Module):
         *,
         example: Any,
         method: MethodFactory | Sequence[MethodFactory] = DiffKD,
-        teacher_input: Callable[[Any], Any] | None = None,
+        teacher_input: Callable[[Any], Any] | StudentView | None = None,
     ) -> None:
         super().__init__()
         trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
@@ -87,8 +89,10 @@ class Distiller(nn.Module):
         # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
         self._teacher = [teacher.eval()]
         self.teacher_input = teacher_input
-        teacher_example = example if teacher_input is None else teacher_input(example)
-        student_layers, teacher_layers = list_layers(student, example), list_layers(teacher, teacher_example)
+        self._watched = teacher_input.layers if isinstance(teacher_input, StudentView) else ()
+        student_layers = list_layers(student, example)
+        teacher_example = self._teacher_inputs(example, watch(student, self._watched, example))
+        teacher_layers = list_layers(teacher, teacher_example)
 
         methods = list(method) if isinstance(method, Sequence) else [method]
         if isinstance(pairs, str):
@@ -107,13 +111,13 @@ class Distiller(nn.Module):
         ):
             for name in names:
                 find_layer(layers, split_selector(name)[0], f"{side} {layers[-1].type}")
-        self._student_recorder = Recorder(list(dict.fromkeys(student_names)))
+        self._student_recorder = Recorder(list(dict.fromkeys(student_names)), self._watched)
         self._student_recorder.attach(student)
         self._teacher_recorder = Recorder(list(dict.fromkeys(teacher_names)))
         self._teacher_recorder.attach(teacher)
 
-        read_student = _probe("student", self._student_recorder, student, example)
-        read_teacher = _probe("teacher", self._teacher_recorder, teacher, teacher_example)
+        read_student = probe("student", self._student_recorder, student, example, student_layers)
+        read_teacher = probe("teacher", self._teacher_recorder, teacher, teacher_example, teacher_layers)
         self.readers: list[tuple[Reader, Reader]] = []
         self.methods = nn.ModuleList()
         for pair in self.pairs:
@@ -175,6 +179,17 @@ class Distiller(nn.Module):
         """
         return dict(zip(self.names, self._distil(inputs, context)[1], strict=True))
 
+    def teach(self, inputs: Any) -> Any:
+        """Return what the teacher returns for the student's inputs, where its own input follows from those alone.
+
+        Raises:
+            TypeError: if its input is taken from layers of the student.
+        """
+        if isinstance(self.teacher_input, StudentView):
+            raise TypeError("the teacher's input is made while the student runs; call the whole teacher instead")
+        with torch.no_grad():
+            return run(self.teacher, on_device_of(self.teacher, self._teacher_inputs(inputs, {})))
+
     def set_epoch(self, epoch: float) -> None:
         """Say how far the training has come, in epochs from 0, for pairs whose losses count by a :class:`~diffkd.Ramp`.
 
@@ -231,11 +246,13 @@ class Distiller(nn.Module):
         return "\n".join([title, *lines])
 
     def _distil(self, inputs: Any, context: dict[str, Any]) -> tuple[Any, list[Observation]]:
-        teacher_inputs = inputs if self.teacher_input is None else self.teacher_input(inputs)
+        output, ours, calls = self._student_recorder.record(self.student, inputs)
         with torch.no_grad():
             # The example was cast to the teacher's type, so a teacher in half precision gets its images likewise.
-            _, theirs = self._teacher_recorder.record(self.teacher, on_device_of(self.teacher, teacher_inputs))
-        output, ours = self._student_recorder.record(self.student, inputs)
+            teacher_inputs = on_device_of(self.teacher, self._teacher_inputs(inputs, calls))
+            theirs = self._teacher_recorder.record(self.teacher, teacher_inputs).features
+        if isinstance(self.teacher_input, StudentView):
+            context = self.teacher_input.context(inputs, calls) | context
         results = []
         for name, (our_reader, their_reader), method in zip(self.names, self.readers, self.methods, strict=True):
             student, teacher = our_reader.read(ours), their_reader.read(theirs)
@@ -254,25 +271,15 @@ class Distiller(nn.Module):
             results.append(Observation(student, teacher, result))
         return output, results
 
+    def _teacher_inputs(self, inputs: Any, calls: dict[str, Call]) -> Any:
+        if isinstance(self.teacher_input, StudentView):
+            return self.teacher_input(inputs, calls)
+        return inputs if self.teacher_input is None else self.teacher_input(inputs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _probe(side: SideName, recorder: Recorder, model: nn.Module, example: Any) -> Callable[..., Reader]:
-    """Record the example once, and return what finds out how layers are to be read."""
-    example = on_device_of(model, example)
-    with evaluation_mode(model), torch.no_grad():
-        output, outputs = recorder.record(model, example)
-    return partial(
-        reader_for,
-        side,
-        outputs=outputs,
-        logits=select_tensor(output),
-        input_size=input_size_of(example),
-        prefix=prefix_tokens(model),
-    )
 
 
 def _build(method: nn.Module | MethodFactory, student: Reader, teacher: Reader) -> nn.Module:

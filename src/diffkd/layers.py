@@ -1,15 +1,17 @@
 """The layers of a model, listed by running it once."""
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.layout import Layout, infer_layout, select_tensor
+from diffkd.layout import Layout, infer_layout, resize, select_tensor
 from diffkd.shape import FeatureShape, Role
 from diffkd.weights import unwrap
 
@@ -29,6 +31,9 @@ class Layer:
         calls: how often it ran in one forward.
         instead: None if the output can be distilled; otherwise the layer to take instead, "" if none was found. Outputs
             that are overwritten in place after the layer has run, or that come several times, cannot be.
+        elements: names ("fpn[0]") and shapes of the tensors in an output that is a sequence or mapping of several.
+        scores: whether the output holds the scores that the model returns: "output", or, of a segmenter, the layer that
+            makes it and the class map that is up-sampled to it.
     """
 
     name: str
@@ -37,13 +42,15 @@ class Layer:
     layout: Layout | None
     calls: int = 1
     instead: str | None = None
+    elements: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    scores: bool = False
 
     @property
     def feature_shape(self) -> FeatureShape | None:
         """Channels and size of the output, None if its layout is unknown."""
         if self.layout is None:
             return None
-        role: Role = "logits" if self.name == OUTPUT else "feature"
+        role: Role = "logits" if self.scores else "feature"
         return FeatureShape(self.layout.channels(self.shape), self.layout.size(self.shape), role)
 
     @property
@@ -99,6 +106,7 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     calls: dict[str, int] = {}
     for one in seen:
         calls[one.name] = calls.get(one.name, 0) + 1
+    class_map = _before_upsampling(seen, result)
     layers = []
     for position, one in enumerate(seen):
         if any(later.name == one.name for later in seen[position + 1 :]):
@@ -112,10 +120,15 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
                 infer_layout(one.tensor.shape, input_size, prefix),
                 calls[one.name],
                 None if intact and calls[one.name] == 1 else _instead(seen, position, calls),
+                one.elements,
+                one is class_map or (result.ndim == 4 and _is(one.tensor, result)),
             )
         )
-    layout = infer_layout(result.shape, input_size)
-    return [*layers, Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout)]
+    # A detector returns boxes for each image: nothing that could be compared with another model's.
+    detects = isinstance(output, (list, tuple)) and all(isinstance(one, Mapping) for one in output)
+    layout = None if detects else infer_layout(result.shape, input_size)
+    elements = () if detects else _elements(OUTPUT, output)
+    return [*layers, Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout, elements=elements, scores=True)]
 
 
 def find_layer(layers: Sequence[Layer], name: str, owner: str) -> Layer:
@@ -172,15 +185,53 @@ class _Seen:
     type: str
     tensor: Tensor
     version: int
+    elements: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def _probe_hook(name: str, seen: list[_Seen]) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         tensor = select_tensor(output)
         if tensor is not None:
-            seen.append(_Seen(name, type(module).__name__, tensor, tensor._version))
+            seen.append(_Seen(name, type(module).__name__, tensor, tensor._version, _elements(name, output)))
 
     return hook
+
+
+def _elements(name: str, output: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    named: Sequence[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        named = list(output.items())
+    elif isinstance(output, (list, tuple)):
+        named = list(enumerate(output))
+    found = tuple((f"{name}[{key}]", tuple(value.shape)) for key, value in named if isinstance(value, Tensor))
+    return found if len(found) > 1 else ()
+
+
+def _is(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.shape == other.shape and tensor.data_ptr() == other.data_ptr()
+
+
+def _before_upsampling(seen: Sequence[_Seen], result: Tensor) -> "_Seen | None":
+    """Return the layer whose class map the model up-samples to what it returns; None if there is none.
+
+    It is the one that looks most like the result when it is up-sampled; an auxiliary head's map does not.
+    """
+    if result.ndim != 4:
+        return None
+    area = math.prod(result.shape[2:])
+    best, found = 0.8, None
+    for one in seen:
+        tensor = one.tensor
+        if tensor.ndim != 4 or tensor.shape[:2] != result.shape[:2] or math.prod(tensor.shape[2:]) >= area:
+            continue
+        if one.tensor._version != one.version:
+            continue
+        likeness = F.cosine_similarity(
+            resize(tensor.float(), (result.shape[2], result.shape[3])).flatten(), result.float().flatten(), dim=0
+        )
+        if float(likeness) > best:
+            best, found = float(likeness), one
+    return found
 
 
 def _instead(seen: Sequence[_Seen], position: int, calls: Mapping[str, int]) -> str:

@@ -16,12 +16,13 @@ class Layout:
     """How a layer's output is to be read.
 
     Args:
-        kind: "nchw" (B, C, H, W); "nhwc" (B, H, W, C); "tokens" (B, prefix + H * W, C); "vector" (B, C).
+        kind: "nchw" (B, C, H, W); "nhwc" (B, H, W, C); "tokens" (B, prefix + H * W, C); "vector" (B, C); "rows"
+            (..., C), any number of vectors, such as a detector's boxes (B, N, 4), which are read as (B * N, 4).
         prefix: number of class, distillation and register tokens that precede the grid; they are left out.
         grid: (H, W) of the tokens at the probed input size.
     """
 
-    kind: Literal["nchw", "nhwc", "tokens", "vector"]
+    kind: Literal["nchw", "nhwc", "tokens", "vector", "rows"]
     prefix: int = 0
     grid: tuple[int, int] = (1, 1)
 
@@ -36,11 +37,12 @@ class Layout:
             "nhwc": tuple(shape[1:3]),
             "tokens": self.grid,
             "vector": (),
+            "rows": (),
         }
         return sizes[self.kind]
 
     def read(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` as (B, C, H, W), or as (B, C) if it is a vector.
+        """Return `tensor` as (B, C, H, W), or as (B, C) if it holds vectors.
 
         Raises:
             ValueError: if the tokens do not fill a grid.
@@ -50,6 +52,8 @@ class Layout:
         if self.kind == "tokens":
             tokens = tensor[:, self.prefix :].transpose(1, 2)  # (B, C, H * W)
             return tokens.reshape(*tokens.shape[:2], *self._grid_of(tokens.shape[2]))
+        if self.kind == "rows":
+            return tensor.flatten(0, -2)
         return tensor
 
     def _grid_of(self, count: int) -> tuple[int, int]:

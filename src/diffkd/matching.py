@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from diffkd.dense_layers import box_outputs, class_map, pyramid
 from diffkd.layers import OUTPUT, Layer, list_layers
 from diffkd.layout import Layout
 from diffkd.methods import MethodFactory
@@ -66,7 +67,8 @@ def match_layers(
 
     Depending on what the method wants: the last maps before pooling, the logits (where both have the same classes), or
     the last map of every resolution, deepest with deepest. Models without maps (plain MLPs) pair their last hidden
-    vectors.
+    vectors. Segmenters with the same classes pair their class maps before up-sampling, in the place of logits, and a
+    method that wants those gets nothing else of them. Detectors pair the levels of their feature pyramids by name.
 
     Args:
         student, teacher: any two modules.
@@ -88,7 +90,14 @@ def match_layers(
 def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None = None) -> list[Pair]:
     """Pair two lists of layers, as :func:`match_layers` does."""
     wants = wants_of(method)
+    if "box outputs" in wants and (outputs := _box_output_pair(student, teacher, method)) is not None:
+        return [outputs]
+    if (levels := _pyramid_pairs(student, teacher, method, wants)) is not None:
+        return levels
     pairs = []
+    ours_map, theirs_map = class_map(student), class_map(teacher)
+    if ours_map and theirs_map and wants & {"logits", "class map"} and _same_channels(ours_map, theirs_map):
+        return [Pair(ours_map.name, theirs_map.name, method)]
     if wants & {"stages", "levels"}:
         ours, theirs = stages(student), stages(teacher)
         count = min(len(ours), len(theirs))
@@ -97,7 +106,7 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
             pairs.append(Pair([a for a, _ in names], [b for _, b in names], method, name="levels"))
         elif names:
             pairs.extend(Pair(a, b, method) for a, b in names)
-    if "feature" in wants:
+    if wants & {"feature", "class map"}:
         ours_last, theirs_last = last_feature(student), last_feature(teacher)
         if ours_last and theirs_last:
             pairs.append(Pair(ours_last.name, theirs_last.name, method))
@@ -116,6 +125,33 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
     return pairs
 
 
+def _pyramid_pairs(
+    student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None, wants: frozenset[Want]
+) -> list[Pair] | None:
+    """Return the pairs of two feature pyramids' levels of the same name; None if there are no two pyramids."""
+    ours, theirs = pyramid(student), pyramid(teacher)
+    keys = [key for key in ours if key in theirs]
+    if not keys or not wants & {"feature", "stages", "levels", "class map"}:
+        return None
+    layout = Layout("nchw")
+    if "levels" in wants:
+        names = [ours[key] for key in keys], [theirs[key] for key in keys]
+        return [Pair(*names, method, name="levels", student_layout=layout, teacher_layout=layout)]
+    return [Pair(ours[key], theirs[key], method, student_layout=layout, teacher_layout=layout) for key in keys]
+
+
+def _box_output_pair(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None) -> Pair | None:
+    ours, theirs = box_outputs(student), box_outputs(teacher)
+    if ours is None or theirs is None:
+        return None
+    rows = Layout("rows")
+    return Pair(list(ours), list(theirs), method, name="boxes", student_layout=rows, teacher_layout=rows)
+
+
+def _same_channels(ours: Layer, theirs: Layer) -> bool:
+    return theirs.feature_shape is not None and _has(ours, theirs.feature_shape.channels)
+
+
 def wants_of(factory: Any) -> frozenset[Want]:
     """Return what a method's factory wants of automatic pairing: its own `wants`, or that of the class it wraps."""
     while factory is not None:
@@ -128,9 +164,18 @@ def wants_of(factory: Any) -> frozenset[Want]:
 
 def last_feature(layers: Sequence[Layer]) -> Layer | None:
     """Return the last map before pooling; for a model without maps, the last hidden vector."""
-    classes = _classes(layers)
-    # A layer that scores every position (an auxiliary head) comes after the last feature, and is none.
-    maps = [layer for layer in _trunk(layers) if layer.is_map and not _scores(layer, classes)]
+    scores = class_map(layers)
+    if scores is not None and scores.feature_shape is not None:
+        channels = scores.feature_shape.channels
+        before = layers[: layers.index(scores)]
+        maps = [layer for layer in before if layer.instead is None and layer.is_map and not _has(layer, channels)]
+    else:
+        classes = _classes(layers)
+        # A layer that scores every position (an auxiliary head) comes after the last feature, and is none.
+        linear = ("Linear", "Conv2d")
+        maps = [
+            layer for layer in _trunk(layers) if layer.is_map and not (layer.type in linear and _has(layer, classes))
+        ]
     if maps:
         return maps[-1]
     output = layers[-1]
@@ -190,9 +235,8 @@ def _trunk(layers: Sequence[Layer]) -> list[Layer]:
         root = outermost[-1]
 
 
-def _scores(layer: Layer, classes: int | None) -> bool:
-    shape = layer.feature_shape
-    return layer.type in ("Linear", "Conv2d") and shape is not None and shape.channels == classes
+def _has(layer: Layer, channels: int | None) -> bool:
+    return layer.feature_shape is not None and layer.feature_shape.channels == channels
 
 
 def _area(layer: Layer) -> int:

@@ -1,13 +1,13 @@
 """How one side of a pair is read: recorded outputs in, features of a known shape out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from diffkd.layout import Layout, infer_layout
-from diffkd.shape import FeatureShape
+from diffkd.shape import FeatureShape, Role
 
 SideName = Literal["student", "teacher"]
 
@@ -51,6 +51,7 @@ def reader_for(
     logits: Tensor | None,
     input_size: tuple[int, int] | None,
     *,
+    scores: Collection[str] = (),
     several: bool = False,
     layout: Layout | None = None,
     prefix: int | None = None,
@@ -63,6 +64,7 @@ def reader_for(
         outputs: what each returned for the example.
         logits: what the model returned, to tell when a layer is the one that makes it.
         input_size: (H, W) of the example.
+        scores: names of further layers that return the model's scores, such as a class map before up-sampling.
         several: whether the method takes a list.
         layout: how to read them, if the user said so.
         prefix: number of prefix tokens, if the model says so.
@@ -79,9 +81,10 @@ def reader_for(
                 f"the {side}'s layer '{name}' returns {tuple(tensor.shape)}, which is no map, tokens or vector of an "
                 f"input of {input_size}; give the pair {side}_layout=Layout(kind, prefix, grid), or take another layer"
             )
-        is_logits = logits is not None and tensor.shape == logits.shape and tensor.data_ptr() == logits.data_ptr()
         size = found.size(tensor.shape)
-        shapes.append(FeatureShape(found.channels(tensor.shape), size, "logits" if is_logits else "feature"))
+        is_logits = logits is not None and tensor.shape == logits.shape and tensor.data_ptr() == logits.data_ptr()
+        role: Role = "logits" if is_logits or name in scores else "feature"
+        shapes.append(FeatureShape(found.channels(tensor.shape), size, role))
         layouts.append(found)
     return Reader(tuple(names), tuple(layouts), tuple(shapes), several)
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -11,6 +11,27 @@ from torch.utils.hooks import RemovableHandle
 from diffkd.layers import OUTPUT, run
 from diffkd.layout import select_tensor
 from diffkd.weights import unwrap
+
+
+class Call(NamedTuple):
+    """What a layer was called with, positional arguments only, and what it returned."""
+
+    args: tuple[Any, ...]
+    output: Any
+
+
+class Recording(NamedTuple):
+    """What one run of a model left.
+
+    Attributes:
+        output: what the model returned.
+        features: the tensors of the chosen layers by name.
+        calls: the calls of the watched layers by name.
+    """
+
+    output: Any
+    features: dict[str, Tensor]
+    calls: dict[str, Call]
 
 
 @dataclass
@@ -23,11 +44,14 @@ class Recorder:
     Args:
         names: the layers: "layer4", "output" for what the model returns, or "fpn[0]", "backbone[out]" for one element
             of an output that is a sequence or mapping.
+        watched: layers of which the whole call is wanted, whatever its type.
     """
 
     names: Sequence[str]
+    watched: Sequence[str] = ()
     active: bool = False
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(self, model: nn.Module) -> None:
@@ -37,7 +61,7 @@ class Recorder:
             ValueError: if there is no such layer, or the model is compiled already.
         """
         modules = dict(unwrap(model).named_modules())
-        for name in self.names:
+        for name in (*self.names, *self.watched):
             path, key = split_selector(name)
             if path == OUTPUT:
                 continue  # what the model returns needs no hook
@@ -50,7 +74,8 @@ class Recorder:
                     f"{type(unwrap(model)).__name__} is compiled already, and ignores hooks on its layers; give the "
                     "model itself, and compile the distiller"
                 )
-            self.handles.append(module.register_forward_hook(_Tap(self, name, key)))
+            watches = name in self.watched
+            self.handles.append(module.register_forward_hook(_Tap(self, name, None if watches else key, watches)))
 
     def detach(self) -> None:
         """Take the hooks off again."""
@@ -58,8 +83,8 @@ class Recorder:
             handle.remove()
         self.handles.clear()
 
-    def record(self, model: nn.Module, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
-        """Run `model` and return what it returns, and the recorded outputs by name.
+    def record(self, model: nn.Module, inputs: Any) -> Recording:
+        """Run `model` and return what it returns, and what was recorded.
 
         Raises:
             ValueError: if a layer left nothing to record.
@@ -69,29 +94,32 @@ class Recorder:
             output = run(model, inputs)
         finally:
             # Nothing is held on to: activations would live until the next batch.
-            outputs, self.outputs, self.active = self.outputs, {}, False
+            outputs, self.outputs, calls, self.calls, self.active = self.outputs, {}, self.calls, {}, False
         for name in self.names:
             path, key = split_selector(name)
             if path == OUTPUT and (tensor := select_tensor(output, key)) is not None:
                 outputs[name] = tensor
         missing = [name for name in self.names if name not in outputs]
+        missing += [name for name in self.watched if name not in calls]
         if missing:
             raise ValueError(
                 f"layer '{missing[0]}' of {type(unwrap(model)).__name__} returned no tensor to record: either it does "
                 "not run in this mode, its output has no such element, the distiller was released, or a part of the "
                 "model is compiled already; compile the distiller instead"
             )
-        return output, outputs
+        return Recording(output, outputs, calls)
 
 
 class _Tap:
     """A forward hook; a class rather than a closure so that copying and pickling a model works."""
 
-    def __init__(self, recorder: Recorder, name: str, key: str | None) -> None:
-        self.recorder, self.name, self.key = recorder, name, key
+    def __init__(self, recorder: Recorder, name: str, key: str | None, watches: bool) -> None:
+        self.recorder, self.name, self.key, self.watches = recorder, name, key, watches
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.recorder.active:
+        if self.recorder.active and self.watches:
+            self.recorder.calls[self.name] = Call(args, output)
+        elif self.recorder.active:
             tensor = select_tensor(output, self.key)
             if tensor is not None:
                 self.recorder.outputs[self.name] = tensor

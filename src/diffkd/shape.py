@@ -1,15 +1,16 @@
 """The shape of a feature: what a method must know of the two tensors it will be given.
 
 Also the words for what a method wants from automatic pairing: "feature" (the last map before pooling), "logits",
-"stages" (the last map of every resolution, each pair with a method of its own), or "levels" (the same maps, all given
-to one method as lists).
+"stages" (the last map of every resolution, each pair with a method of its own), "levels" (the same maps, all given to
+one method as lists), or "class map" (the scores by position of a model for dense prediction, and the last feature of
+any other), or "box outputs" (a detector's class scores and box regression, given to one method as a list of two).
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["feature", "logits"]
-Want = Literal["feature", "logits", "stages", "levels"]
+Want = Literal["feature", "logits", "stages", "levels", "class map", "box outputs"]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Row:
     peak_memory: float
 
 
-def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], metric: str = "top1") -> list[Row]:
+def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], metric: str) -> list[Row]:
     """Summarise finished runs.
 
     Args:

@@ -8,8 +8,10 @@ from diffkd.losses import dist
 @pytest.mark.parametrize("shape", [(4, 7), (2, 7, 3, 3)])
 def test_is_the_distance(shape):
     student, teacher = torch.randn(shape), torch.randn(shape)
-    losses = DIST(7, FeatureShape(7), beta=2.0, gamma=0.5, temperature=4.0, weight=3.0)(student, teacher)
-    torch.testing.assert_close(losses, {"kd": 3 * dist(student, teacher, 2.0, 0.5, 4.0)})
+    for pool in (True, False):
+        method = DIST(7, FeatureShape(7), beta=2.0, gamma=0.5, temperature=4.0, pool_positions=pool, weight=3.0)
+        expected = dist(student, teacher, 2.0, 0.5, 4.0, pool_positions=pool)
+        torch.testing.assert_close(method(student, teacher), {"kd": 3 * expected})
 
 
 def test_defaults_are_those_for_imagenet():

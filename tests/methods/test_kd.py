@@ -9,7 +9,10 @@ from diffkd.losses import kl_divergence
 def test_is_the_softened_divergence(shape):
     student, teacher = torch.randn(shape), torch.randn(shape)
     losses = KD(temperature=2.0, weight=3.0)(student, teacher)
-    torch.testing.assert_close(losses, {"kd": 3 * kl_divergence(student, teacher, 2.0)})
+    expected = 3 * kl_divergence(student, teacher, 2.0)
+    torch.testing.assert_close(losses, {"kd": expected / student[0, 0].numel()})
+    summed = KD(temperature=2.0, weight=3.0, average_positions=False)(student, teacher)
+    torch.testing.assert_close(summed, {"kd": expected})
 
 
 def test_tau_is_four_and_there_is_nothing_to_train():

@@ -14,16 +14,19 @@ from torch import nn
 from diffkd import KD, DiffKD, Distiller
 from diffkd.data.mixing import mix
 from diffkd.data.seeding import mix_seed
-from diffkd.tasks.classification import ClassificationTask, logits_of
+from diffkd.tasks.classification import Classification, logits_of
 from diffkd.tasks.optimization import Schedule
 from diffkd.tasks.quiet import quiet_trainer
+from diffkd.tasks.training import Training
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
-def make(model, **options):
-    defaults = {"num_classes": 6, "optimizer": SGD, "schedule": Schedule("constant"), "epochs": 2}
-    return ClassificationTask(model, **(defaults | options))
+def make(model, kind=Training, **options):
+    own = {name: options.pop(name) for name in ("label_smoothing", "mixup", "cutmix") if name in options}
+    task = Classification(options.pop("num_classes", 6), **own)
+    defaults = {"optimizer": SGD, "schedule": Schedule("constant"), "epochs": 2}
+    return kind(model, task, **(defaults | options))
 
 
 def trainer(**options):
@@ -43,7 +46,7 @@ def distilled(method=DiffKD):
     return Distiller(small(6, 3), large(6, 3), example=torch.randn(2, 3, 8, 8), method=method)
 
 
-class Capture(ClassificationTask):
+class Capture(Training):
     """Keeps what each step was given and returned."""
 
     def training_step(self, batch, batch_idx):
@@ -57,16 +60,7 @@ class Capture(ClassificationTask):
 def test_the_loss_is_the_weighted_sum(image_files):
     torch.manual_seed(0)
     model = distilled(KD)
-    task = Capture(
-        model,
-        num_classes=6,
-        optimizer=SGD,
-        schedule=Schedule("constant"),
-        epochs=1,
-        task_weight=0.3,
-        method_weight=0.7,
-        label_smoothing=0.2,
-    )
+    task = make(model, Capture, epochs=1, task_weight=0.3, method_weight=0.7, label_smoothing=0.2)
     fit(task, arrays(image_files), max_epochs=1)
     (images, labels, _), before, random, loss = task.steps[3]
     student = small(6, 3)
@@ -80,16 +74,7 @@ def test_the_loss_is_the_weighted_sum(image_files):
 
 
 def test_mixed_images_have_mixed_labels(image_files):
-    task = Capture(
-        small(6, 3),
-        num_classes=6,
-        optimizer=SGD,
-        schedule=Schedule("constant"),
-        epochs=1,
-        mixup=1.0,
-        cutmix=1.0,
-        seed=5,
-    )
+    task = make(small(6, 3), Capture, epochs=1, mixup=1.0, cutmix=1.0, seed=5)
     fit(task, arrays(image_files), max_epochs=1)
     for step, ((images, labels, _), before, random, loss) in enumerate(task.steps):
         student = small(6, 3)
@@ -115,8 +100,9 @@ def test_accuracy_is_exact(image_files):
 
 
 def test_top5_of_few_classes_is_not_measured():
-    assert "top5" not in make(small(5, 3), num_classes=5).metrics
-    assert "top5" in make(small(6, 3)).metrics
+    device = torch.device("cpu")
+    assert "top5" not in Classification(5).meter(device).metrics
+    assert "top5" in Classification(6).meter(device).metrics
 
 
 def test_the_average_is_measured_beside_the_student(image_files):

@@ -14,11 +14,12 @@ from tiny_models import large, small
 from diffkd import DIST, KD, DiffKD, Distiller, FitNet, Pair, load_weights, read_weights
 from diffkd.data import Arrays, Augmentation
 from diffkd.models import load_model
-from diffkd.tasks.classification import ClassificationTask
+from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.fit import fit
 from diffkd.tasks.optimization import Schedule
 from diffkd.tasks.report import report
+from diffkd.tasks.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +196,11 @@ def test_the_report_warns_of_an_ignorant_teacher():
             teacher[4].weight.zero_()
             teacher[4].bias.copy_(9 * torch.eye(6)[answer])
         model = Distiller(small(6, 3), teacher, example=images, method=KD)
-        task = ClassificationTask(model, num_classes=6, optimizer=torch.optim.SGD, schedule=Schedule(), epochs=1)
+        task = Training(model, Classification(6), optimizer=torch.optim.SGD, schedule=Schedule(), epochs=1)
         output, losses = model(images)
         task.ledger.record(0, {"task": output.mean(), **losses}, images)
         console = Console(file=io.StringIO(), width=200)
-        report(task, images, labels, console)
+        report(task, (images, labels, labels), console)
         return console.file.getvalue()
 
     good, bad = printed(2), printed(0)

@@ -6,7 +6,7 @@ from diffkd.tasks.history import History, read_csv
 
 
 def history(*accuracies):
-    record = History()
+    record = History("top1")
     for epoch, top1 in enumerate(accuracies, 1):
         record.add({"epoch": epoch, "top1": top1})
     return record
@@ -19,8 +19,8 @@ def test_last_and_best_are_two_things():
 
 
 def test_nothing_yet():
-    assert History().last is None
-    assert History().best is None
+    assert History("top1").last is None
+    assert History("top1").best is None
 
 
 def test_csv_there_and_back(tmp_path):
@@ -32,7 +32,7 @@ def test_csv_there_and_back(tmp_path):
 
 
 def test_state_is_a_copy():
-    record, other = history(0.5), History()
+    record, other = history(0.5), History("top1")
     other.load_state_dict(record.state_dict())
     record.rows[0]["top1"] = 0.0
     assert other.last == {"epoch": 1, "top1": 0.5}

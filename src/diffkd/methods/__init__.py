@@ -14,6 +14,7 @@ from collections.abc import Callable
 from torch import nn
 
 from diffkd.methods.at import AT
+from diffkd.methods.box_kd import BoxKD
 from diffkd.methods.cirkd import CIRKD
 from diffkd.methods.crd import CRD
 from diffkd.methods.cwd import CWD
@@ -53,6 +54,7 @@ __all__ = [
     "SP",
     "SRRL",
     "VID",
+    "BoxKD",
     "DiffKD",
     "DiffKDOutput",
     "FitNet",

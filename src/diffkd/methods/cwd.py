@@ -26,7 +26,7 @@ class CWD(nn.Module):
         ValueError: if one of them is a vector, or `temperature` is not positive.
     """
 
-    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    wants: ClassVar[frozenset[Want]] = frozenset({"class map"})
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ class DIST(nn.Module):
         temperature: tau > 0. The DIST paper takes 1 for ImageNet and 4 for CIFAR-100.
         standardize: bring the logits of each sample to mean 0 and standard deviation 1 first (Sun et al., *Logit
             Standardization in Knowledge Distillation*, CVPR 2024).
+        pool_positions: on maps, relate all positions of all images with one another, as dense prediction wants (Huang
+            et al., Sec. 4.4); False: each position relates the images of the batch on its own.
         weight: factor of the loss.
 
     Raises:
@@ -38,17 +40,19 @@ class DIST(nn.Module):
         gamma: float = 1.0,
         temperature: float = 1.0,
         standardize: bool = False,
+        pool_positions: bool = True,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
         check_same_classes(student, teacher)
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        self.standardize = standardize
+        self.standardize, self.pool_positions = standardize, pool_positions
         self.beta, self.gamma, self.temperature, self.weight = beta, gamma, temperature, weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
         if self.standardize:
             student, teacher = standardized(student), standardized(teacher)
-        return {"kd": self.weight * dist(student, teacher, self.beta, self.gamma, self.temperature)}
+        loss = dist(student, teacher, self.beta, self.gamma, self.temperature, self.pool_positions)
+        return {"kd": self.weight * loss}

@@ -10,7 +10,7 @@ from diffkd.shape import FeatureShape, Want, channels_of
 
 
 class KD(nn.Module):
-    """Knowledge distillation on logits (Hinton, Vinyals, Dean, 2015).
+    """Knowledge distillation on logits (Hinton, Vinyals, Dean, 2015); on class maps per position.
 
     Args:
         student: the student's classes or shape, checked against the teacher's; may be left out.
@@ -18,6 +18,9 @@ class KD(nn.Module):
         temperature: tau > 0; the loss is scaled by tau^2, so that its gradient keeps its size.
         standardize: bring the logits of each sample to mean 0 and standard deviation 1 first (Sun et al., *Logit
             Standardization in Knowledge Distillation*, CVPR 2024).
+        average_positions: on maps, divide by the number of positions, as dense prediction has it (Liu et al.,
+            *Structured Knowledge Distillation for Semantic Segmentation*, CVPR 2019); False: sum over them, as the
+            DiffKD authors' code does.
         weight: factor of the loss.
 
     Raises:
@@ -33,6 +36,7 @@ class KD(nn.Module):
         *,
         temperature: float = 4.0,
         standardize: bool = False,
+        average_positions: bool = True,
         weight: float = 1.0,
     ) -> None:
         super().__init__()
@@ -40,13 +44,14 @@ class KD(nn.Module):
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature, self.weight = temperature, weight
-        self.standardize = standardize
+        self.standardize, self.average_positions = standardize, average_positions
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
         if self.standardize:
             student, teacher = standardized(student), standardized(teacher)
-        return {"kd": self.weight * kl_divergence(student, teacher, self.temperature)}
+        positions = student[0, 0].numel() if self.average_positions else 1
+        return {"kd": self.weight / positions * kl_divergence(student, teacher, self.temperature)}
 
 
 def check_same_classes(student: int | FeatureShape | None, teacher: int | FeatureShape | None) -> None:

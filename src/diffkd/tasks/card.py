@@ -7,7 +7,7 @@ import lightning
 import torch
 
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.history import Row
+from diffkd.tasks.history import Row, measurements
 
 
 def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
         A mapping that JSON can hold.
     """
     return {
-        "task": "classification",
+        "task": data.task,
         "model": model,
         "num_classes": data.num_classes,
         "in_channels": data.in_channels,
@@ -42,8 +42,12 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
 
 def with_metrics(card: Mapping[str, Any], row: Row | None, which: str) -> dict[str, Any]:
     """Return the card of the weights of one epoch: its number, its metrics, and whether it was the last or the best."""
-    measured = {} if row is None else {name: row[name] for name in ("top1", "top5", "loss") if name in row}
-    return {**card, "metrics": measured, "epoch": None if row is None else int(row["epoch"]), "which": which}
+    return {
+        **card,
+        "metrics": {} if row is None else measurements(row),
+        "epoch": None if row is None else int(row["epoch"]),
+        "which": which,
+    }
 
 
 def versions() -> dict[str, str]:

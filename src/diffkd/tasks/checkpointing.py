@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
-from diffkd.tasks.classification import ClassificationTask
 from diffkd.tasks.interruption import Interrupted, StopRequest
+from diffkd.tasks.training import Training
 from diffkd.weights import write_whole
 
 
@@ -71,7 +71,7 @@ class Saver(Checkpoint):
         *,
         every_steps: int | None = None,
         max_steps: int | None = None,
-        on_epoch: Callable[[ClassificationTask], None] | None = None,
+        on_epoch: Callable[[Training], None] | None = None,
         how_to_resume: str = "",
     ) -> None:
         if (every_steps is not None and every_steps < 1) or (max_steps is not None and max_steps < 1):
@@ -96,22 +96,22 @@ class Saver(Checkpoint):
             return
         if batch_idx + 1 == trainer.num_training_batches:
             return  # the end of the epoch saves, after validation
-        task = _task(pl_module)
+        training = _training(pl_module)
         due = self.every_steps is not None and step % self.every_steps == 0
-        asks = due or trainer.world_size == 1 or step % task.log_every == 0
+        asks = due or trainer.world_size == 1 or step % training.log_every == 0
         signum = self.stop.agreed(pl_module.device) if asks else 0
         if due or signum:
-            self.save(trainer, task)
+            self.save(trainer, training)
         if signum:
             raise self._interrupted(trainer, signum)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, and stop if that is asked for."""
-        task = _task(pl_module)
+        training = _training(pl_module)
         if trainer.is_global_zero and self.on_epoch is not None:
-            check_weights(task)
-            self.on_epoch(task)
-        self.save(trainer, task)
+            check_weights(training)
+            self.on_epoch(training)
+        self.save(trainer, training)
         finished = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         signum = self.stop.agreed(pl_module.device)
         if signum and not finished:
@@ -125,15 +125,15 @@ class Saver(Checkpoint):
         """Give the signals back."""
         self.stop.stop_listening()
 
-    def save(self, trainer: Trainer, task: ClassificationTask) -> None:
+    def save(self, trainer: Trainer, training: Training) -> None:
         """Write the checkpoint; call on all processes at once.
 
         Raises:
             FloatingPointError: if a loss or a weight is not finite; nothing is written then.
             OSError: if the file cannot be written; the earlier one is whole then.
         """
-        task.ledger.check()
-        check_weights(task)
+        training.ledger.check()
+        check_weights(training)
         trainer.save_checkpoint(self.path)
 
     def _interrupted(self, trainer: Trainer, signum: int) -> Interrupted:
@@ -141,29 +141,29 @@ class Saver(Checkpoint):
         return Interrupted(f"{done}. {self.how_to_resume}".strip(), signum)
 
 
-def check_weights(task: ClassificationTask) -> None:
+def check_weights(training: Training) -> None:
     """Raise FloatingPointError, naming the first, if weights of the student or of a method are not finite.
 
     A loss can be finite and its gradient not, so the losses alone do not tell.
     """
-    parts: dict[str, nn.Module] = {"the student": task.student}
-    if task.distiller is not None:
+    parts: dict[str, nn.Module] = {"the student": training.student}
+    if training.distiller is not None:
         names = (
             f"the {type(m).__name__} of pair '{n}'"
-            for n, m in zip(task.distiller.names, task.distiller.methods, strict=True)
+            for n, m in zip(training.distiller.names, training.distiller.methods, strict=True)
         )
-        parts.update(zip(names, task.distiller.methods, strict=True))
+        parts.update(zip(names, training.distiller.methods, strict=True))
     for owner, part in parts.items():
         tensors = [t for t in part.state_dict().values() if t.is_floating_point()]
         if tensors and not torch.stack([t.isfinite().all() for t in tensors]).all():
             name = next(n for n, t in part.state_dict().items() if not t.isfinite().all())
             raise FloatingPointError(
-                f"weight '{name}' of {owner} was not finite after step {task.global_step}, though the losses were; "
+                f"weight '{name}' of {owner} was not finite after step {training.global_step}, though the losses were; "
                 "lower the learning rate or clip gradients. The earlier checkpoint is whole."
             )
 
 
-def _task(module: LightningModule) -> ClassificationTask:
-    if not isinstance(module, ClassificationTask):
-        raise TypeError(f"Saver saves a ClassificationTask, not a {type(module).__name__}")
+def _training(module: LightningModule) -> Training:
+    if not isinstance(module, Training):
+        raise TypeError(f"Saver saves a Training, not a {type(module).__name__}")
     return module

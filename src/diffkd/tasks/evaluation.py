@@ -8,12 +8,12 @@ from rich.console import Console
 from torch import nn
 
 from diffkd.data.augmentation import Augmentation
-from diffkd.models import load_model
-from diffkd.tasks.classification import ClassificationTask
 from diffkd.tasks.data_facts import DataFacts, facts_of
 from diffkd.tasks.fit import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.tasks.quiet import quiet_trainer
+from diffkd.tasks.setup import build_task, load
 from diffkd.tasks.student_file import Which, find_student, read_card
+from diffkd.tasks.training import Training
 from diffkd.teacher_input import TeacherInput
 
 
@@ -42,7 +42,8 @@ def evaluate(
         progress: print what was found.
 
     Returns:
-        "top1", with more than five classes "top5", both in 0..1, and "loss", the mean cross entropy.
+        The measurements by name, shares of 1 all but "loss": for classification "top1", with more than five classes
+        "top5", and "loss", the mean cross entropy.
 
     Raises:
         FileNotFoundError: if there are no such weights, or the data are not where they were.
@@ -59,10 +60,12 @@ def evaluate(
             f"{path} is for {classes} classes and {channels} channels, the data have {facts.num_classes} and "
             f"{facts.in_channels}; give the data it was trained on with --data"
         )
-    built = load_model(name, num_classes=classes, in_channels=channels, weights=path)
-    task = ClassificationTask(
+    if card.get("task", facts.task) != facts.task:
+        raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
+    built = load(name, facts, num_classes=classes, in_channels=channels, weights=path)
+    training = Training(
         _renormalised(built, card, facts),
-        num_classes=facts.num_classes,
+        build_task(facts),
         optimizer=DEFAULT_OPTIMIZER,
         schedule=DEFAULT_SCHEDULE,
         epochs=1,
@@ -78,8 +81,8 @@ def evaluate(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        trainer.validate(task, datamodule=data, verbose=False)
-    measured = task.measured
+        trainer.validate(training, datamodule=data, verbose=False)
+    measured = training.measured
     console = Console(quiet=not progress)
     console.print(
         f"{path}: {name}, {sum(p.numel() for p in built.parameters()):,} parameters", highlight=False, soft_wrap=True

@@ -19,7 +19,6 @@ from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
 from diffkd.tasks.card import make_card, versions, with_metrics
 from diffkd.tasks.checkpointing import Saver, WholeFiles
-from diffkd.tasks.classification import ClassificationTask
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.describe import describe
 from diffkd.tasks.memory import peak_memory, reset_peak
@@ -29,8 +28,9 @@ from diffkd.tasks.quiet import quiet_trainer
 from diffkd.tasks.replicas import is_first_process
 from diffkd.tasks.report import StartReport
 from diffkd.tasks.run_folder import RunFolder
-from diffkd.tasks.setup import build_distiller, build_student, build_teacher
+from diffkd.tasks.setup import build_distiller, build_student, build_task, build_teacher
 from diffkd.tasks.student_file import read_card
+from diffkd.tasks.training import Training
 from diffkd.weights import save_student
 
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -47,6 +47,7 @@ def fit(
     teacher_pretrained: bool = False,
     student_weights: str | None = None,
     student_pretrained: bool = False,
+    pretrained_backbone: bool = False,
     method: list[MethodFactory] | MethodFactory | None = None,
     pairs: Literal["auto"] | list[Pair] = "auto",
     task_weight: float = 1.0,
@@ -73,7 +74,7 @@ def fit(
     progress: bool = True,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train a classifier; with a teacher and a method, distil the teacher into it.
+    """Train a student; with a teacher and a method, distil the teacher into it. The data say for which task.
 
     Args:
         student: name of the model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., package.module:function.
@@ -84,17 +85,18 @@ def fit(
         teacher_pretrained: use its published weights.
         student_weights: file, or folder of a run, to start the student from.
         student_pretrained: start the student from its published weights.
+        pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
         method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, diffkd.FitNet, or one of your own; or a
             list of them, each then paired as it wants.
         pairs: which layers learn from which; "auto" finds out.
-        task_weight: factor of the cross entropy with the labels.
+        task_weight: factor of the task's own loss, with the labels.
         method_weight: factor of all distillation losses.
         method_ramp: when in the training they count: start, warm-up and stop, in epochs.
         epochs: length of the training.
         optimizer: any optimiser, such as torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop.
         schedule: how the learning rate changes over the epochs.
         decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
-        label_smoothing: share of the label that is spread over all classes.
+        label_smoothing: share of the label that is spread over all classes, for classification.
         ema: decay of a running average of the student, such as 0.9999, which is then measured and saved.
         gradient_clip: largest norm of the gradient.
         precision: 32-true, bf16-mixed, 16-mixed, or another of Lightning's.
@@ -134,9 +136,17 @@ def fit(
         return finished
 
     facts = facts_of(data)
-    model = build_student(student, facts, weights=student_weights, pretrained=student_pretrained, seed=seed)
+    task = build_task(facts, label_smoothing=label_smoothing)
+    model = build_student(
+        student,
+        facts,
+        weights=student_weights,
+        pretrained=student_pretrained,
+        pretrained_backbone=pretrained_backbone,
+        seed=seed,
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    task = ClassificationTask(
+    training = Training(
         model
         if teacher is None
         else build_distiller(
@@ -147,7 +157,7 @@ def fit(
             method=method,
             seed=seed,
         ),
-        num_classes=facts.num_classes,
+        task,
         optimizer=optimizer,
         schedule=schedule,
         epochs=epochs,
@@ -155,24 +165,22 @@ def fit(
         task_weight=task_weight,
         method_weight=method_weight,
         method_ramp=method_ramp,
-        label_smoothing=label_smoothing,
-        mixup=facts.mixup,
-        cutmix=facts.cutmix,
         ema=ema,
         seed=seed,
         log_every=log_every,
     )
     if compile:
-        task.model.compile()
-    card = task.card = make_card(student, facts, config)
+        training.model.compile()
+    score = task.headlines[0]
+    card = training.card = make_card(student, facts, config)
     if first:
         folder.start(config)
 
-    def on_epoch(task: ClassificationTask) -> None:
-        row = task.history.rows[-1]
-        if row["top1"] > read_card(folder.best).get("metrics", {}).get("top1", -1.0):
-            save_student(task.result, folder.best, with_metrics(card, row, "best epoch"))
-        task.history.write_csv(folder.metrics)
+    def on_epoch(training: Training) -> None:
+        row = training.history.rows[-1]
+        if row[score] > read_card(folder.best).get("metrics", {}).get(score, -1.0):
+            save_student(training.result, folder.best, with_metrics(card, row, "best epoch"))
+        training.history.write_csv(folder.metrics)
 
     saver = Saver(
         folder.checkpoint,
@@ -205,17 +213,19 @@ def fit(
             enable_model_summary=False,
         )
         try:
-            trainer.fit(task, datamodule=data, ckpt_path=folder.checkpoint if resumes else None)
+            trainer.fit(training, datamodule=data, ckpt_path=folder.checkpoint if resumes else None)
         except SystemExit as leaving:  # how the trainer answers a second Ctrl-C
             raise KeyboardInterrupt from leaving
 
-    last = task.history.rows[-1]
-    best = read_card(folder.best) or with_metrics({}, task.history.best, "best epoch")
+    last = training.history.rows[-1]
+    best = read_card(folder.best) or with_metrics({}, training.history.best, "best epoch")
     result = {
+        "task": task.name,
+        "score": score,
         "last": last,
         "best": {"epoch": best["epoch"], **best["metrics"]},
         "parameters": parameters,
-        "method_parameters": sum(p.numel() for p in task.model.parameters()) - parameters,
+        "method_parameters": sum(p.numel() for p in training.model.parameters()) - parameters,
         "peak_memory": peak_memory(trainer.strategy.root_device),
         "device": _device_name(trainer),
         "seed": seed,
@@ -224,16 +234,17 @@ def fit(
         "versions": versions(),
     }
     if first:
-        save_student(task.result, folder.student, with_metrics(card, last, "last epoch"))
+        save_student(training.result, folder.student, with_metrics(card, last, "last epoch"))
         folder.finish(result)
         console.print(summary(result), highlight=False, soft_wrap=True)
     return result
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """Return a result in one line: accuracy of the last and the best epoch, parameters, seconds."""
+    """Return a result in one line: score of the last and the best epoch, parameters, seconds."""
+    score = result["score"]
     scores = (
-        f"{which} epoch ({int(result[which]['epoch'])}) top1 {100 * result[which]['top1']:.2f} %"
+        f"{which} epoch ({int(result[which]['epoch'])}) {score} {100 * result[which][score]:.2f} %"
         for which in ("last", "best")
     )
     return f"{', '.join(scores)}; {result['parameters']:,} parameters, {result['last']['seconds']:.0f} s"

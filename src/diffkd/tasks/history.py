@@ -20,7 +20,7 @@ class History:
         metric: the column that decides which epoch is best; larger is better, and of equals the earliest.
     """
 
-    def __init__(self, metric: str = "top1") -> None:
+    def __init__(self, metric: str) -> None:
         self.metric = metric
         self.rows: list[Row] = []
 
@@ -58,6 +58,12 @@ class History:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         self.rows = [dict(row) for row in state["rows"]]
+
+
+def measurements(row: Row) -> Row:
+    """Return what was measured on the validation set: a row without counters, training losses and gammas."""
+    counters = ("epoch", "step", "lr", "seconds")
+    return {k: v for k, v in row.items() if k not in counters and not k.startswith(("train/", "gamma/"))}
 
 
 def read_csv(path: Path) -> list[Row]:

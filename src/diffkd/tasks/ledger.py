@@ -3,7 +3,7 @@
 Nothing here waits for the device except :meth:`Ledger.check` and :meth:`Ledger.means`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ class Ledger:
         self._latest: Tensor | None = None
         self._broken: Tensor | None = None  # first non-finite step by name; the last entry is for the images
 
-    def record(self, step: int, values: Mapping[str, Tensor], images: Tensor) -> None:
+    def record(self, step: int, values: Mapping[str, Tensor], images: Tensor | Sequence[Tensor]) -> None:
         """Take in the losses of one step.
 
         Args:
             step: number of the step in the whole training.
             values: scalars by name, or tensors of which the mean is taken.
-            images: the batch, (B, ...), checked for values that are not finite.
+            images: the batch, (B, ...) or a list of (...), checked for values that are not finite.
 
         Raises:
             ValueError: if the names differ from those of the earlier steps.
@@ -45,7 +45,10 @@ class Ledger:
             raise ValueError(f"the losses of step {step} are {sorted(values)}, before they were {sorted(self.names)}")
         with torch.no_grad():
             row = torch.stack([values[name].detach().float().mean() for name in self.names])
-            finite = torch.cat([row.isfinite(), images.isfinite().all()[None]])
+            whole = torch.stack(
+                [image.isfinite().all() for image in ([images] if isinstance(images, Tensor) else images)]
+            )
+            finite = torch.cat([row.isfinite(), whole.all()[None]])
             broken = torch.where(finite, _NEVER, step)
             if self._sums is None or self._broken is None:
                 self._sums, self._broken = torch.zeros_like(row), torch.full_like(broken, _NEVER)

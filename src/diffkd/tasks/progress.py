@@ -16,7 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from diffkd.tasks.classification import ClassificationTask
+from diffkd.tasks.task import TASK
+from diffkd.tasks.training import Training
 
 
 class TrainingProgress(Callback):
@@ -67,11 +68,13 @@ class TrainingProgress(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what the validation found."""
-        if not isinstance(pl_module, ClassificationTask) or trainer.sanity_checking:
+        if not isinstance(pl_module, Training) or trainer.sanity_checking:
             return
         measured = pl_module.measured
-        scores = "  ".join(f"{name} {100 * measured[name]:.2f} %" for name in ("top1", "top5") if name in measured)
-        loss = pl_module.ledger.means().get("task", float("nan")) if trainer.world_size == 1 else float("nan")
+        names = [name for name in pl_module.task.headlines if name in measured]
+        scores = "  ".join(f"{name} {100 * measured[name]:.2f} %" for name in names)
+        means = pl_module.ledger.means() if trainer.world_size == 1 else {}
+        loss = sum(mean for name, mean in means.items() if name.split("/")[0] == TASK) if means else float("nan")
         seconds = time.monotonic() - self._started
         width = len(str(trainer.max_epochs))
         self.console.print(

@@ -7,14 +7,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from diffkd.distiller import Distiller
-from diffkd.tasks.classification import ClassificationTask, logits_of
+from diffkd.tasks.training import Training
 
 
 class StartReport(Callback):
-    """Prints pairs, trainable parameters by part, each loss of the first batch, and the teacher's accuracy on it.
+    """Prints pairs, trainable parameters by part, each loss of the first batch, and how well the teacher does on it.
 
     Args:
         console: where to; on other processes than the first, pass a quiet one.
@@ -27,42 +27,42 @@ class StartReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report after the very first step."""
-        if trainer.global_step == 1 and isinstance(pl_module, ClassificationTask) and not self.console.quiet:
-            images, labels, _ = batch
+        if trainer.global_step == 1 and isinstance(pl_module, Training) and not self.console.quiet:
             with trainer.precision_plugin.train_step_context():
-                report(pl_module, images, labels, self.console)
+                report(pl_module, batch, self.console)
 
 
-def report(task: ClassificationTask, images: Tensor, labels: Tensor, console: Console) -> None:
-    """Print the report of a task that has taken its first step on `images` (B, C, H, W) and `labels` (B,)."""
+def report(training: Training, batch: Any, console: Console) -> None:
+    """Print the report of a training that has taken its first step on `batch`."""
     console.print(
-        f"student {type(task.student).__name__}: {_trainable(task.student)} trainable parameters", soft_wrap=True
+        f"student {type(training.student).__name__}: {_trainable(training.student)} trainable parameters",
+        soft_wrap=True,
     )
-    distiller = task.distiller
-    if distiller is not None:
-        console.print(pairs_table(distiller))
-    losses = {name: value for name, value in task.ledger.latest().items() if not name.startswith("gamma/")}
+    if training.distiller is not None:
+        console.print(pairs_table(training.distiller))
+    losses = {name: value for name, value in training.ledger.latest().items() if not name.startswith("gamma/")}
     console.print(
         "first batch: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
         highlight=False,
         soft_wrap=True,
     )
-    if distiller is None:
+    if training.teacher is None:
         return
-    accuracy, classes = teacher_accuracy(distiller, images, labels)
-    if classes != task.num_classes:
+    with torch.no_grad():
+        judged = training.task.judge(training.teacher, batch)
+    if judged is None:
         console.print(
-            f"the teacher has {classes} classes, the data {task.num_classes}: its accuracy was not measured",
+            "the teacher has other classes than the data: how well it does was not measured",
             soft_wrap=True,
         )
         return
-    chance = 1 / classes
+    share, chance = judged
     console.print(
-        f"teacher on this batch: {100 * accuracy:.1f} % right (chance {100 * chance:.1f} %)",
+        f"teacher on this batch: {100 * share:.1f} % right (chance {100 * chance:.1f} %)",
         highlight=False,
         soft_wrap=True,
     )
-    if accuracy <= 2 * chance:
+    if share <= 2 * chance:
         console.print(
             "warning: the teacher is hardly better than chance. Are its weights loaded, are the classes in the same "
             "order, are the images normalised as it wants?",
@@ -80,14 +80,6 @@ def pairs_table(distiller: Distiller) -> Table:
     for row in distiller.rows():
         table.add_row(*row)
     return table
-
-
-@torch.no_grad()
-def teacher_accuracy(distiller: Distiller, images: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Return the share of a batch that the teacher gets right, and the number of its classes."""
-    inputs = images if distiller.teacher_input is None else distiller.teacher_input(images)
-    logits = logits_of(distiller.teacher(inputs))
-    return float((logits.argmax(dim=1) == labels).float().mean()), logits.shape[1]
 
 
 def _trainable(model: nn.Module) -> str:

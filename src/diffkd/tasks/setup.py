@@ -15,14 +15,63 @@ from diffkd.layers import list_layers
 from diffkd.matching import Pair
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization, load_model
+from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.describe import factory_of
 from diffkd.tasks.student_file import read_card
+from diffkd.tasks.task import Task
 from diffkd.teacher_input import TeacherInput
 from diffkd.weights import read_weights
 
 
-def build_student(name: str, data: DataFacts, *, weights: str | None, pretrained: bool, seed: int) -> nn.Module:
+def build_task(data: DataFacts, *, label_smoothing: float = 0.0) -> Task:
+    """Return the task that the data are for.
+
+    Args:
+        data: what is trained on.
+        label_smoothing: for classification, share of the label that is spread over all classes.
+
+    Raises:
+        ValueError: if an option does not fit the task.
+    """
+    return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix)
+
+
+def load(
+    name: str,
+    data: DataFacts,
+    *,
+    num_classes: int | None,
+    in_channels: int | None,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    pretrained_backbone: bool = False,
+) -> nn.Module:
+    """Build a model by name for the task of the data.
+
+    Args:
+        name: as for :func:`~diffkd.models.load_model`, or its counterpart of the task.
+        data: says which task, and how images are fed.
+        num_classes: length of the output; None: the model's own.
+        in_channels: channels of the images; None: the model's own.
+        weights: file to load strictly.
+        pretrained: load the published weights.
+        pretrained_backbone: load the published weights of the backbone alone; not for classifiers, which are their own.
+    """
+    if pretrained_backbone:
+        raise ValueError("pretrained_backbone is for detectors and segmenters; give pretrained for a classifier")
+    return load_model(name, num_classes=num_classes, in_channels=in_channels, weights=weights, pretrained=pretrained)
+
+
+def build_student(
+    name: str,
+    data: DataFacts,
+    *,
+    weights: str | None,
+    pretrained: bool,
+    seed: int,
+    pretrained_backbone: bool = False,
+) -> nn.Module:
     """Build the student; its initial weights depend on the seed alone, not on what it is trained with.
 
     Args:
@@ -31,17 +80,20 @@ def build_student(name: str, data: DataFacts, *, weights: str | None, pretrained
         weights: file to start from, None for none.
         pretrained: start from the published weights.
         seed: of the initial weights.
+        pretrained_backbone: start the backbone alone from its published weights.
 
     Raises:
         ValueError: if the model cannot take the images, or does not score as many classes as there are.
     """
     torch.manual_seed(seed)
-    student = load_model(
+    student = load(
         name,
+        data,
         num_classes=data.num_classes,
         in_channels=data.in_channels,
         weights=None if weights is None else find_weights(weights),
         pretrained=pretrained,
+        pretrained_backbone=pretrained_backbone,
     )
     output = list_layers(student, data.example)[-1].shape
     if len(output) != 2 or output[1] != data.num_classes:
@@ -84,8 +136,8 @@ def build_teacher(
     if classes is None and own_code:
         classes = data.num_classes
     elif classes is None and path is not None:
-        classes = _classes_in(path, name, data.num_classes, channels)
-    teacher = load_model(name, num_classes=classes, in_channels=channels, weights=path, pretrained=pretrained)
+        classes = _classes_in(path, name, data, channels)
+    teacher = load(name, data, num_classes=classes, in_channels=channels, weights=path, pretrained=pretrained)
     theirs = (card["mean"], card["std"]) if card.get("mean") else None
     if theirs is None and pretrained:
         theirs = input_normalization(teacher, name)
@@ -131,9 +183,10 @@ def _method(method: Any) -> Any:
     return method if isinstance(method, nn.Module) else factory_of(method)
 
 
-def _classes_in(weights: Path, name: str, classes: int, channels: int | None) -> int:
+def _classes_in(weights: Path, name: str, data: DataFacts, channels: int | None) -> int:
     """Return how many classes the weights are for: the model's entries that depend on it are found by building one."""
-    ours = load_model(name, num_classes=classes, in_channels=channels).state_dict()
+    classes = data.num_classes
+    ours = load(name, data, num_classes=classes, in_channels=channels).state_dict()
     found = {
         len(theirs)
         for entry, theirs in read_weights(weights).items()

@@ -1,0 +1,63 @@
+"""The layers of models for dense prediction: a detector's feature pyramid, a segmenter's class map."""
+
+import math
+from collections.abc import Sequence
+
+from diffkd.layers import OUTPUT, Layer
+
+
+def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
+    """Return the levels of a detector's feature pyramid, their names by key, from large to small.
+
+    It is the last output of several maps that have equal channels and ever fewer positions, such as what torchvision's
+    `backbone` returns: {"0": "backbone[0]", "1": "backbone[1]", ...}. A model that returns one tensor, as classifiers
+    and segmenters do, has none.
+    """
+    if layers[-1].layout is not None and not layers[-1].elements:
+        return {}
+    for layer in reversed(layers[:-1]):
+        shapes = [shape for _, shape in layer.elements]
+        if len(shapes) < 2 or layer.instead is not None or any(len(shape) != 4 for shape in shapes):
+            continue
+        areas = [math.prod(shape[2:]) for shape in shapes]
+        if len({shape[1] for shape in shapes}) == 1 and areas == sorted(set(areas), reverse=True):
+            return {name.rpartition("[")[2].rstrip("]"): name for name, _ in layer.elements}
+    return {}
+
+
+def box_outputs(layers: Sequence[Layer]) -> tuple[str, str] | None:
+    """Return the names of a detector's class scores and box regression, before any selection of boxes.
+
+    Those of one-stage detectors are the elements "cls_logits" (B, N, K) and "bbox_regression" (B, N, 4) of an output;
+    those of two-stage ones two outputs (R, K + 1) and (R, 4 (K + 1)) for the same proposals.
+    """
+    for layer in layers:
+        shapes = dict(layer.elements)
+        named = f"{layer.name}[cls_logits]", f"{layer.name}[bbox_regression]"
+        if all(name in shapes for name in named):
+            return named
+        if len(shapes) == 2 and layer.layout is not None:
+            (scores, classes), (deltas, numbers) = shapes.items()
+            if len(classes) == len(numbers) == 2 and classes[0] == numbers[0] and numbers[1] == 4 * classes[1]:
+                return scores, deltas
+    return None
+
+
+def class_map(layers: Sequence[Layer]) -> Layer | None:
+    """Return the layer that gives a segmenter's class scores by position, before they are up-sampled.
+
+    None for models that do not score positions.
+    """
+    if layers[-1].layout is None or not layers[-1].is_map:
+        return None
+    scores = [layer for layer in layers if layer.scores and layer.is_map and layer.instead is None]
+    return min(scores, key=_area)  # of equals the first, which is the convolution itself
+
+
+def is_dense(layers: Sequence[Layer]) -> bool:
+    """Return whether a model scores positions or returns boxes rather than scoring whole images."""
+    return layers[-1].name == OUTPUT and (layers[-1].layout is None or layers[-1].is_map)
+
+
+def _area(layer: Layer) -> int:
+    return math.prod(layer.feature_shape.size) if layer.feature_shape else 0

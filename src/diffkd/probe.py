@@ -1,0 +1,46 @@
+"""The one run of each model with the example, from which all else is found out."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffkd.layers import Layer, evaluation_mode, input_size_of, on_device_of, prefix_tokens
+from diffkd.layout import select_tensor
+from diffkd.reader import Reader, SideName, reader_for
+from diffkd.recorder import Call, Recorder, Recording
+
+
+def probe(
+    side: SideName, recorder: Recorder, model: nn.Module, example: Any, layers: Sequence[Layer]
+) -> Callable[..., Reader]:
+    """Record the example once, and return what finds out how layers are to be read."""
+    output, outputs, _ = _record(recorder, model, example)
+    return partial(
+        reader_for,
+        side,
+        outputs=outputs,
+        logits=select_tensor(output),
+        input_size=input_size_of(example),
+        scores={layer.name for layer in layers if layer.scores},
+        prefix=prefix_tokens(model),
+    )
+
+
+def watch(model: nn.Module, watched: Sequence[str], example: Any) -> dict[str, Call]:
+    """Return the calls of the watched layers for the example."""
+    if not watched:
+        return {}
+    recorder = Recorder((), watched)
+    recorder.attach(model)
+    try:
+        return _record(recorder, model, example).calls
+    finally:
+        recorder.detach()
+
+
+def _record(recorder: Recorder, model: nn.Module, example: Any) -> Recording:
+    with evaluation_mode(model), torch.no_grad():
+        return recorder.record(model, on_device_of(model, example))

@@ -1,0 +1,241 @@
+"""The training of a student on any task, alone or with its teacher, and its measurement on the validation set."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diffkd.data.seeding import mix_seed
+from diffkd.distiller import Distiller
+from diffkd.layers import run
+from diffkd.ramp import ALWAYS, Ramp
+from diffkd.tasks.average import StudentAverage
+from diffkd.tasks.card import with_metrics
+from diffkd.tasks.history import History, Row
+from diffkd.tasks.ledger import Ledger
+from diffkd.tasks.optimization import OptimizerFactory, Schedule, build_optimizer, set_learning_rate
+from diffkd.tasks.replicas import broadcast_buffers
+from diffkd.tasks.task import Meter, Task
+
+
+class Training(LightningModule):
+    """Trains a student and measures it after every epoch.
+
+    The loss is `task_weight * task's losses + method_weight * sum of the distiller's losses` (Eq. 9 of the DiffKD
+    paper; the distiller's own weights are inside the sum).
+
+    All that a step draws at random follows from (seed, step, rank), and the learning rate from the step alone, so that
+    an interrupted training goes on without the state of any random generator.
+
+    Args:
+        model: a :class:`~diffkd.Distiller`, or a plain student to train without a teacher.
+        task: what a batch, a loss and a measurement are.
+        optimizer: makes the optimiser from parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`.
+        schedule: factor of the learning rate by epoch.
+        epochs: length of the training, which the schedule is stretched to.
+        decay_all: see :func:`~diffkd.tasks.optimization.build_optimizer`.
+        task_weight: factor of the task's losses.
+        method_weight: factor of all distillation losses.
+        method_ramp: when in the training they count.
+        ema: decay of a running average of the student, which is then what is measured and saved; None: no average.
+        seed: of everything that a step draws.
+        log_every: steps between two looks at the losses. In between nothing waits for the device.
+        teacher: the whole teacher, from the student's images to its output, to be judged at the start; None: the
+            distiller's.
+    """
+
+    def __init__(
+        self,
+        model: Distiller | nn.Module,
+        task: Task,
+        *,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        epochs: int,
+        decay_all: bool = True,
+        task_weight: float = 1.0,
+        method_weight: float = 1.0,
+        method_ramp: Ramp = ALWAYS,
+        ema: float | None = None,
+        seed: int = 0,
+        log_every: int = 50,
+        teacher: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if epochs < 1 or log_every < 1:
+            raise ValueError(f"epochs and log_every must be at least 1, got {epochs} and {log_every}")
+        self.model, self.task = model, task
+        self.epochs = epochs
+        self.optimizer_factory, self.schedule, self.decay_all = optimizer, schedule, decay_all
+        self.task_weight, self.method_weight, self.method_ramp = task_weight, method_weight, method_ramp
+        self._method_factor = method_weight
+        self.seed, self.log_every = seed, log_every
+        self._teacher = [teacher]  # in a list, since a teacher is no part of what is trained
+        self.average = None if ema is None else StudentAverage(self.student, ema)
+        self.ledger, self.history = Ledger(), History(task.headlines[0])
+        self.card: dict[str, Any] = {}
+        self._meters: dict[str, Meter] = {}
+        self._measured: Row = {}
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    @property
+    def distiller(self) -> Distiller | None:
+        """The distiller, None if the student is trained alone."""
+        return self.model if isinstance(self.model, Distiller) else None
+
+    @property
+    def student(self) -> nn.Module:
+        """The model being trained."""
+        return self.model.student if isinstance(self.model, Distiller) else self.model
+
+    @property
+    def result(self) -> nn.Module:
+        """The model that is measured and saved: the average of the student if there is one, the student otherwise."""
+        return self.student if self.average is None else self.average.model
+
+    @property
+    def teacher(self) -> Callable[[Any], Any] | None:
+        """What turns the student's images into the teacher's output; None without a teacher."""
+        if self._teacher[0] is not None or self.distiller is None:
+            return self._teacher[0]
+        return self.distiller.teach
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimiser over everything trainable, and make sure that nothing is missed."""
+        optimizer = build_optimizer(self.model, self.optimizer_factory, decay_all=self.decay_all)
+        if self.distiller is not None:
+            self.distiller.check_optimizer(optimizer)
+        return optimizer
+
+    def on_fit_start(self) -> None:
+        """Move the average to the student's device."""
+        if self.average is not None:
+            self.average.model.to(self.device)
+        self._since = time.monotonic()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate and the random generators, both from the step alone."""
+        epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
+        set_learning_rate(self._optimizer(), self.schedule(epoch, self.epochs))
+        self._method_factor = self.method_weight * self.method_ramp(epoch)
+        if self.distiller is not None:
+            self.distiller.set_epoch(epoch)
+        torch.manual_seed(mix_seed(self.seed, self.global_step, self.global_rank))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the weighted sum of all losses of a batch."""
+        step = self.task.step(batch, mix_seed(self.seed, self.global_step, self.global_rank, 1))
+        if self.distiller is None:
+            output, losses = run(self.model, step.inputs), {}
+        else:
+            output, losses = self.model(step.inputs, **step.context)
+        terms = {name: self.task_weight * loss for name, loss in self.task.losses(output, step).items()}
+        terms.update({name: self._method_factor * loss for name, loss in losses.items()})
+        total = torch.stack(list(terms.values())).sum()
+        gammas = {} if self.distiller is None else self.distiller.gammas
+        self.ledger.record(
+            self.global_step, {**terms, **{f"gamma/{pair}": gamma for pair, gamma in gammas.items()}}, step.images
+        )
+        if total.device.type == "cpu":
+            self.ledger.check()  # costs nothing here, and the broken step is not taken
+        return total
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then average."""
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update(self.student)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Every `log_every` steps: stop if a loss was not finite, and write the losses to the log."""
+        if self.global_step % self.log_every == 0:
+            self.ledger.check()
+            rate = float(self._optimizer().param_groups[0]["lr"])
+            self._log({f"step/{name}": value for name, value in self.ledger.latest().items()} | {"step/lr": rate})
+
+    def on_validation_start(self) -> None:
+        """Let all processes measure the same model: BatchNorm's statistics differ between them."""
+        broadcast_buffers(self.student)
+        self._meters = {"": self.task.meter(self.device)}
+        if self.average is not None:
+            broadcast_buffers(self.average.model)
+            self._meters["_unaveraged"] = self.task.meter(self.device)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure a batch."""
+        self._meters[""].update(self.result, batch)
+        if "_unaveraged" in self._meters:
+            self._meters["_unaveraged"].update(self.student, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Compute the measurements over all images of all processes."""
+        self._measured = self._meters[""].compute()
+        if "_unaveraged" in self._meters:
+            score = self.task.headlines[0]
+            self._measured[f"{score}_unaveraged"] = self._meters["_unaveraged"].compute()[score]
+        self._meters = {}
+
+    @property
+    def measured(self) -> Row:
+        """The measurements of the last validation, such as "top1" and "loss"."""
+        return dict(self._measured)
+
+    def on_train_epoch_end(self) -> None:
+        """Close the epoch's row: mean losses, mean gamma, measurements."""
+        self.ledger.check()
+        now = time.monotonic()
+        self._seconds, self._since = self._seconds + now - self._since, now
+        row = {
+            "epoch": self.current_epoch + 1,
+            "step": self.global_step,
+            **self._measured,
+            **{
+                name if name.startswith("gamma/") else f"train/{name}": mean
+                for name, mean in self.ledger.means().items()
+            },
+            "lr": float(self._optimizer().param_groups[0]["lr"]),
+            "seconds": round(self._seconds, 3),
+        }
+        self.history.add(row)
+        self._log({f"epoch/{name}": value for name, value in row.items()})
+        self.ledger.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the state dict does not hold: average, history, and the sums of an unfinished epoch."""
+        checkpoint["diffkd"] = {
+            "student": "model.student." if self.distiller is not None else "model.",
+            "average": None if self.average is None else self.average.state_dict(),
+            "history": self.history.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "card": with_metrics(self.card, self.history.last, "checkpoint"),
+            "seconds": self._seconds + time.monotonic() - self._since,
+        }
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over what :meth:`on_save_checkpoint` added."""
+        state = checkpoint["diffkd"]
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.history.load_state_dict(state["history"])
+        self.ledger.load_state_dict(state["ledger"])
+        self._seconds = state["seconds"]
+        skipped = self.ledger.count
+        data = getattr(self.trainer, "datamodule", None)
+        if skipped and not hasattr(data, "start_batch"):
+            raise ValueError(
+                f"the checkpoint was saved after batch {skipped} of an epoch, but {type(data).__name__} has no "
+                "start_batch to go on from there; give it one, or save at the end of epochs only"
+            )
+        if data is not None:
+            data.start_batch = skipped
+
+    def _optimizer(self) -> Optimizer:
+        return self.trainer.optimizers[0]
+
+    def _log(self, values: Mapping[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(values), step=self.global_step)
