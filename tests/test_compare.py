@@ -73,7 +73,7 @@ def test_failed_runs_are_named_and_the_others_reported(recipe: Path, tmp_path: P
 
 def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["compare", str(recipe), "--methods", "alone", "--seeds", "1", f"--out={out}", "--", "--epochs", "2000"]
+    words = ["compare", str(recipe), "--methods", "alone", "--seeds", "3", f"--out={out}", "--", "--epochs", "2000"]
     process = subprocess.Popen([sys.executable, "-m", "diffkd.cli", *words], stderr=subprocess.DEVNULL)
     checkpoint = out / "alone" / "seed-0" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
@@ -86,6 +86,7 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, t
     time.sleep(1.5)
     assert checkpoint.stat().st_mtime_ns == seen, "a run outlived the comparison"
     assert not (out / "alone" / "seed-0" / "result.json").exists()
+    assert not (out / "alone" / "seed-1").exists(), "a run was begun after the comparison was asked to stop"
     assert os.access(checkpoint, os.R_OK)
 
 

@@ -202,7 +202,9 @@ def _train(run: Run, words: list[str]) -> bool:
         try:
             fit_with(words)
         except Interrupted as stopped:
-            raise KeyboardInterrupt(str(stopped)) from None  # so that the whole comparison stops
+            # The process ends with its run: it would take the next one from the queue, which is not to be begun.
+            print(stopped, flush=True)  # noqa: T201
+            os._exit(128 + stopped.signum)
         except Exception:
             traceback.print_exc()
             return False

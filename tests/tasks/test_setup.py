@@ -43,7 +43,7 @@ def test_the_same_normalisation_needs_nothing(weights):
 def test_teachers_with_other_classes_teach_features(weights):
     teacher, view = build_teacher(NAME, FACTS, weights=str(weights), pretrained=False)
     student = build_student(NAME, FACTS, weights=None, pretrained=False, seed=0)
-    options = {"example": FACTS.example, "pairs": "auto", "seed": 0}
+    options = {"data": FACTS, "pairs": "auto", "seed": 0}
     distiller = build_distiller(student, teacher, view, method=None, **options)
     assert [pair.student for pair in distiller.pairs] == ["layer3"]
     with pytest.raises(ValueError, match="5 and 7 classes"):
@@ -73,9 +73,7 @@ def test_the_seed_decides_about_student_and_methods(weights):
         teacher, view = build_teacher(NAME, FACTS, weights=str(weights), pretrained=False)
         torch.manual_seed(99 - seed)  # what happened before must not matter
         student = build_student(NAME, FACTS, weights=None, pretrained=False, seed=seed)
-        distiller = build_distiller(
-            student, teacher, view, example=FACTS.example, pairs="auto", method=FitNet, seed=seed
-        )
+        distiller = build_distiller(student, teacher, view, data=FACTS, pairs="auto", method=FitNet, seed=seed)
         return distiller.state_dict()
 
     first, again, other = build(1), build(1), build(2)

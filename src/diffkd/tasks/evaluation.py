@@ -1,18 +1,20 @@
 """Measuring a saved student exactly as at the end of its training."""
 
 import importlib
+import inspect
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 from torch import nn
 
-from diffkd.data.augmentation import Augmentation
 from diffkd.tasks.data_facts import DataFacts, facts_of
 from diffkd.tasks.fit import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.tasks.quiet import quiet_trainer
-from diffkd.tasks.setup import build_task, load
+from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.student_file import Which, find_student, read_card
+from diffkd.tasks.task_of_data import build_task, load
 from diffkd.tasks.training import Training
 from diffkd.teacher_input import TeacherInput
 
@@ -23,6 +25,7 @@ def evaluate(
     model: str | None = None,
     data: LightningDataModule | None = None,
     which: Which = "last",
+    segmentation: SegmentationOptions | None = None,
     precision: str | None = None,
     accelerator: str = "auto",
     progress: bool = True,
@@ -37,6 +40,7 @@ def evaluate(
         model: name of the model, as for fit.
         data: data to measure on.
         which: of a run, the student of the last or of the best epoch.
+        segmentation: as for fit, such as the windows of the evaluation; None: as in training.
         precision: as for fit; None: as in training.
         accelerator: cpu, gpu, mps, or auto.
         progress: print what was found.
@@ -62,10 +66,13 @@ def evaluate(
         )
     if card.get("task", facts.task) != facts.task:
         raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
-    built = load(name, facts, num_classes=classes, in_channels=channels, weights=path)
+    if facts.task == "detection":  # detectors normalise their images themselves
+        facts = replace(facts, mean=tuple(card.get("mean", facts.mean)), std=tuple(card.get("std", facts.std)))
+    options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
+    built = load(name, facts, num_classes=classes, in_channels=channels, weights=path, auxiliary=options.auxiliary)
     training = Training(
         _renormalised(built, card, facts),
-        build_task(facts),
+        build_task(facts, segmentation=options if segmentation is None else segmentation),
         optimizer=DEFAULT_OPTIMIZER,
         schedule=DEFAULT_SCHEDULE,
         epochs=1,
@@ -92,6 +99,10 @@ def evaluate(
         note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}, {card.get('which', '')})"
         console.print(f"{metric:5} {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
     return measured
+
+
+def _pairs_as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _shown(metric: str, value: float) -> str:
@@ -121,7 +132,9 @@ def _data_of(card: dict[str, Any]) -> LightningDataModule:
         )
     arguments = dict(description.get("init_args") or {})
     if isinstance(arguments.get("augmentation"), dict):
-        arguments["augmentation"] = Augmentation(**arguments["augmentation"])
+        # Each kind of data has its own description of augmentation, which is the default's type.
+        described = inspect.signature(kind).parameters["augmentation"].default
+        arguments["augmentation"] = type(described)(**_pairs_as_tuples(arguments["augmentation"]))
     try:
         return kind(**arguments)
     except TypeError as error:

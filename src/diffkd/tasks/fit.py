@@ -28,8 +28,10 @@ from diffkd.tasks.quiet import quiet_trainer
 from diffkd.tasks.replicas import is_first_process
 from diffkd.tasks.report import StartReport
 from diffkd.tasks.run_folder import RunFolder
-from diffkd.tasks.setup import build_distiller, build_student, build_task, build_teacher
+from diffkd.tasks.segmentation import SegmentationOptions
+from diffkd.tasks.setup import build_distiller, build_student, build_teacher
 from diffkd.tasks.student_file import read_card
+from diffkd.tasks.task_of_data import DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.training import Training
 from diffkd.weights import save_student
 
@@ -58,6 +60,7 @@ def fit(
     schedule: Schedule = DEFAULT_SCHEDULE,
     decay_all: bool = True,
     label_smoothing: float = 0.0,
+    segmentation: SegmentationOptions = DEFAULT_SEGMENTATION,
     ema: float | None = None,
     gradient_clip: float | None = None,
     precision: str = "32-true",
@@ -97,6 +100,7 @@ def fit(
         schedule: how the learning rate changes over the epochs.
         decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
         label_smoothing: share of the label that is spread over all classes, for classification.
+        segmentation: windows of the evaluation, auxiliary head, for segmentation.
         ema: decay of a running average of the student, such as 0.9999, which is then measured and saved.
         gradient_clip: largest norm of the gradient.
         precision: 32-true, bf16-mixed, 16-mixed, or another of Lightning's.
@@ -136,27 +140,24 @@ def fit(
         return finished
 
     facts = facts_of(data)
-    task = build_task(facts, label_smoothing=label_smoothing)
     model = build_student(
         student,
         facts,
         weights=student_weights,
         pretrained=student_pretrained,
         pretrained_backbone=pretrained_backbone,
+        auxiliary=segmentation.auxiliary,
         seed=seed,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained, teaching, whole = model, [], None
+    if teacher is not None:
+        whole, view = build_teacher(teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained)
+        teaching = [whole]
+        trained = build_distiller(model, whole, view, data=facts, pairs=pairs, method=method, seed=seed)
+    task = build_task(facts, label_smoothing=label_smoothing, segmentation=segmentation, models=[model, *teaching])
     training = Training(
-        model
-        if teacher is None
-        else build_distiller(
-            model,
-            *build_teacher(teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained),
-            example=facts.example,
-            pairs=pairs,
-            method=method,
-            seed=seed,
-        ),
+        trained,
         task,
         optimizer=optimizer,
         schedule=schedule,
@@ -168,6 +169,7 @@ def fit(
         ema=ema,
         seed=seed,
         log_every=log_every,
+        teacher=whole if facts.task == "detection" else None,  # of which the distiller holds a part
     )
     if compile:
         training.model.compile()

@@ -21,11 +21,12 @@ class Schedule:
     Args:
         kind: "constant"; "step": times `factor` at every milestone or after every `every` epochs; "exponential": times
             `factor` per `every` epochs, smoothly; "cosine": half a cosine from the end of warm-up to the last epoch,
-            where it arrives at `floor`.
+            where it arrives at `floor`; "poly": `(1 - share of the way) ** power`, the habit of segmentation, likewise.
         milestones: epochs at which "step" decays; empty: every `every` epochs.
         every: period of "step" without milestones, and of "exponential", in epochs.
         factor: of "step" and "exponential".
-        floor: share of the peak rate below which "cosine" does not fall.
+        floor: share of the peak rate below which "cosine" and "poly" do not fall.
+        power: of "poly"; 0.9 is usual (Chen et al., DeepLab, 2017).
         warmup_epochs: the rate first rises linearly, for this many epochs; the schedule's own epochs run on meanwhile.
         warmup_start: share of the peak rate from which it rises.
         per: "step" changes the rate with every optimiser step, "epoch" at the start of every epoch. Warm-up is always
@@ -35,20 +36,24 @@ class Schedule:
         ValueError: if a number is out of its range.
     """
 
-    kind: Literal["constant", "step", "exponential", "cosine"] = "cosine"
+    kind: Literal["constant", "step", "exponential", "cosine", "poly"] = "cosine"
     milestones: Sequence[float] = ()
     every: float = 1.0
     factor: float = 0.1
     floor: float = 0.0
+    power: float = 0.9
     warmup_epochs: float = 0.0
     warmup_start: float = 0.0
     per: Literal["step", "epoch"] = "step"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("constant", "step", "exponential", "cosine"):
-            raise ValueError(f"schedule.kind must be constant, step, exponential or cosine, got {self.kind!r}")
-        if self.every <= 0 or self.factor <= 0:
-            raise ValueError(f"schedule.every and schedule.factor must be above 0, got {self.every} and {self.factor}")
+        if self.kind not in ("constant", "step", "exponential", "cosine", "poly"):
+            raise ValueError(f"schedule.kind must be constant, step, exponential, cosine or poly, got {self.kind!r}")
+        if min(self.every, self.factor, self.power) <= 0:
+            raise ValueError(
+                "schedule.every, schedule.factor and schedule.power must be above 0, got "
+                f"{self.every}, {self.factor} and {self.power}"
+            )
         if self.warmup_epochs < 0 or not 0 <= self.warmup_start <= 1 or not 0 <= self.floor <= 1:
             raise ValueError(
                 "schedule: warmup_epochs must be at least 0, warmup_start and floor in 0..1, got "
@@ -77,10 +82,13 @@ class Schedule:
                 return self.factor ** (passed if self.milestones else math.floor(epoch / self.every))
             case "exponential":
                 return float(self.factor ** (epoch / self.every))
-            case "cosine":
+            case "cosine" | "poly":
                 length = max(epochs - self.warmup_epochs, 1e-12)
                 progress = min(max(epoch - self.warmup_epochs, 0.0) / length, 1.0)
-                return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
+                falling = (1 + math.cos(math.pi * progress)) / 2
+                if self.kind == "poly":
+                    falling = (1 - progress) ** self.power
+                return self.floor + (1 - self.floor) * falling
 
 
 def build_optimizer(model: nn.Module, factory: OptimizerFactory, *, decay_all: bool = True) -> Optimizer:

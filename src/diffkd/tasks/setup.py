@@ -12,55 +12,17 @@ from torch import nn
 from diffkd.data.seeding import mix_seed
 from diffkd.distiller import Distiller
 from diffkd.layers import list_layers
-from diffkd.matching import Pair
+from diffkd.matching import Pair, wants_of
 from diffkd.methods import DiffKD, MethodFactory
-from diffkd.models import input_normalization, load_model
-from diffkd.tasks.classification import Classification
+from diffkd.models import input_normalization
+from diffkd.models.detector_teacher import DetectorTeacher
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.describe import factory_of
+from diffkd.tasks.detector_view import DetectorView
 from diffkd.tasks.student_file import read_card
-from diffkd.tasks.task import Task
+from diffkd.tasks.task_of_data import load, padded_example
 from diffkd.teacher_input import TeacherInput
 from diffkd.weights import read_weights
-
-
-def build_task(data: DataFacts, *, label_smoothing: float = 0.0) -> Task:
-    """Return the task that the data are for.
-
-    Args:
-        data: what is trained on.
-        label_smoothing: for classification, share of the label that is spread over all classes.
-
-    Raises:
-        ValueError: if an option does not fit the task.
-    """
-    return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix)
-
-
-def load(
-    name: str,
-    data: DataFacts,
-    *,
-    num_classes: int | None,
-    in_channels: int | None,
-    weights: str | Path | None = None,
-    pretrained: bool = False,
-    pretrained_backbone: bool = False,
-) -> nn.Module:
-    """Build a model by name for the task of the data.
-
-    Args:
-        name: as for :func:`~diffkd.models.load_model`, or its counterpart of the task.
-        data: says which task, and how images are fed.
-        num_classes: length of the output; None: the model's own.
-        in_channels: channels of the images; None: the model's own.
-        weights: file to load strictly.
-        pretrained: load the published weights.
-        pretrained_backbone: load the published weights of the backbone alone; not for classifiers, which are their own.
-    """
-    if pretrained_backbone:
-        raise ValueError("pretrained_backbone is for detectors and segmenters; give pretrained for a classifier")
-    return load_model(name, num_classes=num_classes, in_channels=in_channels, weights=weights, pretrained=pretrained)
 
 
 def build_student(
@@ -71,6 +33,7 @@ def build_student(
     pretrained: bool,
     seed: int,
     pretrained_backbone: bool = False,
+    auxiliary: bool = False,
 ) -> nn.Module:
     """Build the student; its initial weights depend on the seed alone, not on what it is trained with.
 
@@ -81,6 +44,7 @@ def build_student(
         pretrained: start from the published weights.
         seed: of the initial weights.
         pretrained_backbone: start the backbone alone from its published weights.
+        auxiliary: of a segmenter, with an auxiliary head.
 
     Raises:
         ValueError: if the model cannot take the images, or does not score as many classes as there are.
@@ -94,12 +58,16 @@ def build_student(
         weights=None if weights is None else find_weights(weights),
         pretrained=pretrained,
         pretrained_backbone=pretrained_backbone,
+        auxiliary=auxiliary,
     )
-    output = list_layers(student, data.example)[-1].shape
-    if len(output) != 2 or output[1] != data.num_classes:
+    output = list_layers(student, padded_example(data, student))[-1].shape
+    expected, rank = f"(2, {data.num_classes})", 2
+    if data.task == "segmentation":
+        expected, rank = f"(2, {data.num_classes}, h, w)", 4
+    if data.task != "detection" and (len(output) != rank or output[1] != data.num_classes):
         raise ValueError(
             f"student {name} returns {output} for two images, but the data have {data.num_classes} classes: it must "
-            f"return (2, {data.num_classes}); let its function take num_classes, or give other data"
+            f"return {expected}; let its function take num_classes, or give other data"
         )
     return student
 
@@ -137,6 +105,8 @@ def build_teacher(
         classes = data.num_classes
     elif classes is None and path is not None:
         classes = _classes_in(path, name, data, channels)
+    if card.get("task", data.task) != data.task:
+        raise ValueError(f"teacher {path} is for {card['task']}, the data are for {data.task}; give another teacher")
     teacher = load(name, data, num_classes=classes, in_channels=channels, weights=path, pretrained=pretrained)
     theirs = (card["mean"], card["std"]) if card.get("mean") else None
     if theirs is None and pretrained:
@@ -151,18 +121,32 @@ def build_distiller(
     teacher: nn.Module,
     teacher_input: TeacherInput | None,
     *,
-    example: torch.Tensor,
+    data: DataFacts,
     pairs: Literal["auto"] | Sequence[Pair],
     method: MethodFactory | Sequence[MethodFactory] | None,
     seed: int,
 ) -> Distiller:
-    """Join student and teacher; the methods' initial weights depend on the seed alone."""
+    """Join student and teacher; the methods' initial weights depend on the seed alone.
+
+    Of a detecting teacher only the backbone runs, on the pixels that its student has made; and the heads where their
+    outputs are distilled.
+    """
     torch.manual_seed(mix_seed(seed, 1))
     if not isinstance(pairs, str):
         pairs = [pair if pair.method is None else replace(pair, method=_method(pair.method)) for pair in pairs]
     methods = [DiffKD] if method is None else method if isinstance(method, Sequence) else [method]
     factories = [factory_of(one) for one in methods]
-    return Distiller(student, teacher, pairs, example=example, method=factories, teacher_input=teacher_input)
+    view: TeacherInput | DetectorView | None = teacher_input
+    if data.task == "detection":
+        wanted = (
+            any("box outputs" in wants_of(factory) for factory in factories)
+            if isinstance(pairs, str)
+            else any(not name.startswith("backbone") for pair in pairs for name in pair.teacher_names)
+        )
+        teacher = DetectorTeacher(teacher, heads=wanted)
+        view = DetectorView(teacher_input, proposals=teacher.needs_proposals)
+    example = padded_example(data, student, teacher)
+    return Distiller(student, teacher, pairs, example=example, method=factories, teacher_input=view)
 
 
 def find_weights(weights: str | Path) -> Path:

@@ -1,0 +1,119 @@
+"""Object detection: the detector's own losses, average precision as COCO has it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.detection import MeanAveragePrecision
+
+from diffkd.tasks.history import Row
+from diffkd.tasks.task import TASK, Step
+
+Batch = tuple[list[Tensor], list[dict[str, Tensor]], Tensor]
+
+# The twelve numbers of the COCO evaluation: their names here, and those of torchmetrics.
+COCO_NUMBERS = {
+    "ap": "map",
+    "ap50": "map_50",
+    "ap75": "map_75",
+    "ap_small": "map_small",
+    "ap_medium": "map_medium",
+    "ap_large": "map_large",
+    "ar1": "mar_1",
+    "ar10": "mar_10",
+    "ar100": "mar_100",
+    "ar_small": "mar_small",
+    "ar_medium": "mar_medium",
+    "ar_large": "mar_large",
+}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The task of finding objects; batches are `(images, targets, indices)`.
+
+    `images` is a list of B tensors (C, H, W) in [0, 1], each of its own size; `targets` a list of B mappings with
+    "boxes" (n, 4), left, top, right and bottom in pixels, "labels" (n,) in 1..K, and for the evaluation "area" (n,) and
+    "iscrowd" (n,). The student is called as torchvision's detectors are: with images and targets it returns its losses.
+
+    Args:
+        classes: names of the K classes; label 1 is the first.
+    """
+
+    classes: tuple[str, ...]
+
+    name = "detection"
+    headlines = ("ap", "ap50")
+
+    def step(self, batch: Batch, seed: int) -> Step:
+        """Hand images and targets over."""
+        images, targets, indices = batch
+        return Step((images, targets), images, targets, {"indices": indices})
+
+    def losses(self, output: Any, step: Step) -> dict[str, Tensor]:
+        """Return the detector's own losses by name.
+
+        Raises:
+            TypeError: if the student returned no losses.
+        """
+        if not isinstance(output, Mapping) or not output:
+            raise TypeError(
+                f"the student returned {type(output).__name__}; a detector must return its losses by name when it is "
+                "called with images and targets in training mode"
+            )
+        return {f"{TASK}/{name.removeprefix('loss_')}": loss for name, loss in output.items()}
+
+    def meter(self, device: torch.device) -> "CocoPrecision":
+        """Return what measures average precision and recall."""
+        return CocoPrecision(device)
+
+    def judge(self, teacher: Callable[[Any], Any], batch: Batch) -> tuple[float, float] | None:
+        """Return a teacher's average precision at an overlap of 0.5 on a batch. By chance it would be 0."""
+        images, targets, _ = batch
+        meter = CocoPrecision(images[0].device)
+        meter.take(teacher(images), targets)
+        return meter.compute()["ap50"], 0.0
+
+
+class CocoPrecision:
+    """Measures the twelve numbers of the COCO evaluation, all in 0..1; those of sizes that do not occur are left out.
+
+    "ap", "ap50" and "ap75": average precision over overlaps of 0.5 to 0.95, at 0.5 and at 0.75; "ap_small",
+    "ap_medium", "ap_large": by area of the object, up to 32^2, up to 96^2 and above; "ar1", "ar10", "ar100": recall
+    with so many detections an image; "ar_small", "ar_medium", "ar_large" (Lin et al., *Microsoft COCO*, 2014).
+
+    Args:
+        device: where the batches are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.metric = MeanAveragePrecision(backend="faster_coco_eval").to(device)
+        self.metric.warn_on_many_detections = False
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Detect in the images of a batch."""
+        images, targets, _ = batch
+        kind = next(model.parameters(), images[0]).dtype
+        self.take(model([image.to(kind) for image in images]), targets)
+
+    def take(self, detections: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> None:
+        """Take in the detections ("boxes", "labels", "scores") of some images, and what is there."""
+        wanted = ("boxes", "labels", "area", "iscrowd")
+        self.metric.update(
+            [
+                {name: one[name].float() if name != "labels" else one[name] for name in ("boxes", "scores", "labels")}
+                for one in detections
+            ],
+            [{name: one[name] for name in wanted if name in one} for one in targets],
+        )
+
+    def compute(self) -> Row:
+        """Return the numbers over all images of all processes, and begin anew."""
+        found = self.metric.compute()
+        self.metric.reset()
+        values = {name: float(found[theirs]) for name, theirs in COCO_NUMBERS.items()}
+        if values["ap"] < 0:
+            return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}  # no objects at all: nothing can be found
+        return {name: value for name, value in values.items() if value >= 0}

@@ -1,0 +1,208 @@
+"""Semantic segmentation: cross entropy by pixel, mean intersection over union."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from diffkd.layout import select_tensor
+from diffkd.models.any_size import AnySize, upsample
+from diffkd.tasks.classification import in_type_of
+from diffkd.tasks.history import Row
+from diffkd.tasks.sliding_window import sliding_window
+from diffkd.tasks.task import TASK, Step
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """What a user may choose of :class:`Segmentation`.
+
+    Args:
+        window: (H, W) in pixels of the windows that evaluation slides over an image; None: the image as a whole.
+        window_stride: (H, W) in pixels between two windows; None: two thirds of the window.
+        auxiliary: train with an auxiliary head, where the model has one.
+        auxiliary_weight: factor of its cross entropy; 0.4 in PSPNet (Zhao et al., CVPR 2017).
+
+    Raises:
+        ValueError: if a number is out of range, or windows would leave gaps.
+    """
+
+    window: tuple[int, int] | None = None
+    window_stride: tuple[int, int] | None = None
+    auxiliary: bool = False
+    auxiliary_weight: float = 0.4
+
+    def __post_init__(self) -> None:
+        if self.auxiliary_weight < 0:
+            raise ValueError(f"auxiliary_weight must be at least 0, got {self.auxiliary_weight}")
+        if self.window is None:
+            if self.window_stride is not None:
+                raise ValueError(f"window_stride {self.window_stride} needs a window; give segmentation.window too")
+            return
+        stride = self.stride
+        if min(*self.window, *stride) < 1 or stride[0] > self.window[0] or stride[1] > self.window[1]:
+            raise ValueError(f"window {self.window} and window_stride {stride} must be positive and leave no gap")
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """The stride in force."""
+        height, width = self.window or (0, 0)
+        return self.window_stride or (max(1, height * 2 // 3), max(1, width * 2 // 3))
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """The task of naming every pixel; batches are `(images (B, C, H, W), masks (B, H, W), indices (B,))`.
+
+    The loss is the mean cross entropy over all pixels that are not ignored, 0 if there are none. Images need no
+    particular size: they are padded to what the models can take, the added pixels ignored.
+
+    Args:
+        classes: names of the K classes.
+        ignore_index: id in masks that is neither trained nor measured.
+        multiple: images are padded to multiples of this in training.
+        options: see there.
+    """
+
+    classes: tuple[str, ...]
+    ignore_index: int = 255
+    multiple: int = 1
+    options: SegmentationOptions = SegmentationOptions()
+
+    name = "segmentation"
+    headlines = ("miou", "pixel_accuracy")
+
+    def step(self, batch: Batch, seed: int) -> Step:
+        """Pad the images to a size that the models can take."""
+        images, masks, indices = batch
+        down, right = (-side % self.multiple for side in masks.shape[1:])
+        if down or right:
+            images = F.pad(images, (0, right, 0, down))
+            masks = F.pad(masks, (0, right, 0, down), value=self.ignore_index)
+        return Step(images, images, masks, {"labels": masks, "indices": indices})
+
+    def losses(self, output: Any, step: Step) -> dict[str, Tensor]:
+        """Return the cross entropy of the class map, and of the auxiliary one if there is one and it counts."""
+        maps = {TASK: class_map_of(output, len(self.classes))}
+        auxiliary = output.get("aux") if isinstance(output, dict) else None
+        if auxiliary is not None and self.options.auxiliary_weight:
+            maps[f"{TASK}/auxiliary"] = auxiliary
+        factors = {TASK: 1.0, f"{TASK}/auxiliary": self.options.auxiliary_weight}
+        return {name: factors[name] * self._cross_entropy(scores, step.targets) for name, scores in maps.items()}
+
+    def meter(self, device: torch.device) -> "Overlap":
+        """Return what measures overlap and accuracy."""
+        return Overlap(self.classes, self.ignore_index, self.options, device)
+
+    def judge(self, teacher: Callable[[Any], Any], batch: Batch) -> tuple[float, float] | None:
+        """Return the share of the pixels of a batch that a teacher gets right; None if it has other classes."""
+        step = self.step(batch, 0)
+        scores = select_tensor(teacher(step.inputs))
+        if scores is None or scores.ndim != 4 or scores.shape[1] != len(self.classes):
+            return None
+        counts = step.targets != self.ignore_index
+        hits = upsample(scores, (step.targets.shape[1], step.targets.shape[2])).argmax(dim=1) == step.targets
+        return float((hits & counts).sum() / counts.sum().clamp_min(1)), 1 / len(self.classes)
+
+    def _cross_entropy(self, scores: Tensor, masks: Tensor) -> Tensor:
+        full = upsample(scores.float(), (masks.shape[1], masks.shape[2]))
+        total = F.cross_entropy(full, masks, ignore_index=self.ignore_index, reduction="sum")
+        return total / (masks != self.ignore_index).sum().clamp_min(1)
+
+
+class Overlap:
+    """Measures "miou", "pixel_accuracy" and "iou/CLASS" over all pixels of the data set, and "loss" over images.
+
+    The intersection over union of a class is counted over the whole data set, not averaged over batches. Classes that
+    are neither in the masks nor in the predictions have none and are left out of the mean.
+
+    Args:
+        classes: names of the K classes.
+        ignore_index: id in masks that is not measured.
+        options: whether windows slide over the images.
+        device: where the batches are.
+    """
+
+    def __init__(
+        self, classes: tuple[str, ...], ignore_index: int, options: SegmentationOptions, device: torch.device
+    ) -> None:
+        self.classes, self.ignore_index, self.options = classes, ignore_index, options
+        self.counts = MulticlassConfusionMatrix(len(classes), ignore_index=ignore_index, validate_args=False).to(device)
+        self.loss = MeanMetric(nan_strategy="ignore").to(device)
+        self._whole: dict[int, AnySize] = {}
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Count the pixels of a batch."""
+        images, masks, _ = batch
+        # Found out once for each model, since that may take a trial.
+        whole = self._whole.setdefault(id(model), AnySize(model)).eval()
+        images = in_type_of(model, images)
+        if self.options.window is None:
+            scores = whole(images)
+        else:
+            scores = sliding_window(
+                whole,
+                images,
+                window=self.options.window,
+                stride=self.options.stride,
+                num_classes=len(self.classes),
+            )
+        # Measured at the size of the masks, which may be larger than the images.
+        scores = upsample(scores.float(), (masks.shape[1], masks.shape[2]))
+        self.counts.update(scores.argmax(dim=1), masks)
+        each = F.cross_entropy(scores, masks, ignore_index=self.ignore_index, reduction="none")
+        valid = (masks != self.ignore_index).flatten(1).sum(dim=1)
+        self.loss.update(each.flatten(1).sum(dim=1) / valid)  # NaN where nothing counts, which is ignored
+
+    def compute(self) -> Row:
+        """Return the measurements over all pixels of all processes, and begin anew."""
+        counts = self.counts.compute().double().cpu()
+        row = overlap(counts, self.classes) | {"loss": float(self.loss.compute())}
+        self.counts.reset()
+        self.loss.reset()
+        return row
+
+
+def overlap(counts: Tensor, classes: tuple[str, ...]) -> Row:
+    """Return "miou", "pixel_accuracy" and "iou/CLASS" from a confusion matrix.
+
+    Args:
+        counts: (K, K) pixels by true class (rows) and predicted class (columns).
+        classes: K names.
+
+    >>> overlap(torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]]), ("sky", "road", "car"))["iou/road"]
+    0.75
+    """
+    hits = counts.diagonal()
+    union = counts.sum(dim=0) + counts.sum(dim=1) - hits
+    shares = hits / union  # NaN for classes that occur nowhere
+    row = {
+        "miou": float(shares.nanmean()) if union.any() else 0.0,
+        "pixel_accuracy": float(hits.sum() / counts.sum().clamp_min(1)),
+    }
+    names = (re.sub(r"[\s,/]+", "_", name) for name in classes)
+    each = zip(names, shares.tolist(), union.tolist(), strict=True)
+    return row | {f"iou/{name}": share for name, share, pixels in each if pixels}
+
+
+def class_map_of(output: Any, classes: int) -> Tensor:
+    """Return the class scores (B, K, h, w) in a model's output: a tensor, "out" of a mapping, `logits` of an object.
+
+    Raises:
+        TypeError: if there are none.
+    """
+    tensor = select_tensor(output)
+    if tensor is None or tensor.ndim != 4 or tensor.shape[1] != classes:
+        shape = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
+        raise TypeError(
+            f"the student returned {shape}; a segmenter of {classes} classes must return (B, {classes}, h, w)"
+        )
+    return tensor

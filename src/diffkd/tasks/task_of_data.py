@@ -1,0 +1,116 @@
+"""What the data decide about a training: its task, and how models are built for it."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from diffkd.models import load_detector, load_model, load_segmenter
+from diffkd.models.any_size import stride_of
+from diffkd.tasks.classification import Classification
+from diffkd.tasks.data_facts import DataFacts
+from diffkd.tasks.detection import Detection
+from diffkd.tasks.segmentation import Segmentation, SegmentationOptions
+from diffkd.tasks.task import Task
+
+DEFAULT_SEGMENTATION = SegmentationOptions()
+
+
+def build_task(
+    data: DataFacts,
+    *,
+    label_smoothing: float = 0.0,
+    segmentation: SegmentationOptions = DEFAULT_SEGMENTATION,
+    models: Sequence[nn.Module] = (),
+) -> Task:
+    """Return the task that the data are for.
+
+    Args:
+        data: what is trained on.
+        label_smoothing: for classification, share of the label that is spread over all classes.
+        segmentation: for segmentation.
+        models: that images are to be padded for.
+
+    Raises:
+        ValueError: if an option does not fit the task.
+    """
+    if data.task != "classification" and label_smoothing:
+        raise ValueError(f"label_smoothing is for classification, the data are for {data.task}; leave it out")
+    match data.task:
+        case "classification":
+            return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix)
+        case "segmentation":
+            multiple = math.lcm(*(stride_of(model) for model in models))
+            return Segmentation(data.classes, data.ignore_index, multiple, segmentation)
+        case "detection":
+            return Detection(data.classes)
+
+
+def load(
+    name: str,
+    data: DataFacts,
+    *,
+    num_classes: int | None,
+    in_channels: int | None,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    pretrained_backbone: bool = False,
+    auxiliary: bool = False,
+) -> nn.Module:
+    """Build a model by name for the task of the data.
+
+    Args:
+        name: as for :func:`~diffkd.models.load_model`, :func:`~diffkd.models.load_segmenter` or
+            :func:`~diffkd.models.load_detector`.
+        data: says which task, and how a detector is fed.
+        num_classes: what it tells apart; None: the model's own, of a classifier.
+        in_channels: channels of the images; None: the model's own, of a classifier.
+        weights: file to load strictly.
+        pretrained: load the published weights.
+        pretrained_backbone: load the published weights of the backbone alone; not for classifiers, which have none.
+        auxiliary: of a segmenter, with an auxiliary head.
+
+    Raises:
+        ValueError: if the model is unknown, or an option does not fit the task.
+    """
+    files = {"weights": weights, "pretrained": pretrained}
+    classes = data.num_classes if num_classes is None else num_classes
+    match data.task:
+        case "classification":
+            if pretrained_backbone:
+                raise ValueError(
+                    "pretrained_backbone is for detectors and segmenters; give pretrained for a classifier"
+                )
+            return load_model(name, num_classes=num_classes, in_channels=in_channels, **files)
+        case "segmentation":
+            return load_segmenter(
+                name,
+                num_classes=classes,
+                in_channels=data.in_channels if in_channels is None else in_channels,
+                pretrained_backbone=pretrained_backbone,
+                auxiliary=auxiliary,
+                **files,
+            )
+        case "detection":
+            return load_detector(
+                name,
+                num_classes=classes,
+                min_size=data.min_size,
+                max_size=data.max_size,
+                mean=data.mean,
+                std=data.std,
+                pretrained_backbone=pretrained_backbone,
+                **files,
+            )
+
+
+def padded_example(data: DataFacts, *models: nn.Module) -> Any:
+    """Return the example of the data, padded to a size that segmenters can take."""
+    if data.task != "segmentation":
+        return data.example
+    multiple = math.lcm(*(stride_of(model) for model in models))
+    height, width = data.example.shape[2:]
+    return F.pad(data.example, (0, -width % multiple, 0, -height % multiple))
