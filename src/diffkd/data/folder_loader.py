@@ -1,20 +1,23 @@
 """Batches of images decoded by worker processes, in an order and with an augmentation that depend on no worker."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffkd.data.folder_dataset import FolderDataset
+from diffkd.data.pair_dataset import PairDataset
 from diffkd.data.sampler import EpochSampler, drops_last
+from diffkd.data.size_batches import SizeBatches
 
 
 class FolderLoader:
-    """Iterate over (images, labels, indices) of a `FolderDataset`; the counterpart of `DeviceLoader` for files.
+    """Iterate over (images, labels, indices) of files; the counterpart of `DeviceLoader`.
 
     Args:
-        dataset: what is loaded.
+        dataset: what is loaded; a `PairDataset` has masks for labels.
         batch_size: images per batch and process.
         shuffle: True for training, False for evaluation; see `EpochSampler` for what this means to the ranks' shards.
         seed: seed of the order.
@@ -24,9 +27,12 @@ class FolderLoader:
         rank: this process among `world_size`.
         world_size: number of processes.
         start_batch: batches to skip in the first epoch that is iterated; `len` still counts them.
+        sizes: for evaluation, the size of every sample: a batch ends where the next one's differs. None for samples
+            that are all alike.
 
     Yields:
-        images (B, C, H, W) float32 normalised, labels (B,) int64, indices (B,) int64 into the data set; on the CPU.
+        images (B, C, H, W) float32 normalised, labels (B,) or masks (B, H, W) int64, indices (B,) int64 into the data
+        set; on the CPU.
 
     Raises:
         ValueError: if the data are too few for one batch; while iterating, if a file is broken.
@@ -34,7 +40,7 @@ class FolderLoader:
 
     def __init__(
         self,
-        dataset: FolderDataset,
+        dataset: FolderDataset | PairDataset,
         *,
         batch_size: int,
         shuffle: bool,
@@ -45,6 +51,7 @@ class FolderLoader:
         rank: int = 0,
         world_size: int = 1,
         start_batch: int = 0,
+        sizes: Sequence[Hashable] | None = None,
     ) -> None:
         # Lightning looks for `sampler.set_epoch` on whatever it iterates, and beside a sampler for a batch sampler.
         self.batch_sampler = None
@@ -54,11 +61,12 @@ class FolderLoader:
         self.batch_size = batch_size
         self.start_batch = start_batch
         self.drop_last = drops_last(len(self.sampler), batch_size, train=shuffle, drop_last=drop_last)
-        self._loader = DataLoader(
+        batches: dict[str, Any] = {"batch_size": batch_size, "sampler": self.sampler, "drop_last": self.drop_last}
+        if sizes is not None:
+            batches = {"batch_sampler": SizeBatches(self.sampler, sizes, batch_size)}
+        self._loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_size=batch_size,
-            sampler=self.sampler,
-            drop_last=self.drop_last,
+            **batches,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
