@@ -123,6 +123,8 @@ def _header(image: Image.Image) -> Header:
     # To look for EXIF behind the pixels of a PNG, Pillow would decode them.
     seen = image.format != "PNG" or "exif" in image.info
     turned = seen and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    if turned and image.format == "TIFF":  # Pillow has swapped the sides of these already
+        return Header(stored, stored[::-1])
     return Header(stored[::-1] if turned else stored, stored)
 
 

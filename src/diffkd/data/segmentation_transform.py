@@ -89,8 +89,15 @@ class EvalTransform:
 def resized(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Resize an image (3, h, w) bilinearly with antialiasing, and a mask (h, w) by the nearest pixel, to (H, W)."""
     if tuple(image.shape[-2:]) != size:
-        image = functional.resize(tv_tensors.Image(image), list(size), antialias=True)
+        image = _resized_image(image, size)
     return image, resized_mask(mask, size)
+
+
+def _resized_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    # Torch 2.15 fails on bytes that become a single pixel.
+    given = functional.to_dtype(image, torch.float32) if size == (1, 1) else image
+    moved: Tensor = functional.resize(tv_tensors.Image(given), list(size), antialias=True)
+    return moved if given is image else tv_tensors.Image(moved.round().to(image.dtype))
 
 
 def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
