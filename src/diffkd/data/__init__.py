@@ -1,23 +1,35 @@
-"""What comes in: data modules for image classification, their loaders and their augmentation."""
+"""What comes in: data modules, their loaders and their augmentation."""
 
+from diffkd.data.ade20k import Ade20k
 from diffkd.data.arrays import Arrays
 from diffkd.data.augmentation import Augmentation
 from diffkd.data.cifar import Cifar
+from diffkd.data.cityscapes import Cityscapes
 from diffkd.data.device_loader import DeviceLoader
 from diffkd.data.fashion_mnist import FashionMNIST
 from diffkd.data.fashion_subset import FashionSubset
 from diffkd.data.image_folder import ImageFolder
+from diffkd.data.mask_folder import MaskFolder
 from diffkd.data.mixing import mix
+from diffkd.data.palette import palette
 from diffkd.data.seeding import mix_seed
+from diffkd.data.segmentation_augmentation import SegmentationAugmentation
+from diffkd.data.voc_segmentation import VocSegmentation
 
 __all__ = [
+    "Ade20k",
     "Arrays",
     "Augmentation",
     "Cifar",
+    "Cityscapes",
     "DeviceLoader",
     "FashionMNIST",
     "FashionSubset",
     "ImageFolder",
+    "MaskFolder",
+    "SegmentationAugmentation",
+    "VocSegmentation",
     "mix",
     "mix_seed",
+    "palette",
 ]

@@ -1,0 +1,203 @@
+"""Images and masks in folders: the usual form of one's own data for segmentation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from diffkd.data.class_names import Color, class_colors, class_names
+from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.data.mask_code import MaskCode
+from diffkd.data.pair_loaders import SCALE_AND_FLIP, PairLoaders
+from diffkd.data.pair_scan import Pairs, scan_pairs
+from diffkd.data.segmentation_augmentation import SegmentationAugmentation
+
+
+class MaskFolder(LightningDataModule):
+    """Serve images and masks from `root/train/images/`, `root/train/masks/` and the same below `root/val/`.
+
+    Image and mask are matched by their paths below these folders, less suffix and extension. Files are listed and
+    their sizes compared when the module is made. Masks are PNG: grey of up to 16 bits or with a palette, whose values
+    are class ids, or in colours, with a table of them. Training images are augmented and cropped to `crop_size`;
+    evaluation images are whole, and only those of one size share a batch.
+
+    Batches are images (B, 3, H, W) float32 normalised, masks (B, H, W) int64 of class ids in [0, K) or `ignore_index`,
+    and indices (B,) int64.
+
+    Args:
+        root: the folder.
+        batch_size: training images per batch and process.
+        augmentation: what is done to training images besides the random crop.
+        seed: seed of order and augmentation.
+        classes: names of the classes in the order of their ids, or a text file with one name a line, looked for in
+            `root` first. A name for `ignore_index` may be the last one; it is no class.
+        num_classes: K; None takes the number of names or colours. Without names, class 3 is called "class 3".
+        ignore_index: the id of pixels that count neither in training nor in evaluation: none of the classes, or 0,
+            which then keeps its place among the classes and has no pixels.
+        id_map: stored id to class id, for masks of other ids; pixels of all other ids are ignored.
+        colors: for masks of colours: class name to (red, green, blue), or a file of them (`class_colors`). Names that
+            are not in `classes` are ignored; without `classes`, ids follow the order of the colours.
+        unknown_colors: "error" refuses a mask with a colour that is not in `colors`, "ignore" ignores its pixels.
+        crop_size: (H, W) of training images in pixels; None takes `resize`, or else (512, 512).
+        resize: (H, W) that all images are brought to first, at evaluation too; None leaves them.
+        full_size_masks: at evaluation leave masks at their own size while images are resized.
+        train: the split that is trained on.
+        val: the split that is evaluated; None takes "val", or "test" if there is no such folder.
+        images: folder of a split's images; "{split}" stands for the split, as in "images/{split}". Without it the
+            folder lies in the split's.
+        masks: likewise of the masks.
+        image_suffix: what the names of images end in besides the name shared with the mask, with or without the
+            extension; other files are passed over.
+        mask_suffix: likewise of masks, such as "_mask".
+        val_batch_size: evaluation images per batch and process at most; None takes `batch_size` where images are
+            resized, and 1 otherwise.
+        cache: "memory" keeps the decoded and resized pairs in the memory of each process, so that small data are
+            decoded once.
+        num_workers: worker processes; None takes none with the cache, and otherwise one per core, at most 8.
+        verify: read every image and mask now, and list those that cannot be used, instead of stopping at the first in
+            mid-epoch.
+        mean: three values, in units of [0, 1].
+        std: three values, in units of [0, 1].
+
+    Raises:
+        FileNotFoundError: if a folder or file is missing.
+        ValueError: if a file has no partner, sizes differ, a mask is not of the expected kind, a link leaves the root,
+            or a value is out of range; while iterating, if a file is broken or a mask holds an id of no class.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int = 8,
+        augmentation: SegmentationAugmentation = SCALE_AND_FLIP,
+        seed: int = 0,
+        classes: str | Path | Sequence[str] | None = None,
+        num_classes: int | None = None,
+        ignore_index: int = 255,
+        id_map: Mapping[int, int] | None = None,
+        colors: str | Path | Mapping[str, Sequence[int]] | None = None,
+        unknown_colors: Literal["error", "ignore"] = "error",
+        crop_size: tuple[int, int] | None = None,
+        resize: tuple[int, int] | None = None,
+        full_size_masks: bool = False,
+        train: str = "train",
+        val: str | None = None,
+        images: str = "images",
+        masks: str = "masks",
+        image_suffix: str = "",
+        mask_suffix: str = "",
+        val_batch_size: int | None = None,
+        cache: Literal["none", "memory"] = "none",
+        num_workers: int | None = None,
+        verify: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        self.task = "segmentation"
+        top = Path(root)
+        if not top.is_dir():
+            raise FileNotFoundError(f"{top}: no such folder; give a root with {train}/{images} and {train}/{masks}.")
+        table = None if colors is None else class_colors(colors, top)
+        names = class_names(classes, top) if classes is not None else tuple(table) if table else None
+        self.classes = _counted(names, num_classes, ignore_index)
+        self.num_classes = len(self.classes)
+        coded = None if table is None else _coded(table, self.classes, ignore_index)
+        self.id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
+        code = MaskCode(self.num_classes, ignore_index, id_map=self.id_map, colors=coded, unknown_colors=unknown_colors)
+
+        def scanned(split: str) -> Pairs:
+            folders = [_folder(name, split) for name in (images, masks)]
+            return scan_pairs(
+                top, *folders, image_suffix=image_suffix, mask_suffix=mask_suffix, colors=code.holds_colors
+            )
+
+        if val is None:
+            val = next((split for split in ("val", "test") if (top / _folder(images, split)).is_dir()), "val")
+        self._loaders = PairLoaders(
+            scanned(train),
+            scanned(val),
+            code,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            crop_size=crop_size,
+            resize=resize,
+            full_size_masks=full_size_masks,
+            val_batch_size=val_batch_size,
+            cache=cache,
+            num_workers=num_workers,
+            verify=verify,
+            mean=mean,
+            std=std,
+        )
+        self.root, self.train, self.val = root, train, val
+        self.images, self.masks = images, masks
+        self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
+        self.colors, self.unknown_colors, self.ignore_index = table, unknown_colors, ignore_index
+        self.batch_size, self.val_batch_size = batch_size, self._loaders.val_batch_size
+        self.augmentation, self.seed = augmentation, seed
+        self.resize, self.crop_size = self._loaders.resize, self._loaders.crop_size
+        self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
+        self.num_workers = self._loaders.num_workers
+        self.mean, self.std = self._loaders.mean, self._loaders.std
+        self.in_channels = 3
+        self.image_size = self.crop_size
+        self.start_batch = 0
+
+    def train_dataloader(self) -> FolderLoader:
+        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
+        return self._loaders.train_loader(self.trainer, self.start_batch)
+
+    def val_dataloader(self) -> FolderLoader:
+        """Return the batches of the evaluation images, each image exactly once."""
+        return self._loaders.val_loader(self.trainer)
+
+    def test_dataloader(self) -> FolderLoader:
+        """Return the same as `val_dataloader`."""
+        return self.val_dataloader()
+
+    def example(self) -> Tensor:
+        """Return two normalised training images, (2, 3, H, W) float32 of `image_size`, on the CPU."""
+        return self._loaders.example()
+
+
+def _folder(name: str, split: str) -> str:
+    return name.replace("{split}", split) if "{split}" in name else f"{split}/{name}"
+
+
+def _counted(names: tuple[str, ...] | None, num_classes: int | None, ignore_index: int) -> tuple[str, ...]:
+    """Return the names of the classes that count: all but a last one that is the ignored id."""
+    if names is None:
+        if num_classes is None:
+            raise ValueError("nothing says which classes there are: give classes, num_classes or colors.")
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: give 1 or more.")
+        names = tuple(f"class {index}" for index in range(num_classes))
+        last_is_ignored = False
+    else:
+        last_is_ignored = ignore_index == len(names) - 1
+        if num_classes is not None and num_classes not in (len(names), len(names) - last_is_ignored):
+            raise ValueError(
+                f"num_classes={num_classes}, but there are {len(names)} names of classes; leave num_classes out."
+            )
+    names = names[:-1] if last_is_ignored else names
+    if not names:
+        raise ValueError(f"the only class, {ignore_index}, is ignored: give more classes or another ignore_index.")
+    if 0 < ignore_index < len(names):
+        raise ValueError(
+            f"ignore_index={ignore_index} is one of the {len(names)} classes; give num_classes without it, an id that "
+            "is no class, such as 65535 or -100, or an id_map that leaves the ignored id out."
+        )
+    return names
+
+
+def _coded(table: dict[str, Color], classes: tuple[str, ...], ignore_index: int) -> list[tuple[int, Color]]:
+    missing = [name for name in classes if name not in table]
+    if missing:
+        raise ValueError(f"colors: none for {', '.join(map(repr, missing[:5]))}; give a colour for each class.")
+    ids = {name: index for index, name in enumerate(classes)}
+    return [(ids.get(name, ignore_index), color) for name, color in table.items()]

@@ -1,0 +1,110 @@
+"""One image with its mask at a time: decoded or remembered, augmented by a seed of its own, normalised."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffkd.data.mask_code import MaskCode
+from diffkd.data.mask_file import read_image
+from diffkd.data.pair_scan import Pairs
+from diffkd.data.seeding import mix_seed
+from diffkd.data.segmentation_transform import resized
+
+PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
+    """Give (image, mask, index) for the key (epoch, index) that `EpochSampler` yields.
+
+    What is drawn for a pair is a function of (seed, epoch, index), so that the number of workers, their timing and a
+    resume change nothing. The random state of the process is left as it was.
+
+    Args:
+        pairs: files and sizes.
+        code: what the pixels of masks mean.
+        transform: image (3, H, W) uint8 and mask (H, W) to what the model is given.
+        seed: seed of the augmentation.
+        resize: (H, W) that images and masks are brought to first; None leaves them.
+        full_size_masks: leave the masks at their own size.
+        cache: "memory" keeps decoded and resized pairs in the memory of the process, three or four bytes a pixel.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        code: MaskCode,
+        transform: PairTransform,
+        *,
+        seed: int = 0,
+        resize: tuple[int, int] | None = None,
+        full_size_masks: bool = False,
+        cache: Literal["none", "memory"] = "none",
+    ) -> None:
+        self.pairs = pairs
+        self.code = code
+        self.transform = transform
+        self.seed = seed
+        self.resize = resize
+        self.full_size_masks = full_size_masks
+        self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if cache == "memory" else None
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return len(self.pairs.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        """Return image (3, H, W) float32, mask (H, W) int64 and index; raise ValueError if a file is broken."""
+        epoch, index = key
+        image, mask = self.read(index)
+        # Transforms of torchvision draw from the global generator of the CPU, and from no other.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            return *self.transform(image, mask), index
+
+    def sizes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Return the (H, W) of every image and mask that an evaluation transform leaves whole."""
+        image = [self.resize or size for size in self.pairs.sizes]
+        mask = self.pairs.sizes if self.full_size_masks else image
+        return list(zip(image, mask, strict=True))
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return image (3, H, W) uint8 and mask (H, W) uint8 or int32 of class ids, resized but not augmented.
+
+        Raises:
+            ValueError: if a file is broken, a mask holds an id or a colour of no class, or their sizes differ.
+        """
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
+        path, mask_path = self.pairs.images[index], self.pairs.masks[index]
+        image = torch.from_numpy(read_image(path)).permute(2, 0, 1)  # (H, W, 3) to (3, H, W)
+        mask = torch.from_numpy(self.code.read(mask_path))
+        if image.shape[1:] != mask.shape:
+            raise ValueError(
+                f"image {path} is {tuple(image.shape[1:])} pixels upright, in height and width, but its mask "
+                f"{mask_path} is {tuple(mask.shape)}; give both the same size."
+            )
+        if self.resize:
+            full = mask
+            image, mask = resized(image, mask, self.resize)
+            mask = full if self.full_size_masks else mask
+        pair = image.as_subclass(Tensor).contiguous(), mask.as_subclass(Tensor)
+        if self._kept is not None:
+            self._kept[index] = pair
+        return pair
+
+    def problems(self, threads: int = 1) -> list[str]:
+        """Decode every pair once and return a message for each that is broken."""
+        with ThreadPoolExecutor(max(threads, 1)) as pool:
+            found = pool.map(self._problem, range(len(self)))
+            return [problem for problem in found if problem is not None]
+
+    def _problem(self, index: int) -> str | None:
+        try:
+            self.read(index)
+        except ValueError as error:
+            return str(error)
+        return None

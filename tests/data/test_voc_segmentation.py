@@ -1,0 +1,73 @@
+import inspect
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffkd.data import VocSegmentation, palette
+
+IDS = np.array([[0, 1, 20], [255, 15, 15]], dtype=np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path):
+    top = tmp_path / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (top / folder).mkdir(parents=True)
+    for name in ("2007_000001", "2007_000002", "2007_000003", "2008_unlisted"):
+        Image.new("RGB", (3, 2)).save(top / "JPEGImages" / f"{name}.jpg")
+        if name != "2008_unlisted":
+            image = Image.frombytes("P", (3, 2), IDS.tobytes())
+            image.putpalette(palette(256).flatten().tolist())
+            image.save(top / "SegmentationClass" / f"{name}.png")
+            Image.fromarray(IDS[:, ::-1]).save(top / "SegmentationClassAug" / f"{name}.png")
+    lists = {"train": "2007_000003\n2007_000001\n", "val": "2007_000002\n\n"}
+    for name, content in lists.items():
+        (top / "ImageSets" / "Segmentation" / f"{name}.txt").write_text(content)
+    return top
+
+
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_lists_choose_the_pairs_and_palettes_are_ids(root, up):
+    data = VocSegmentation((root, *root.parents)[up], num_workers=0, crop_size=(4, 5))
+    assert data.num_classes == len(data.classes) == 21
+    assert (data.classes[0], data.classes[1], data.classes[-1]) == ("background", "aeroplane", "tv/monitor")
+    ((images, masks, _),) = data.val_dataloader()
+    assert images.shape == (1, 3, 2, 3)
+    assert masks[0].tolist() == IDS.tolist()
+    assert next(iter(data.train_dataloader()))[0].shape == (2, 3, 4, 5)
+    assert all(hasattr(data, name) for name in inspect.signature(VocSegmentation).parameters)
+
+
+def test_other_masks_and_lists_can_be_chosen(root):
+    data = VocSegmentation(root, num_workers=0, val="train", masks="SegmentationClassAug")
+    masks = [batch[1][0].tolist() for batch in data.val_dataloader()]
+    assert masks == [IDS[:, ::-1].tolist()] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "2007_000002\n2008_unlisted\n2009\n",
+            r"3 of the files it names are missing[\s\S]*SegmentationClass/2008_unlis",
+        ),
+        ("../../../outside\n", "outside of"),
+        ("/etc/hostname\n", "outside of"),
+        ("\n", "lists no images"),
+        ("2007_000002\n2007_000001\n2007_000002\n", "'2007_000002' is listed twice"),
+    ],
+)
+def test_bad_lists_are_refused(root, content, message):
+    path = root / "ImageSets" / "Segmentation" / "val.txt"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        VocSegmentation(root)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_list_is_named(root, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train_aug.txt: no such list"):
+        VocSegmentation(root, train="train_aug")
+    with pytest.raises(FileNotFoundError, match=r"no such list"):
+        VocSegmentation(tmp_path / "elsewhere")
