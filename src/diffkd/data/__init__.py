@@ -1,23 +1,29 @@
-"""What comes in: data modules for image classification, their loaders and their augmentation."""
+"""What comes in: data modules for classification, detection and segmentation, their loaders and their augmentation."""
 
 from diffkd.data.arrays import Arrays
 from diffkd.data.augmentation import Augmentation
+from diffkd.data.box_augmentation import BoxAugmentation
 from diffkd.data.cifar import Cifar
+from diffkd.data.detection_scenes import DetectionScenes
 from diffkd.data.device_loader import DeviceLoader
 from diffkd.data.fashion_mnist import FashionMNIST
 from diffkd.data.fashion_subset import FashionSubset
 from diffkd.data.image_folder import ImageFolder
 from diffkd.data.mixing import mix
 from diffkd.data.seeding import mix_seed
+from diffkd.data.segmentation_scenes import SegmentationScenes
 
 __all__ = [
     "Arrays",
     "Augmentation",
+    "BoxAugmentation",
     "Cifar",
+    "DetectionScenes",
     "DeviceLoader",
     "FashionMNIST",
     "FashionSubset",
     "ImageFolder",
+    "SegmentationScenes",
     "mix",
     "mix_seed",
 ]

@@ -1,20 +1,31 @@
 """Batches of images decoded by worker processes, in an order and with an augmentation that depend on no worker."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffkd.data.folder_dataset import FolderDataset
 from diffkd.data.sampler import EpochSampler, drops_last
 
 
+class KeyedDataset(Protocol):
+    """What is loaded: (image, label, index) for each key (epoch, index)."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def __getitem__(self, key: tuple[int, int], /) -> tuple[Any, Any, int]:
+        """Return an image, its label, mask or target, and its index."""
+        ...
+
+
 class FolderLoader:
-    """Iterate over (images, labels, indices) of a `FolderDataset`; the counterpart of `DeviceLoader` for files.
+    """Iterate over (images, labels, indices) of a `KeyedDataset`; the counterpart of `DeviceLoader` for files.
 
     Args:
-        dataset: what is loaded.
+        dataset: what is loaded, such as a `FolderDataset`.
         batch_size: images per batch and process.
         shuffle: True for training, False for evaluation; see `EpochSampler` for what this means to the ranks' shards.
         seed: seed of the order.
@@ -24,9 +35,11 @@ class FolderLoader:
         rank: this process among `world_size`.
         world_size: number of processes.
         start_batch: batches to skip in the first epoch that is iterated; `len` still counts them.
+        collate: list of samples to batch; None stacks them.
 
     Yields:
-        images (B, C, H, W) float32 normalised, labels (B,) int64, indices (B,) int64 into the data set; on the CPU.
+        images (B, C, H, W) float32 normalised, labels (B,) int64, indices (B,) int64 into the data set; on the CPU. Or
+        the three that `collate` makes.
 
     Raises:
         ValueError: if the data are too few for one batch; while iterating, if a file is broken.
@@ -34,7 +47,7 @@ class FolderLoader:
 
     def __init__(
         self,
-        dataset: FolderDataset,
+        dataset: KeyedDataset,
         *,
         batch_size: int,
         shuffle: bool,
@@ -45,6 +58,7 @@ class FolderLoader:
         rank: int = 0,
         world_size: int = 1,
         start_batch: int = 0,
+        collate: Callable[[list[Any]], tuple[Any, Any, Any]] | None = None,
     ) -> None:
         # Lightning looks for `sampler.set_epoch` on whatever it iterates, and beside a sampler for a batch sampler.
         self.batch_sampler = None
@@ -54,14 +68,15 @@ class FolderLoader:
         self.batch_size = batch_size
         self.start_batch = start_batch
         self.drop_last = drops_last(len(self.sampler), batch_size, train=shuffle, drop_last=drop_last)
-        self._loader = DataLoader(
-            dataset,
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,  # type: ignore[arg-type]  # torch asks for its own class, and needs no more than this one has
             batch_size=batch_size,
             sampler=self.sampler,
             drop_last=self.drop_last,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
+            collate_fn=collate,
             # Workers are seeded from this generator; without it each epoch would draw from the global one.
             generator=torch.Generator(),
         )
@@ -74,7 +89,7 @@ class FolderLoader:
         """Return the number of batches of a whole epoch."""
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
         """Yield the batches of the current epoch; workers start when the first batch is asked for.
 
         A generator, because Lightning calls `iter` before `set_epoch` when it resumes, and a `DataLoader` would by
