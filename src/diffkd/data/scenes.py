@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffkd.data.fashion_mnist import CLASSES
-from diffkd.data.fashion_subset import read_fashion_subset
+from diffkd.data.fashion_subset import read_fashion_part
 from diffkd.data.scene_background import cluttered_background
 from diffkd.data.seeding import mix_seed
 
@@ -119,7 +119,7 @@ def read_garments(split: Split, options: SceneOptions) -> Garments:
     """Read the images that the objects of a split are made from."""
     if split not in _SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(map(repr, _SPLITS))}.")
-    images, labels = read_fashion_subset()[_SPLITS.index(split)]
+    images, labels = read_fashion_part("train" if split == "train" else "test")
     return Garments(split, tuple(images[labels == index, 0].numpy() for index in options.class_indices()))
 
 
