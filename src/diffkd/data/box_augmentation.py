@@ -43,6 +43,9 @@ class BoxAugmentation:
             )
 
 
+FLIP_BOXES = BoxAugmentation(flip=True)
+
+
 def augment_boxes(image: Tensor, boxes: ImageBoxes, augmentation: BoxAugmentation) -> tuple[Tensor, ImageBoxes]:
     """Augment an image and its boxes; all draws are from torch's global generator of the CPU.
 
@@ -56,7 +59,8 @@ def augment_boxes(image: Tensor, boxes: ImageBoxes, augmentation: BoxAugmentatio
     """
     if augmentation.scale_jitter:
         factor = 1 + augmentation.scale_jitter * (2 * torch.rand(()).item() - 1)
-        size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[2] * factor)))
+        # Torch 2.15 cannot scale uint8 images to a single pixel.
+        size = (max(2, round(image.shape[1] * factor)), max(2, round(image.shape[2] * factor)))
         image, boxes = resize(image, boxes, size)
     if augmentation.min_crop < 1:
         image, boxes = _random_crop(image, boxes, augmentation.min_crop)

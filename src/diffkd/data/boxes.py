@@ -60,6 +60,10 @@ class Annotations:
         counts = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
         return Annotations(self.image_ids, counts[self.starts], self.boxes.keep(kept))
 
+    def select(self, indices: list[int]) -> "Annotations":
+        """Return the annotations of some images, in the given order."""
+        return gather(self.image_ids[indices].tolist(), (self.of(index) for index in indices))
+
 
 def gather(image_ids: Iterable[int], images: Iterable[ImageBoxes]) -> Annotations:
     """Put the boxes of images together, in their order."""

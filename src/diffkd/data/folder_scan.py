@@ -80,11 +80,11 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 def _samples(split: Path, classes: tuple[str, ...], root: Path) -> FolderSamples:
     samples = FolderSamples([], [])
-    _stay_inside(split, root)
+    stay_inside(split, root)
     for label, name in enumerate(classes):
         folder = split / name
-        _stay_inside(folder, root)
-        paths = _images(folder, root)
+        stay_inside(folder, root)
+        paths = image_files(folder, root)
         if not paths:
             others = sorted({path.suffix or path.name for path in folder.rglob("*") if path.is_file()})
             found = f"only {_some(others)}" if others else "it is empty"
@@ -96,7 +96,7 @@ def _samples(split: Path, classes: tuple[str, ...], root: Path) -> FolderSamples
     return samples
 
 
-def _images(folder: Path | str, root: Path) -> list[str]:
+def image_files(folder: Path | str, root: Path) -> list[str]:
     """Return the image files below a folder, sorted; links to files may point anywhere inside the root."""
     paths = []
     with os.scandir(folder) as entries:
@@ -104,18 +104,19 @@ def _images(folder: Path | str, root: Path) -> list[str]:
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink():
-                _stay_inside(Path(entry.path), root)
+                stay_inside(Path(entry.path), root)
                 if entry.is_dir():
                     raise ValueError(
                         f"{entry.path}: a link to a folder inside a class could loop; move the images here."
                     )
             if entry.is_dir():
-                paths.extend(_images(entry.path, root))
+                paths.extend(image_files(entry.path, root))
             elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:  # noqa: PTH122 - half the time for a million files
                 paths.append(entry.path)
     return paths
 
 
-def _stay_inside(path: Path, root: Path) -> None:
+def stay_inside(path: Path, root: Path) -> None:
+    """Refuse a symbolic link that leads out of a folder; `root` is the folder itself, resolved."""
     if path.is_symlink() and not path.resolve().is_relative_to(root):
         raise ValueError(f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder.")
