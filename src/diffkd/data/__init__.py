@@ -4,6 +4,7 @@ from diffkd.data.arrays import Arrays
 from diffkd.data.augmentation import Augmentation
 from diffkd.data.box_augmentation import BoxAugmentation
 from diffkd.data.cifar import Cifar
+from diffkd.data.coco_detection import CocoDetection
 from diffkd.data.detection_scenes import DetectionScenes
 from diffkd.data.device_loader import DeviceLoader
 from diffkd.data.fashion_mnist import FashionMNIST
@@ -12,18 +13,23 @@ from diffkd.data.image_folder import ImageFolder
 from diffkd.data.mixing import mix
 from diffkd.data.seeding import mix_seed
 from diffkd.data.segmentation_scenes import SegmentationScenes
+from diffkd.data.voc_detection import VocDetection
+from diffkd.data.yolo_detection import YoloDetection
 
 __all__ = [
     "Arrays",
     "Augmentation",
     "BoxAugmentation",
     "Cifar",
+    "CocoDetection",
     "DetectionScenes",
     "DeviceLoader",
     "FashionMNIST",
     "FashionSubset",
     "ImageFolder",
     "SegmentationScenes",
+    "VocDetection",
+    "YoloDetection",
     "mix",
     "mix_seed",
 ]
