@@ -29,10 +29,7 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
                 raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
-        raise ValueError(
-            f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}); replace or remove it, "
-            'or set on_bad_image="skip" to leave such images out.'
-        ) from error
+        raise _unreadable(path, error) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -46,3 +43,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # PIL warns when it drops the transparency of a palette in one step
     return image.convert("RGB")
+
+
+def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the height and width that `read_rgb` gives an image, from the head of its file.
+
+    Raises:
+        ValueError: if the head cannot be read; names the file and the mend.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(
+        f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}); replace or remove it, "
+        'or set on_bad_image="skip" to leave such images out.'
+    )

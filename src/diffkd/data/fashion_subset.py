@@ -2,6 +2,7 @@
 
 import io
 from importlib.resources import files
+from typing import Literal
 
 import numpy as np
 import torch
@@ -70,12 +71,13 @@ class FashionSubset(LightningDataModule):
 
 def read_fashion_subset() -> tuple[ImageSet, ImageSet]:
     """Read the training and the test part: (N, 1, 28, 28) uint8 images and (N,) int64 labels each."""
+    return read_fashion_part("train"), read_fashion_part("test")
+
+
+def read_fashion_part(part: Literal["train", "test"]) -> ImageSet:
+    """Read one part: (N, 1, 28, 28) uint8 images and (N,) int64 labels."""
     content = files("diffkd").joinpath("assets", "fashion_mnist", "subset.npz").read_bytes()
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        train, test = (
-            ImageSet(
-                torch.from_numpy(arrays[f"{part}_images"])[:, None], torch.from_numpy(arrays[f"{part}_labels"]).long()
-            )
-            for part in ("train", "test")
+        return ImageSet(
+            torch.from_numpy(arrays[f"{part}_images"])[:, None], torch.from_numpy(arrays[f"{part}_labels"]).long()
         )
-    return train, test

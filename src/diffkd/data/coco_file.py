@@ -1,0 +1,158 @@
+"""Boxes in COCO's JSON format (https://cocodataset.org/#format-data)."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files
+from diffkd.data.enclosed import enclosed_files
+
+
+def read_coco(
+    file: str | os.PathLike[str], images: Path, categories: Mapping[int, str] | None = None
+) -> AnnotatedFiles:
+    """Read the boxes of a COCO file; segmentations and keypoints are passed over.
+
+    Category ids may have gaps: labels count from 1 in their order.
+
+    Args:
+        file: the JSON file.
+        images: folder that its file names are relative to.
+        categories: id and name of the categories of the training file, which this one's must be among; None takes its
+            own.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no JSON, lacks a key, holds a value of the wrong kind or an id twice, names an image or
+            category that it does not have, or a file outside of the folder.
+    """
+    source = os.fspath(file)
+    content = _load(source)
+    own = _categories(source, _entries(content, "categories", source))
+    if categories is None:
+        categories = own
+    for number, name in own.items():
+        if categories.get(number) != name:
+            theirs = f"is {categories[number]!r}" if number in categories else "does not exist"
+            raise ValueError(
+                f"{source}: category {number}, {name!r}, {theirs} in the training file; "
+                "write the same categories into all files."
+            )
+    ids = sorted(categories)
+    listed = _images(source, _entries(content, "images", source), images)
+    by_id = {image.image_id: image for image in listed}
+    labels = {number: label for label, number in enumerate(ids, start=1) if number in own}
+    for index, entry in enumerate(_entries(content, "annotations", source)):
+        where = f"{source}: annotation {index}"
+        image_id, category = _value(entry, "image_id", where), _value(entry, "category_id", where)
+        if not _is_integer(image_id) or image_id not in by_id:
+            raise ValueError(f"{where} is of image {image_id!r}, which is not among its images; add or remove it.")
+        if not _is_integer(category) or category not in labels:
+            raise ValueError(f"{where} is of category {category!r}, which is not among its categories.")
+        left, top, width, height = _numbers(_value(entry, "bbox", where), where)
+        area: Any = entry.get("area")
+        box = ReadBox(
+            (left, top, left + width, top + height),
+            labels[category],
+            name=entry.get("id", index),
+            area=_float(area) if _is_number(area) else None,
+            crowd=bool(entry.get("iscrowd", 0)),
+        )
+        by_id[image_id].boxes.append(box)
+    return annotated_files(source, listed, [categories[number] for number in ids], ids)
+
+
+def _load(source: str) -> Mapping[str, Any]:
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no such file; give the name of a COCO JSON file.")
+    try:
+        content = json.loads(Path(source).read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: no JSON ({error}); the file is damaged, write it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: holds a {type(content).__name__}, not an object with images and annotations.")
+    return content
+
+
+def _entries(content: Mapping[str, Any], key: str, source: str) -> list[dict[str, Any]]:
+    entries = _value(content, key, source)
+    if not isinstance(entries, list):
+        raise ValueError(f"{source}: '{key}' is a {type(entries).__name__}; COCO has a list there.")
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{source}: entry {index} of '{key}' is a {type(entry).__name__}, not an object.")
+    return entries
+
+
+def _categories(source: str, entries: list[dict[str, Any]]) -> dict[int, str]:
+    categories: dict[int, str] = {}
+    for index, entry in enumerate(entries):
+        where = f"{source}: category {index}"
+        number, name = _id(entry, where), _value(entry, "name", where)
+        if number in categories:
+            raise ValueError(f"{where} has the id {number} of another one; give each its own.")
+        categories[number] = str(name)
+    if not categories:
+        raise ValueError(f"{source}: no categories; give at least one.")
+    return categories
+
+
+def _images(source: str, entries: list[dict[str, Any]], folder: Path) -> list[ReadImage]:
+    names, images, seen = [], [], set()
+    for index, entry in enumerate(entries):
+        where = f"{source}: image {index}"
+        number, name = _id(entry, where), _value(entry, "file_name", where)
+        if number in seen:
+            raise ValueError(f"{where} has the id {number} of another one; give each its own.")
+        if not isinstance(name, str):
+            raise ValueError(f"{where} has the file name {name!r}; write a text.")
+        height, width = (_side(_value(entry, key, where), key, where) for key in ("height", "width"))
+        seen.add(number)
+        names.append(name)
+        images.append(ReadImage("", (height, width), number, []))
+    paths = enclosed_files(folder, names, source)
+    return [image._replace(path=path) for image, path in zip(images, paths, strict=True)]
+
+
+def _value(entry: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in entry:
+        raise ValueError(f"{where} lacks '{key}'; it has {', '.join(map(repr, entry)) or 'nothing'}.")
+    return entry[key]
+
+
+def _id(entry: Mapping[str, Any], where: str) -> int:
+    value: Any = _value(entry, "id", where)
+    if not _is_integer(value) or abs(value) >= 1 << 63:
+        raise ValueError(f"{where} has the id {value!r}; ids are integers of 64 bits.")
+    return int(value)
+
+
+def _side(value: Any, key: str, where: str) -> int:
+    if not _is_number(value) or not 1 <= value < 1 << 31 or value != int(value):
+        raise ValueError(f"{where} has the {key} {value!r}; write a number of pixels, 1 or more.")
+    return int(value)
+
+
+def _numbers(bbox: Any, where: str) -> tuple[float, float, float, float]:
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+        raise ValueError(f"{where} has the bbox {bbox!r}; write [left, top, width, height] in pixels.")
+    left, top, width, height = map(_float, bbox)
+    return left, top, width, height
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

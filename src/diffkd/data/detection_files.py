@@ -1,0 +1,167 @@
+"""The part that all data modules of annotated image files share: their splits, and the loaders over them."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from diffkd.data.annotated_files import AnnotatedFiles
+from diffkd.data.box_augmentation import BoxAugmentation
+from diffkd.data.detection_dataset import DetectionDataset, collate_detection
+from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.folder_scan import FolderSamples
+from diffkd.data.placement import placement
+from diffkd.data.verification import check_readable
+
+OnBadImage = Literal["error", "skip"]
+
+
+class DetectionFiles:
+    """Check the splits of a detection data set and make loaders over them.
+
+    Args:
+        train: images to train on; their crowd boxes are left out.
+        val: images to evaluate on; crowd boxes stay, flagged.
+        test: images to test on; None takes `val`.
+        batch_size: images per batch and process.
+        augmentation: what is done to training images and their boxes.
+        seed: seed of order and augmentation.
+        keep_empty: whether to train on images without boxes, too.
+        num_workers: worker processes; None takes one per core, at most 8.
+        on_bad_image: "error" or "skip", see `ImageFolder`.
+        verify: decode every file before training also for "error".
+
+    Attributes:
+        skipped: one message per image left out because it is broken.
+        dropped: one message per box left out because it has no extent inside its image.
+
+    Raises:
+        FileNotFoundError: if an image file is missing.
+        ValueError: if no image is left to train on, or a file is broken.
+    """
+
+    def __init__(
+        self,
+        train: AnnotatedFiles,
+        val: AnnotatedFiles,
+        test: AnnotatedFiles | None,
+        *,
+        batch_size: int,
+        augmentation: BoxAugmentation,
+        seed: int,
+        keep_empty: bool,
+        num_workers: int | None,
+        on_bad_image: OnBadImage,
+        verify: bool,
+    ) -> None:
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image={on_bad_image!r} is neither 'error' nor 'skip'.")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        self.skipped: list[str] = []
+        self.dropped: list[str] = []
+        self._decodes = verify or on_bad_image == "skip"
+        train = _to_train(self._checked(train, on_bad_image), keep_empty)
+        val = self._checked(val, on_bad_image)
+        height, width = train.sizes[0].tolist()
+        self.image_size: tuple[int, int] = (height, width)
+        self._train = DetectionDataset(train.annotations, train.read, augmentation, seed)
+        self._val = self._test = DetectionDataset(val.annotations, val.read)
+        if test is not None:
+            test = self._checked(test, on_bad_image)
+            self._test = DetectionDataset(test.annotations, test.read)
+
+    def train_loader(self, trainer: Trainer | None, start_batch: int) -> FolderLoader:
+        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
+        return self._loader(self._train, trainer, shuffle=True, start_batch=start_batch)
+
+    def val_loader(self, trainer: Trainer | None) -> FolderLoader:
+        """Return the batches of the evaluation images, in order, every image exactly once over all ranks."""
+        return self._loader(self._val, trainer)
+
+    def test_loader(self, trainer: Trainer | None) -> FolderLoader:
+        """Return the batches of the test images, likewise."""
+        return self._loader(self._test, trainer)
+
+    def example(self) -> list[Tensor]:
+        """Return the first and the last training image, each (3, H, W) float32 in [0, 1] on the CPU."""
+        return [self._train.read(index).float() / 255 for index in (0, len(self._train) - 1)]
+
+    def _loader(
+        self, dataset: DetectionDataset, trainer: Trainer | None, *, shuffle: bool = False, start_batch: int = 0
+    ) -> FolderLoader:
+        place = placement(trainer)
+        return FolderLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            pin_memory=place.device.type == "cuda",
+            drop_last=False,
+            rank=place.rank,
+            world_size=place.world_size,
+            start_batch=start_batch,
+            collate=collate_detection,
+        )
+
+    def _checked(self, files: AnnotatedFiles, on_bad_image: OnBadImage) -> AnnotatedFiles:
+        """Return the images that can be used; collect and warn of what is left out."""
+        if files.dropped:
+            rank_zero_warn(f"{len(files.dropped)} box(es) are left out; the first: {files.dropped[0]}")
+            self.dropped += files.dropped
+        if not self._decodes:
+            _check_present(files)
+            return files
+        with ThreadPoolExecutor(max(self.num_workers, 1)) as pool:
+            problems = list(pool.map(partial(_problem, files), range(len(files.paths)), chunksize=64))
+        found = [problem for problem in problems if problem is not None]
+        if not found:
+            return files
+        counted = f"{files.source}: {len(found)} of {len(problems)} images are"
+        if on_bad_image == "error":
+            raise ValueError(f"{counted} broken; the first: {found[0]}")
+        good = [index for index, problem in enumerate(problems) if problem is None]
+        if not good:
+            raise ValueError(f"{counted} broken, and none is left; the first: {found[0]}")
+        listed = "\n  ".join(found[:10])
+        rank_zero_warn(f"{counted} left out:\n  {listed}")
+        self.skipped += found
+        return files.select(good)
+
+
+def _to_train(files: AnnotatedFiles, keep_empty: bool) -> AnnotatedFiles:
+    """Return the images to train on, without crowd boxes."""
+    files = replace(files, annotations=files.annotations.without_crowds())
+    if keep_empty:
+        return files
+    full = files.annotations.starts.diff().nonzero()[:, 0].tolist()
+    if not full:
+        raise ValueError(f"{files.source}: no image has a box to train on; add boxes, or set keep_empty=True.")
+    return files.select(full)
+
+
+def _check_present(files: AnnotatedFiles) -> None:
+    """Raise if a file is missing, empty or not readable; quick, for it decodes nothing."""
+    missing = [path for path in files.paths if not Path(path).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{files.source}: image {missing[0]} is missing ({len(missing)} of {len(files.paths)} are); check the "
+            'folder of the images, or set on_bad_image="skip" to leave such images out.'
+        )
+    check_readable(FolderSamples(list(files.paths), []))
+
+
+def _problem(files: AnnotatedFiles, index: int) -> str | None:
+    try:
+        files.read(index)
+    except ValueError as error:
+        return str(error)
+    return None

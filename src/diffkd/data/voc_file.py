@@ -1,0 +1,175 @@
+"""Boxes in Pascal VOC's XML format, one file per image, and the lists of files that make a split."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files
+from diffkd.data.decode import upright_size
+from diffkd.data.enclosed import enclosed_files, enclosed_folder
+from diffkd.data.folder_scan import EXTENSIONS
+
+
+class VocSplit(NamedTuple):
+    """Hold where a split is.
+
+    Args:
+        source: the list or folder, for messages.
+        files: the XML files.
+        images: folder of the image files.
+    """
+
+    source: str
+    files: list[str]
+    images: Path
+
+
+def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
+    """Find the XML files of a split.
+
+    It may be a list `ImageSets/Main/SPLIT.txt` of names in `Annotations`, with the images in `JPEGImages`; or a folder
+    SPLIT that holds XML files and images side by side, or in `Annotations` and `JPEGImages` of its own.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if the split is empty, or a name is listed twice or leads out of the folder.
+    """
+    top = Path(root)
+    names = top / "ImageSets" / "Main" / f"{split}.txt"
+    if names.is_file():
+        folder, source = top, str(names)
+        listed = [_without_flag(line) for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        twice = [name for name, count in Counter(listed).items() if count > 1]
+        if twice:
+            raise ValueError(f"{names}: lists {twice[0]!r} more than once; keep one of them.")
+    elif (top / split).is_dir():
+        folder = enclosed_folder(top, split)
+        source, listed = str(folder), []
+    else:
+        raise FileNotFoundError(f"{names}: no such list, and {top / split} is no folder; give the name of a split.")
+    annotations = enclosed_folder(folder, "Annotations") if (folder / "Annotations").is_dir() else folder
+    images = enclosed_folder(folder, "JPEGImages") if (folder / "JPEGImages").is_dir() else folder
+    if names.is_file():
+        xml_names = [f"{name}.xml" for name in listed]
+    else:
+        xml_names = sorted(path.name for path in annotations.glob("*.xml"))
+    if not xml_names:
+        raise ValueError(f"{source}: no XML files; give at least one.")
+    return VocSplit(source, enclosed_files(annotations, xml_names, source), images)
+
+
+def read_voc(split: VocSplit, classes: Sequence[str] | None = None, first_pixel: int = 0) -> AnnotatedFiles:
+    """Read the boxes of a split.
+
+    Objects marked as difficult are treated as crowds: left out of training, flagged in evaluation.
+
+    Args:
+        split: what `find_voc_split` returned.
+        classes: the names of labels 1 to K; None takes the names that occur, sorted.
+        first_pixel: the number of the first pixel: 1 if left and top count from 1 and right and bottom are inclusive,
+            as in the official VOC files; 0 if corners are taken as they are.
+
+    Raises:
+        FileNotFoundError: if an XML file is missing.
+        ValueError: if a file is no XML, defines entities, lacks a part, or names an unknown class or a file outside of
+            the folder.
+    """
+    if first_pixel not in (0, 1):
+        raise ValueError(f"first_pixel={first_pixel} is neither 0 nor 1.")
+    roots = [_parse(file) for file in split.files]
+    if classes is None:
+        found = {
+            _text(one, "name", file) for file, root in zip(split.files, roots, strict=True) for one in _objects(root)
+        }
+        classes = sorted(found)
+        if not classes:
+            raise ValueError(f"{split.source}: no objects, hence no classes; give the names of the classes.")
+    labels = {name: label for label, name in enumerate(classes, start=1)}
+    images = []
+    for index, (file, root) in enumerate(zip(split.files, roots, strict=True)):
+        path = _image(file, root, split.images)
+        boxes = [_box(one, number, labels, file, first_pixel) for number, one in enumerate(_objects(root))]
+        images.append(ReadImage(path, _size(root, file, path), index, boxes))
+    return annotated_files(split.source, images, classes, range(1, len(classes) + 1))
+
+
+class _Builder:
+    """Build a tree, and refuse the declarations by which an XML file may expand or fetch entities."""
+
+    def __init__(self) -> None:
+        builder = ElementTree.TreeBuilder()
+        self.start, self.end, self.data, self.close = builder.start, builder.end, builder.data, builder.close
+
+    def doctype(self, name: str, public: str | None, system: str | None) -> None:
+        raise ValueError("it has a document type, which may define entities; remove it")
+
+
+def _parse(file: str) -> ElementTree.Element:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file; add it, or remove its name from the list.")
+    parser = ElementTree.XMLParser(target=_Builder())
+    try:
+        parser.feed(Path(file).read_bytes())
+        root: ElementTree.Element = parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise ValueError(f"{file}: no XML of Pascal VOC ({error}).") from error
+    return root
+
+
+def _objects(root: ElementTree.Element) -> list[ElementTree.Element]:
+    return root.findall("object")
+
+
+def _box(one: ElementTree.Element, number: int, labels: dict[str, int], file: str, first_pixel: int) -> ReadBox:
+    where = f"{file}: object {number}"
+    name = _text(one, "name", where)
+    if name not in labels:
+        raise ValueError(f"{where} is of class {name!r}, which is none of {', '.join(map(repr, labels))}.")
+    left, top, right, bottom = (
+        _number(_text(one, f"bndbox/{side}", where), where) for side in ("xmin", "ymin", "xmax", "ymax")
+    )
+    difficult = (one.findtext("difficult") or "0").strip() not in ("0", "")
+    return ReadBox((left - first_pixel, top - first_pixel, right, bottom), labels[name], number, crowd=difficult)
+
+
+def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
+    """Return the image that a file names or, where that is none, the one with the same stem."""
+    stem = Path(file).stem
+    names = [name for name in ((root.findtext("filename") or "").strip(),) if name]
+    names += [stem + extension for extension in (".jpg", *sorted(EXTENSIONS), ".JPG", ".JPEG", ".PNG")]
+    paths = enclosed_files(folder, names, file)
+    return next((path for path in paths if Path(path).is_file()), paths[0])
+
+
+def _size(root: ElementTree.Element, file: str, path: str) -> tuple[int, int]:
+    """Return the stated height and width, or those of the image where nothing is stated."""
+    stated = [(root.findtext(f"size/{side}") or "").strip() for side in ("height", "width")]
+    if all(side in ("", "0") for side in stated):
+        return upright_size(path)
+    height, width = (_number(side, file) for side in stated)
+    if not all(1 <= side < 1 << 31 and side == int(side) for side in (height, width)):
+        raise ValueError(f"{file}: its size is {stated[1]}x{stated[0]}; write numbers of pixels, 1 or more.")
+    return int(height), int(width)
+
+
+def _text(element: ElementTree.Element, path: str, where: str) -> str:
+    text = (element.findtext(path) or "").strip()
+    if not text:
+        raise ValueError(f"{where} lacks '{path}'.")
+    return text
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{where} has {text!r} where a number of pixels belongs.") from None
+
+
+def _without_flag(line: str) -> str:
+    """Return the name in a line; the lists of single classes have 1, 0 or -1 behind it."""
+    name, _, flag = line.strip().rpartition(" ")
+    return name.strip() if flag in ("1", "0", "-1") and name else line.strip()

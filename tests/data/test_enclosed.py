@@ -1,0 +1,44 @@
+import pytest
+
+from diffkd.data.enclosed import enclosed_files, enclosed_folder
+
+
+def test_names_become_paths_whether_or_not_they_exist(tmp_path):
+    (tmp_path / "night").mkdir()
+    names = ["a.jpg", "night/b.jpg", "./c.jpg", "night/b.jpg", "gone/d..e.jpg"]
+    found = enclosed_files(tmp_path, names, "x.json")
+    assert found == [str(tmp_path / name) for name in ("a.jpg", "night/b.jpg", "c.jpg", "night/b.jpg", "gone/d..e.jpg")]
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "b/../../a.jpg", "/etc/passwd", "", ".", "a\0.jpg", ".."])
+def test_names_that_lead_out_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"x.json: file name .* is no file inside") as caught:
+        enclosed_files(tmp_path, ["good.jpg", name], "x.json")
+    assert repr(name) in str(caught.value)
+
+
+def test_links_that_lead_out_are_refused_and_others_are_not(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "images"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "secret.jpg").touch()
+    (folder / "real.jpg").touch()
+    (folder / "inner.jpg").symlink_to("real.jpg")
+    (folder / "link.jpg").symlink_to(outside / "secret.jpg")
+    (folder / "linked").symlink_to(outside)
+    assert len(enclosed_files(folder, ["real.jpg", "inner.jpg"], "x")) == 2
+    for name in ("link.jpg", "linked/secret.jpg"):
+        with pytest.raises(ValueError, match=f"x: file name '{name}'.*outside"):
+            enclosed_files(folder, ["real.jpg", name], "x")
+
+
+def test_a_linked_folder_needs_its_absolute_path(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    root.mkdir()
+    elsewhere.mkdir()
+    (root / "images").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"outside of .*give its absolute path"):
+        enclosed_folder(root, "images")
+    assert enclosed_folder(root, str(elsewhere)) == elsewhere
+    with pytest.raises(FileNotFoundError, match="pictures: no such folder"):
+        enclosed_folder(root, "pictures")
