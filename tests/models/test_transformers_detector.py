@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForObjectDetection
 
-from diffkd.models import load_detector
+from diffkd.models import DetectorTeacher, load_detector
 from diffkd.weights import save_student
 
 STAGES = ["stage2", "stage3", "stage4"]
@@ -157,6 +157,19 @@ def test_weights_are_loaded_and_replaced_layers_announced(folder: Path, tmp_path
     file = save_student(other, tmp_path / "other.safetensors")
     again = load_detector(f"hf/{folder}", num_classes=5, weights=file)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in other.state_dict().items())
+
+
+def test_features_for_a_teacher_are_the_backbones(folder: Path) -> None:
+    detector = load_detector(f"hf/{folder}", num_classes=3, **SIZES).eval()
+    batch, _ = detector.transform(IMAGES)
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+    detector.model.model.backbone.register_forward_hook(lambda _, args, output: seen.append(output))
+    detector(IMAGES)
+    features = DetectorTeacher(detector, heads=False)(batch.tensors, batch.image_sizes)
+    assert list(features) == [str(level) for level in range(len(seen[0]))]
+    assert all(torch.equal(ours, theirs) for ours, (theirs, _) in zip(features.values(), seen[0], strict=True))
+    with pytest.raises(ValueError, match="own queries"):
+        DetectorTeacher(detector, heads=True)
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:

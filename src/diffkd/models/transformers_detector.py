@@ -66,6 +66,20 @@ class TransformersDetector(nn.Module):
             for logits, boxes, image in zip(output.logits, output.pred_boxes, images, strict=True)
         ]
 
+    def feature_backbone(self) -> nn.Module:
+        """Return the model's backbone: from images and their mask to a list of pairs, map (B, C, h, w) and mask.
+
+        Raises:
+            ValueError: if the model has no backbone of its own, apart from its encoder.
+        """
+        backbone = getattr(getattr(self.model, "model", None), "backbone", None)
+        if not isinstance(backbone, nn.Module):
+            raise ValueError(
+                f"{type(self.model).__name__} has no module model.backbone whose maps could be distilled: take a "
+                "detector that has, such as RT-DETR, D-FINE or DETR"
+            )
+        return backbone
+
     def _detections(self, logits: Tensor, boxes: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
         queries, columns = logits.shape
         if columns > self.num_classes:  # one class or none per query
