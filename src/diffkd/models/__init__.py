@@ -17,7 +17,9 @@ from diffkd.models.cifar_resnet50 import CifarResNet50, resnet50
 from diffkd.models.cifar_shufflenetv1 import CifarShuffleNetV1, shufflenetv1
 from diffkd.models.cifar_shufflenetv2 import CifarShuffleNetV2, shufflenetv2
 from diffkd.models.compact_resnet import compact_resnet8, compact_resnet14
+from diffkd.models.detector_teacher import DetectorTeacher
 from diffkd.models.load import load_model, model_names
+from diffkd.models.load_detector import load_detector
 from diffkd.models.normalization import Normalization, input_normalization
 from diffkd.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_28_10, wrn_40_1, wrn_40_2
 
@@ -27,11 +29,13 @@ __all__ = [
     "CifarResNet50",
     "CifarShuffleNetV1",
     "CifarShuffleNetV2",
+    "DetectorTeacher",
     "Normalization",
     "WideResNet",
     "compact_resnet8",
     "compact_resnet14",
     "input_normalization",
+    "load_detector",
     "load_model",
     "mobilenetv2",
     "model_names",

@@ -14,7 +14,9 @@ from torch import nn
 from diffkd.models.spelling import nearest
 
 
-def build_from_function(name: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
+def build_from_function(
+    name: str, num_classes: int | None, in_channels: int | None, pretrained: bool, **others: object
+) -> nn.Module:
     """Call a function or class that returns a model. Its file or module is imported, hence run: name only trusted code.
 
     Args:
@@ -22,6 +24,7 @@ def build_from_function(name: str, num_classes: int | None, in_channels: int | N
         num_classes: passed as `num_classes` unless None, if the function takes that; otherwise its model is as it is.
         in_channels: passed as `in_channels`, likewise.
         pretrained: passed as `pretrained` if True.
+        others: each passed under its own name if the function names such an argument.
 
     Returns:
         What the function returns.
@@ -46,8 +49,11 @@ def build_from_function(name: str, num_classes: int | None, in_channels: int | N
             f"model '{name}': '{function}' takes no argument pretrained: add it to the function, or leave it out here"
         )
     asked = {"num_classes": num_classes, "in_channels": in_channels, "pretrained": pretrained or None}
-    arguments = {key: value for key, value in asked.items() if value is not None and _accepts(build, key)}
-    model = build(**arguments)
+    arguments: dict[str, object] = {
+        key: value for key, value in asked.items() if value is not None and _accepts(build, key)
+    }
+    arguments |= {key: value for key, value in others.items() if key in inspect.signature(build).parameters}
+    model: object = build(**arguments)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model '{name}': '{function}' returned a {type(model).__name__}; it must return an nn.Module")
     return model
