@@ -76,7 +76,6 @@ def load(
     Raises:
         ValueError: if the model is unknown, or an option does not fit the task.
     """
-    files = {"weights": weights, "pretrained": pretrained}
     classes = data.num_classes if num_classes is None else num_classes
     match data.task:
         case "classification":
@@ -84,7 +83,9 @@ def load(
                 raise ValueError(
                     "pretrained_backbone is for detectors and segmenters; give pretrained for a classifier"
                 )
-            return load_model(name, num_classes=num_classes, in_channels=in_channels, **files)
+            return load_model(
+                name, num_classes=num_classes, in_channels=in_channels, weights=weights, pretrained=pretrained
+            )
         case "segmentation":
             return load_segmenter(
                 name,
@@ -92,7 +93,8 @@ def load(
                 in_channels=data.in_channels if in_channels is None else in_channels,
                 pretrained_backbone=pretrained_backbone,
                 auxiliary=auxiliary,
-                **files,
+                weights=weights,
+                pretrained=pretrained,
             )
         case "detection":
             return load_detector(
@@ -103,7 +105,8 @@ def load(
                 mean=data.mean,
                 std=data.std,
                 pretrained_backbone=pretrained_backbone,
-                **files,
+                weights=weights,
+                pretrained=pretrained,
             )
 
 
