@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffkd.losses import dist, kl_divergence, mse, pearson
+from diffkd.losses import attention_mse, dist, kl_by_position, kl_divergence, mse, pearson
 
 SHAPES = [(4, 7), (3, 5, 2, 3), (1, 4), (2, 3, 1, 1)]
 
@@ -121,3 +121,24 @@ def test_the_teacher_learns_nothing_from_kl():
     student, teacher = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     kl_divergence(student, teacher).backward()
     assert teacher.grad is None
+
+
+def test_attention_mse_by_hand():
+    student, teacher = torch.randn(2, 2, 3, 2, 4, dtype=torch.float64)
+    strength, expected = teacher.abs(), 0.0
+    for b in range(2):
+        space = (strength[b].mean(0).flatten() / 0.5).softmax(0) * 8
+        channel = (strength[b].mean((1, 2)) / 0.5).softmax(0) * 3
+        for c in range(3):
+            for position in range(8):
+                error = student[b, c].flatten()[position] - teacher[b, c].flatten()[position]
+                expected += float(space[position] * channel[c] * error**2) / 48
+    assert float(attention_mse(student, teacher)) == pytest.approx(expected, rel=1e-10)
+    flat = torch.full_like(teacher, 2.0)
+    torch.testing.assert_close(attention_mse(student, flat), mse(student, flat))
+
+
+def test_kl_by_position_is_the_mean_over_pixels():
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    pixels = [x.movedim(1, -1).flatten(0, 2) for x in (student, teacher)]  # (40, 3)
+    torch.testing.assert_close(kl_by_position(student, teacher, 2.0), kl_divergence(*pixels, 2.0))

@@ -41,6 +41,14 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
+def kl_by_position(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return :func:`kl_divergence` averaged over the positions of (B, K, H, W) too; of vectors the same.
+
+    Liu, Chen, Liu, Qin, Luo, Wang, *Structured Knowledge Distillation for Semantic Segmentation*, CVPR 2019, Eq. 1.
+    """
+    return kl_divergence(student, teacher, temperature) / student[0, 0].numel()
+
+
 def dist(
     student: Tensor,
     teacher: Tensor,
@@ -79,3 +87,31 @@ def pearson(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
     b = b - b.mean(dim=1, keepdim=True)
     norms: Tensor = a.norm(dim=1) * b.norm(dim=1)
     return (a * b).sum(dim=1) / (norms + eps)
+
+
+def attention_mse(student: Tensor, teacher: Tensor, temperature: float = 0.5) -> Tensor:
+    """Return the squared error weighted by where the teacher looks: the DiffKD paper's distance for detectors (dagger).
+
+    `mean(A_s A_c (s - t)^2)` with the teacher's attention over positions and over channels, each 1 on average (Yang et
+    al., *Focal and Global Knowledge Distillation for Detectors*, CVPR 2022, Eq. 3 to 6).
+
+    Args:
+        student: (B, C, H, W).
+        teacher: (B, C, H, W), without gradient.
+        temperature: of both attentions.
+
+    Returns:
+        A scalar; the mean squared error where the teacher is constant.
+    """
+    ours, theirs = at_least_float32(student), at_least_float32(teacher.detach())
+    space, channels = attentions(theirs, temperature)
+    return (space[:, None] * channels[:, :, None, None] * (ours - theirs).square()).mean()
+
+
+def attentions(feature: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the attention of (B, C, H, W) over positions (B, H, W) and over channels (B, C), each 1 on average."""
+    strength = feature.abs()
+    space = (strength.mean(dim=1).flatten(1) / temperature).softmax(dim=1)
+    channels = (strength.mean(dim=(2, 3)) / temperature).softmax(dim=1)
+    batch, count, height, width = feature.shape
+    return height * width * space.reshape(batch, height, width), count * channels

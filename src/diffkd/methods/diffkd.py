@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
-from diffkd.losses import Distance, at_least_float32, dist, kl_divergence, mse
+from diffkd.losses import Distance, at_least_float32, attention_mse, dist, kl_by_position, kl_divergence, mse
 from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
 from diffkd.shape import FeatureShape, Want, channels_of
+
+DistanceName = Literal["mse", "kl", "dist", "attention_mse"]
 
 
 class DiffKDOutput(NamedTuple):
@@ -54,8 +56,9 @@ class DiffKD(nn.Module):
         num_train_timesteps: number of timesteps T of the diffusion process.
         beta_schedule: "linear", "scaled_linear" or "cosine".
         noise_adapter: adaptive noise matching (Eq. 8). Off: the projected student feature is denoised as it is.
-        distance: d of Eq. 7: "mse", "kl", "dist", or a callable `(denoised, target) -> scalar`. None: "kl" for logits,
-            "mse" otherwise.
+        distance: d of Eq. 7: "mse", "kl", "dist", "attention_mse" (for maps), or a callable `(denoised, target) ->
+            scalar`. None: "kl" for logits, "dist" for class maps (Sec. 4.3), "mse" otherwise. On class maps "kl" is
+            averaged over positions, and "dist" relates all positions of the batch.
         logits_distance: d for logits alone, where one DiffKD is made for several pairs; None: `distance`.
         temperature: tau of "kl" and "dist".
         kd_weight: lambda 3 of Eq. 9, of the distance.
@@ -82,8 +85,8 @@ class DiffKD(nn.Module):
         num_train_timesteps: int = 1000,
         beta_schedule: BetaSchedule = "linear",
         noise_adapter: bool = True,
-        distance: Literal["mse", "kl", "dist"] | Distance | None = None,
-        logits_distance: Literal["mse", "kl", "dist"] | Distance | None = None,
+        distance: DistanceName | Distance | None = None,
+        logits_distance: DistanceName | Distance | None = None,
         temperature: float = 1.0,
         kd_weight: float = 1.0,
         diffusion_weight: float = 1.0,
@@ -119,8 +122,8 @@ class DiffKD(nn.Module):
         self.weights = {"kd": kd_weight, "diffusion": diffusion_weight, "reconstruction": reconstruction_weight}
         is_logits = isinstance(teacher_channels, FeatureShape) and teacher_channels.role == "logits"
         if is_logits:
-            distance = logits_distance or distance or "kl"
-        self.distance = _distance(distance or "mse", temperature)
+            distance = logits_distance or distance or ("dist" if self.is_map else "kl")
+        self.distance = _distance(distance or "mse", temperature, class_map=is_logits and self.is_map)
 
         self.student_projection = pointwise(self.student_channels, latent, self.is_map)
         self.autoencoder = (
@@ -262,13 +265,14 @@ def _is_map(kind: Literal["map", "vector"] | None, *features: int | FeatureShape
     return kinds.pop() if kinds else True
 
 
-def _distance(distance: str | Distance, temperature: float) -> Distance:
+def _distance(distance: str | Distance, temperature: float, class_map: bool) -> Distance:
     if not isinstance(distance, str):
         return distance
     known: dict[str, Distance] = {
         "mse": mse,
-        "kl": partial(kl_divergence, temperature=temperature),
-        "dist": partial(dist, temperature=temperature),
+        "kl": partial(kl_by_position if class_map else kl_divergence, temperature=temperature),
+        "dist": partial(dist, temperature=temperature, pool_positions=class_map),
+        "attention_mse": attention_mse,
     }
     if distance not in known:
         raise ValueError(f"distance must be one of {', '.join(known)} or a callable, got {distance!r}")

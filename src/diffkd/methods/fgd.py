@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32
+from diffkd.losses import at_least_float32, attentions
 from diffkd.methods.inputs import align, check_same_grid, like_parameters, require_maps
 from diffkd.shape import FeatureShape, Want
 
@@ -127,15 +127,6 @@ class GlobalContext(nn.Module):
         context = (at_least_float32(x).flatten(2) * share).sum(dim=2)
         transformed = self.transform(like_parameters(context, self))
         return at_least_float32(x) + at_least_float32(transformed)[:, :, None, None]
-
-
-def attentions(feature: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the attention over positions (B, H, W) and over channels (B, C), each 1 on average."""
-    strength = feature.abs()
-    space = (strength.mean(dim=1).flatten(1) / temperature).softmax(dim=1)
-    channels = (strength.mean(dim=(2, 3)) / temperature).softmax(dim=1)
-    batch, count, height, width = feature.shape
-    return height * width * space.reshape(batch, height, width), count * channels
 
 
 def box_weights(boxes: Tensor, height: int, width: int) -> Tensor:

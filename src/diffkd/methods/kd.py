@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffkd.losses import kl_divergence
+from diffkd.losses import kl_by_position, kl_divergence
 from diffkd.methods.standardization import standardize as standardized
 from diffkd.shape import FeatureShape, Want, channels_of
 
@@ -50,8 +50,8 @@ class KD(nn.Module):
         """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
         if self.standardize:
             student, teacher = standardized(student), standardized(teacher)
-        positions = student[0, 0].numel() if self.average_positions else 1
-        return {"kd": self.weight / positions * kl_divergence(student, teacher, self.temperature)}
+        divergence = kl_by_position if self.average_positions else kl_divergence
+        return {"kd": self.weight * divergence(student, teacher, self.temperature)}
 
 
 def check_same_classes(student: int | FeatureShape | None, teacher: int | FeatureShape | None) -> None:

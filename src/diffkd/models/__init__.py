@@ -1,5 +1,6 @@
 """Models: networks for small images, and any model of timm, torchvision, transformers or the user's own by name."""
 
+from diffkd.models.any_size import AnySize, stride_of, upsample
 from diffkd.models.cifar_mobilenetv2 import CifarMobileNetV2, mobilenetv2
 from diffkd.models.cifar_resnet import (
     CifarResNet,
@@ -20,10 +21,12 @@ from diffkd.models.compact_resnet import compact_resnet8, compact_resnet14
 from diffkd.models.detector_teacher import DetectorTeacher
 from diffkd.models.load import load_model, model_names
 from diffkd.models.load_detector import load_detector
+from diffkd.models.load_segmenter import load_segmenter
 from diffkd.models.normalization import Normalization, input_normalization
 from diffkd.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_28_10, wrn_40_1, wrn_40_2
 
 __all__ = [
+    "AnySize",
     "CifarMobileNetV2",
     "CifarResNet",
     "CifarResNet50",
@@ -37,6 +40,7 @@ __all__ = [
     "input_normalization",
     "load_detector",
     "load_model",
+    "load_segmenter",
     "mobilenetv2",
     "model_names",
     "resnet8",
@@ -51,6 +55,8 @@ __all__ = [
     "resnet110",
     "shufflenetv1",
     "shufflenetv2",
+    "stride_of",
+    "upsample",
     "wrn_16_1",
     "wrn_16_2",
     "wrn_28_10",

@@ -24,14 +24,14 @@ def build_from_function(
         num_classes: passed as `num_classes` unless None, if the function takes that; otherwise its model is as it is.
         in_channels: passed as `in_channels`, likewise.
         pretrained: passed as `pretrained` if True.
-        others: each passed under its own name if the function names such an argument.
+        others: each passed under its own name if the function names such an argument; what is True, it must name.
 
     Returns:
         What the function returns.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if there is no such module or function, or it takes no `pretrained` that is asked for.
+        ValueError: if there is no such module or function, or it takes no switch that is asked for.
         TypeError: if it is not callable, or returns no model.
     """
     source, _, function = name.rpartition(":")
@@ -44,15 +44,18 @@ def build_from_function(
         raise TypeError(
             f"model '{name}': '{function}' is a {type(build).__name__}; name a function that builds a model"
         )
-    if pretrained and not _accepts(build, "pretrained"):
-        raise ValueError(
-            f"model '{name}': '{function}' takes no argument pretrained: add it to the function, or leave it out here"
-        )
+    required = [switch for switch, on in {"pretrained": pretrained, **others}.items() if on is True]
+    for switch in required:
+        if not _accepts(build, switch):
+            raise ValueError(
+                f"model '{name}': '{function}' takes no argument {switch}: add it to the function, or leave it out here"
+            )
     asked = {"num_classes": num_classes, "in_channels": in_channels, "pretrained": pretrained or None}
     arguments: dict[str, object] = {
         key: value for key, value in asked.items() if value is not None and _accepts(build, key)
     }
-    arguments |= {key: value for key, value in others.items() if key in inspect.signature(build).parameters}
+    named = inspect.signature(build).parameters
+    arguments |= {key: value for key, value in others.items() if key in named or key in required}
     model: object = build(**arguments)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model '{name}': '{function}' returned a {type(model).__name__}; it must return an nn.Module")

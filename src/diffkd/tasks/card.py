@@ -31,6 +31,7 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
         "std": list(data.std),
         "classes": list(data.classes),
         "data": config.get("data"),
+        "detection": config.get("detection") if data.task == "detection" else None,
         "segmentation": config.get("segmentation") if data.task == "segmentation" else None,
         "precision": config.get("precision", "32-true"),
         "teacher": config.get("teacher"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from diffkd.models.backbone_norm import Norm
 from diffkd.tasks.history import Row
 from diffkd.tasks.task import TASK, Step
 
@@ -28,6 +29,21 @@ COCO_NUMBERS = {
     "ar_medium": "mar_medium",
     "ar_large": "mar_large",
 }
+
+
+@dataclass(frozen=True)
+class DetectionOptions:
+    """How detectors are built by name, student and teacher alike (:func:`~diffkd.models.load_detector`).
+
+    Args:
+        fpn_channels: channels of the feature pyramid and of the heads on it.
+        norm: normalisation of the backbone: "batch", "frozen" (BatchNorm as it was pretrained), "group", or "auto".
+        anchor_scale: size of the anchors, 1 for images of 800 pixels; None: as the size of the images.
+    """
+
+    fpn_channels: int = 256
+    norm: Norm = "auto"
+    anchor_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -66,8 +65,6 @@ def evaluate(
         )
     if card.get("task", facts.task) != facts.task:
         raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
-    if facts.task == "detection":  # detectors normalise their images themselves
-        facts = replace(facts, mean=tuple(card.get("mean", facts.mean)), std=tuple(card.get("std", facts.std)))
     options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
     built = load(name, facts, num_classes=classes, in_channels=channels, weights=path, auxiliary=options.auxiliary)
     training = Training(
@@ -144,6 +141,6 @@ def _data_of(card: dict[str, Any]) -> LightningDataModule:
 def _renormalised(model: nn.Module, card: dict[str, Any], facts: DataFacts) -> nn.Module:
     """Let the model see images normalised as in its training, whatever the data's own normalisation."""
     mean, std = tuple(card.get("mean", facts.mean)), tuple(card.get("std", facts.std))
-    if (mean, std) == (facts.mean, facts.std):
+    if facts.task == "detection" or (mean, std) == (facts.mean, facts.std):
         return model
     return nn.Sequential(TeacherInput(facts.mean, facts.std, mean, std), model)

@@ -21,6 +21,7 @@ from diffkd.tasks.card import make_card, versions, with_metrics
 from diffkd.tasks.checkpointing import Saver, WholeFiles
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.describe import describe
+from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.memory import peak_memory, reset_peak
 from diffkd.tasks.optimization import OptimizerFactory, Schedule
 from diffkd.tasks.progress import TrainingProgress
@@ -31,7 +32,7 @@ from diffkd.tasks.run_folder import RunFolder
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import build_distiller, build_student, build_teacher
 from diffkd.tasks.student_file import read_card
-from diffkd.tasks.task_of_data import DEFAULT_SEGMENTATION, build_task
+from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.training import Training
 from diffkd.weights import save_student
 
@@ -60,6 +61,7 @@ def fit(
     schedule: Schedule = DEFAULT_SCHEDULE,
     decay_all: bool = True,
     label_smoothing: float = 0.0,
+    detection: DetectionOptions = DEFAULT_DETECTION,
     segmentation: SegmentationOptions = DEFAULT_SEGMENTATION,
     ema: float | None = None,
     gradient_clip: float | None = None,
@@ -100,6 +102,7 @@ def fit(
         schedule: how the learning rate changes over the epochs.
         decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
         label_smoothing: share of the label that is spread over all classes, for classification.
+        detection: how detectors are built by name.
         segmentation: windows of the evaluation, auxiliary head, for segmentation.
         ema: decay of a running average of the student, such as 0.9999, which is then measured and saved.
         gradient_clip: largest norm of the gradient.
@@ -147,12 +150,15 @@ def fit(
         pretrained=student_pretrained,
         pretrained_backbone=pretrained_backbone,
         auxiliary=segmentation.auxiliary,
+        detection=detection,
         seed=seed,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained, teaching, whole = model, [], None
     if teacher is not None:
-        whole, view = build_teacher(teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained)
+        whole, view = build_teacher(
+            teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
+        )
         teaching = [whole]
         trained = build_distiller(model, whole, view, data=facts, pairs=pairs, method=method, seed=seed)
     task = build_task(facts, label_smoothing=label_smoothing, segmentation=segmentation, models=[model, *teaching])

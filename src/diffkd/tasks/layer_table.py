@@ -1,6 +1,7 @@
 """`layers`: what a model is made of, and how two models would be paired."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn, zeros
 
@@ -49,7 +50,7 @@ def layers(
     for layer in list_layers(student, example):
         note = "" if layer.instead is None else f"not distillable; take {layer.instead or 'a layer around it'}"
         shape = str(layer.feature_shape or "x".join(map(str, layer.shape[1:])))
-        table.add_row(layer.name, layer.type, shape, str(layer.layout or "unknown"), note)
+        table.add_row(*map(escape, (layer.name, layer.type, shape, str(layer.layout or "unknown"), note)))
     console.print(table)
 
 

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -44,10 +45,13 @@ def report(training: Training, batch: Any, console: Console) -> None:
     console.print(
         "first batch: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     if training.teacher is None:
         return
+    if isinstance(training.teacher, nn.Module):
+        training.teacher.to(training.device).eval()  # a whole detector, of which only a part has been used so far
     with torch.no_grad():
         judged = training.task.judge(training.teacher, batch)
     if judged is None:
@@ -78,7 +82,7 @@ def pairs_table(distiller: Distiller) -> Table:
     for column in ("pair", "student layer", "shape", "teacher layer", "shape", "method", "parameters"):
         table.add_column(column, justify="right" if column == "parameters" else "left")
     for row in distiller.rows():
-        table.add_row(*row)
+        table.add_row(*(escape(cell) for cell in row))  # "fpn[0]" is a name here, no style
     return table
 
 

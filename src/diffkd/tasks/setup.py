@@ -18,9 +18,10 @@ from diffkd.models import input_normalization
 from diffkd.models.detector_teacher import DetectorTeacher
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.describe import factory_of
+from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.detector_view import DetectorView
 from diffkd.tasks.student_file import read_card
-from diffkd.tasks.task_of_data import load, padded_example
+from diffkd.tasks.task_of_data import DEFAULT_DETECTION, load, padded_example
 from diffkd.teacher_input import TeacherInput
 from diffkd.weights import read_weights
 
@@ -34,6 +35,7 @@ def build_student(
     seed: int,
     pretrained_backbone: bool = False,
     auxiliary: bool = False,
+    detection: DetectionOptions = DEFAULT_DETECTION,
 ) -> nn.Module:
     """Build the student; its initial weights depend on the seed alone, not on what it is trained with.
 
@@ -45,6 +47,7 @@ def build_student(
         seed: of the initial weights.
         pretrained_backbone: start the backbone alone from its published weights.
         auxiliary: of a segmenter, with an auxiliary head.
+        detection: how a detector is built.
 
     Raises:
         ValueError: if the model cannot take the images, or does not score as many classes as there are.
@@ -59,6 +62,7 @@ def build_student(
         pretrained=pretrained,
         pretrained_backbone=pretrained_backbone,
         auxiliary=auxiliary,
+        detection=detection,
     )
     output = list_layers(student, padded_example(data, student))[-1].shape
     expected, rank = f"(2, {data.num_classes})", 2
@@ -73,7 +77,12 @@ def build_student(
 
 
 def build_teacher(
-    name: str, data: DataFacts, *, weights: str | None, pretrained: bool
+    name: str,
+    data: DataFacts,
+    *,
+    weights: str | None,
+    pretrained: bool,
+    detection: DetectionOptions = DEFAULT_DETECTION,
 ) -> tuple[nn.Module, TeacherInput | None]:
     """Build the frozen teacher with the classes that its weights have, and what turns the data's images into its own.
 
@@ -85,6 +94,7 @@ def build_teacher(
         data: what the student sees.
         weights: file of the teacher's weights, None for published ones.
         pretrained: use the published weights.
+        detection: how a detector is built.
 
     Returns:
         The teacher, and its view of the images (None: the same as the student's).
@@ -107,7 +117,19 @@ def build_teacher(
         classes = _classes_in(path, name, data, channels)
     if card.get("task", data.task) != data.task:
         raise ValueError(f"teacher {path} is for {card['task']}, the data are for {data.task}; give another teacher")
-    teacher = load(name, data, num_classes=classes, in_channels=channels, weights=path, pretrained=pretrained)
+    auxiliary = bool((card.get("segmentation") or {}).get("auxiliary"))
+    teacher = load(
+        name,
+        data,
+        num_classes=classes,
+        in_channels=channels,
+        weights=path,
+        pretrained=pretrained,
+        auxiliary=auxiliary,
+        detection=DetectionOptions(**card["detection"]) if card.get("detection") else detection,
+    )
+    if data.task == "detection":
+        return teacher, None  # which normalises its images itself
     theirs = (card["mean"], card["std"]) if card.get("mean") else None
     if theirs is None and pretrained:
         theirs = input_normalization(teacher, name)
@@ -143,10 +165,19 @@ def build_distiller(
             if isinstance(pairs, str)
             else any(not name.startswith("backbone") for pair in pairs for name in pair.teacher_names)
         )
-        teacher = DetectorTeacher(teacher, heads=wanted)
-        view = DetectorView(teacher_input, proposals=teacher.needs_proposals)
+        view = DetectorView(_renormalisation(student, teacher), proposals=wanted and hasattr(teacher, "roi_heads"))
+        teacher = DetectorTeacher(teacher.eval(), heads=wanted)
     example = padded_example(data, student, teacher)
     return Distiller(student, teacher, pairs, example=example, method=factories, teacher_input=view)
+
+
+def _renormalisation(student: nn.Module, teacher: nn.Module) -> TeacherInput | None:
+    """Return what turns images normalised by the student's transform into those that the teacher's would make."""
+    ours, theirs = (
+        (list(model.transform.image_mean), list(model.transform.image_std))  # type: ignore[union-attr, arg-type]
+        for model in (student, teacher)
+    )
+    return None if _close(ours, theirs) else TeacherInput(*ours, *theirs)
 
 
 def find_weights(weights: str | Path) -> Path:

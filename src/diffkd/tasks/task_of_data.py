@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from diffkd.models import load_detector, load_model, load_segmenter
 from diffkd.models.any_size import stride_of
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.detection import Detection
+from diffkd.tasks.detection import Detection, DetectionOptions
 from diffkd.tasks.segmentation import Segmentation, SegmentationOptions
 from diffkd.tasks.task import Task
 
+DEFAULT_DETECTION = DetectionOptions()
 DEFAULT_SEGMENTATION = SegmentationOptions()
 
 
@@ -59,6 +61,7 @@ def load(
     pretrained: bool = False,
     pretrained_backbone: bool = False,
     auxiliary: bool = False,
+    detection: DetectionOptions = DEFAULT_DETECTION,
 ) -> nn.Module:
     """Build a model by name for the task of the data.
 
@@ -72,6 +75,7 @@ def load(
         pretrained: load the published weights.
         pretrained_backbone: load the published weights of the backbone alone; not for classifiers, which have none.
         auxiliary: of a segmenter, with an auxiliary head.
+        detection: how detectors are built.
 
     Raises:
         ValueError: if the model is unknown, or an option does not fit the task.
@@ -102,8 +106,7 @@ def load(
                 num_classes=classes,
                 min_size=data.min_size,
                 max_size=data.max_size,
-                mean=data.mean,
-                std=data.std,
+                **asdict(detection),
                 pretrained_backbone=pretrained_backbone,
                 weights=weights,
                 pretrained=pretrained,
