@@ -1,5 +1,6 @@
 """Models: networks for small images, and any model of timm, torchvision, transformers or the user's own by name."""
 
+from diffkd.models.any_size import AnySize, stride_of, upsample
 from diffkd.models.cifar_mobilenetv2 import CifarMobileNetV2, mobilenetv2
 from diffkd.models.cifar_resnet import (
     CifarResNet,
@@ -22,6 +23,7 @@ from diffkd.models.normalization import Normalization, input_normalization
 from diffkd.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_28_10, wrn_40_1, wrn_40_2
 
 __all__ = [
+    "AnySize",
     "CifarMobileNetV2",
     "CifarResNet",
     "CifarResNet50",
@@ -47,6 +49,8 @@ __all__ = [
     "resnet110",
     "shufflenetv1",
     "shufflenetv2",
+    "stride_of",
+    "upsample",
     "wrn_16_1",
     "wrn_16_2",
     "wrn_28_10",
