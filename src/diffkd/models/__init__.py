@@ -19,6 +19,7 @@ from diffkd.models.cifar_shufflenetv1 import CifarShuffleNetV1, shufflenetv1
 from diffkd.models.cifar_shufflenetv2 import CifarShuffleNetV2, shufflenetv2
 from diffkd.models.compact_resnet import compact_resnet8, compact_resnet14
 from diffkd.models.load import load_model, model_names
+from diffkd.models.load_segmenter import load_segmenter
 from diffkd.models.normalization import Normalization, input_normalization
 from diffkd.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_28_10, wrn_40_1, wrn_40_2
 
@@ -35,6 +36,7 @@ __all__ = [
     "compact_resnet14",
     "input_normalization",
     "load_model",
+    "load_segmenter",
     "mobilenetv2",
     "model_names",
     "resnet8",

@@ -14,7 +14,9 @@ from torch import nn
 from diffkd.models.spelling import nearest
 
 
-def build_from_function(name: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
+def build_from_function(
+    name: str, num_classes: int | None, in_channels: int | None, pretrained: bool, **switches: bool
+) -> nn.Module:
     """Call a function or class that returns a model. Its file or module is imported, hence run: name only trusted code.
 
     Args:
@@ -22,13 +24,14 @@ def build_from_function(name: str, num_classes: int | None, in_channels: int | N
         num_classes: passed as `num_classes` unless None, if the function takes that; otherwise its model is as it is.
         in_channels: passed as `in_channels`, likewise.
         pretrained: passed as `pretrained` if True.
+        switches: passed by name if True, likewise.
 
     Returns:
         What the function returns.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if there is no such module or function, or it takes no `pretrained` that is asked for.
+        ValueError: if there is no such module or function, or it takes no switch that is asked for.
         TypeError: if it is not callable, or returns no model.
     """
     source, _, function = name.rpartition(":")
@@ -41,11 +44,13 @@ def build_from_function(name: str, num_classes: int | None, in_channels: int | N
         raise TypeError(
             f"model '{name}': '{function}' is a {type(build).__name__}; name a function that builds a model"
         )
-    if pretrained and not _accepts(build, "pretrained"):
-        raise ValueError(
-            f"model '{name}': '{function}' takes no argument pretrained: add it to the function, or leave it out here"
-        )
-    asked = {"num_classes": num_classes, "in_channels": in_channels, "pretrained": pretrained or None}
+    switched = [switch for switch, on in {"pretrained": pretrained, **switches}.items() if on]
+    for switch in switched:
+        if not _accepts(build, switch):
+            raise ValueError(
+                f"model '{name}': '{function}' takes no argument {switch}: add it to the function, or leave it out here"
+            )
+    asked = {"num_classes": num_classes, "in_channels": in_channels, **dict.fromkeys(switched, True)}
     arguments = {key: value for key, value in asked.items() if value is not None and _accepts(build, key)}
     model = build(**arguments)
     if not isinstance(model, nn.Module):
