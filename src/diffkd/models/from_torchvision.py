@@ -62,7 +62,7 @@ def build_torchvision(name: str, num_classes: int | None, in_channels: int | Non
     model: nn.Module = models.get_model(builder, weights=weights, **options)
     classes = len(weights.meta["categories"])
     if num_classes not in (None, classes):
-        replaced = _replace_mismatched(model, models.get_model(builder, **fresh_options))
+        replaced = replace_mismatched(model, models.get_model(builder, **fresh_options))
         warnings.warn(
             f"model 'torchvision/{name}': {', '.join(replaced)} starts from random weights, since the pretrained one "
             f"has {classes} classes and {num_classes} were asked for",
@@ -71,7 +71,8 @@ def build_torchvision(name: str, num_classes: int | None, in_channels: int | Non
     return model
 
 
-def _replace_mismatched(model: nn.Module, fresh: nn.Module) -> list[str]:
+def replace_mismatched(model: nn.Module, fresh: nn.Module) -> list[str]:
+    """Put those modules of `fresh` into `model` in place whose parameters differ in shape; return their names."""
     replaced = []
     for name, module in fresh.named_modules():
         shapes = [p.shape for p in module.parameters(recurse=False)]

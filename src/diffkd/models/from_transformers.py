@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face transformers, from a local folder or from the Hub."""
+"""Models of Hugging Face transformers, from a local folder or from the Hub."""
 
 import warnings
 from typing import Any
@@ -9,8 +9,15 @@ from torch import nn
 from diffkd.models.extras import require
 
 
-def build_transformers(name: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
-    """Build an image classifier of transformers; code that comes with a model is never run.
+def build_transformers(
+    name: str,
+    num_classes: int | None,
+    in_channels: int | None,
+    pretrained: bool,
+    auto_class: str = "AutoModelForImageClassification",
+    kind: str = "an image classifier",
+) -> nn.Module:
+    """Build a model of transformers; code that comes with a model is never run.
 
     Args:
         name: a folder with config.json (and model.safetensors for its weights), or a name on the Hub.
@@ -18,13 +25,15 @@ def build_transformers(name: str, num_classes: int | None, in_channels: int | No
         in_channels: channels of the images; None for the model's own.
         pretrained: load the weights, from safetensors only; else only the configuration is read and the weights are
             random. A layer that the weights do not fill starts from random weights and a warning names it.
+        auto_class: the class of transformers that knows the models of the wanted kind.
+        kind: what that kind is called in an error.
 
     Returns:
         The model, in training mode and float32. Its output is transformers' own object; the scores are its `logits`.
 
     Raises:
         ModuleNotFoundError: if transformers is not installed.
-        ValueError: if there is no such model, it is no image classifier, it has no safetensors, or it cannot take
+        ValueError: if there is no such model, it is of another kind, it has no safetensors, or it cannot take
             `in_channels`.
     """
     transformers = require("transformers", "hf", f"model 'hf/{name}'")
@@ -38,7 +47,10 @@ def build_transformers(name: str, num_classes: int | None, in_channels: int | No
         ) from error
     if in_channels is not None:
         _set_channels(name, config, in_channels, pretrained)
-    factory = transformers.AutoModelForImageClassification
+    if getattr(config, "use_auxiliary_head", False):
+        # It serves only the loss that the model computes itself, so here its parameters would never get a gradient.
+        config.use_auxiliary_head = False
+    factory = getattr(transformers, auto_class)
     try:
         if not pretrained:
             fresh: nn.Module = factory.from_config(config, trust_remote_code=False, dtype=torch.float32)
@@ -54,7 +66,7 @@ def build_transformers(name: str, num_classes: int | None, in_channels: int | No
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model 'hf/{name}' cannot be built ({_first_line(error)}): it must be an image classifier whose weights, "
+            f"model 'hf/{name}' cannot be built ({_first_line(error)}): it must be {kind} whose weights, "
             "if asked for, are safetensors"
         ) from error
     _warn_of_random_weights(name, report)
@@ -63,16 +75,19 @@ def build_transformers(name: str, num_classes: int | None, in_channels: int | No
 
 
 def _set_channels(name: str, config: Any, in_channels: int, pretrained: bool) -> None:
-    own = getattr(config, "num_channels", None)
+    # A segmenter around another model keeps the channels in the configuration of that.
+    parts = (config, getattr(config, "backbone_config", None))
+    holder = next((part for part in parts if getattr(part, "num_channels", None) is not None), None)
+    own = 3 if holder is None else holder.num_channels
     if own == in_channels:
         return
-    if own is None or pretrained:
+    if holder is None or pretrained:
         reason = "its weights are for" if pretrained else "its configuration has no num_channels to change from"
         raise ValueError(
-            f"model 'hf/{name}' cannot take {in_channels} input channels, {reason} {own or 3}: repeat the channels of "
+            f"model 'hf/{name}' cannot take {in_channels} input channels, {reason} {own}: repeat the channels of "
             "the images, or take a model from timm, which adapts its first layer"
         )
-    config.num_channels = in_channels
+    holder.num_channels = in_channels
 
 
 def _warn_of_random_weights(name: str, report: dict[str, Any]) -> None:
