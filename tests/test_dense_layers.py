@@ -130,6 +130,19 @@ def test_pyramids_are_paired_by_key():
     assert len(teacher) == len(student)
 
 
+def test_levels_of_one_cell_each_are_still_a_pyramid():
+    assert pyramid(list_layers(Detector(), IMAGES[..., :2, :2])) == {}
+    small = Detector()
+    small.backbone.first.stride = (16, 16)
+    small.backbone.third = nn.Conv2d(6, 6, 3, 2, 1)
+    small.backbone.forward = lambda x: {
+        "0": (a := small.backbone.first(x)),
+        "p6": (b := small.backbone.second(a)),
+        "p7": small.backbone.third(b),
+    }
+    assert list(pyramid(list_layers(small, IMAGES))) == ["0", "p6", "p7"]
+
+
 def test_methods_of_several_levels_get_the_whole_pyramid():
     pairs = match_layers(Detector(6), Detector(12), IMAGES, method=ReviewKD)
     assert [pair.student_names for pair in pairs] == [("backbone[0]", "backbone[p6]")]

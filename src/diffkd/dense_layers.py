@@ -20,7 +20,8 @@ def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
         if len(shapes) < 2 or layer.instead is not None or any(len(shape) != 4 for shape in shapes):
             continue
         areas = [math.prod(shape[2:]) for shape in shapes]
-        if len({shape[1] for shape in shapes}) == 1 and areas == sorted(set(areas), reverse=True):
+        falling = areas == sorted(areas, reverse=True) and areas[0] > areas[-1]  # the last two may be 1x1 both
+        if falling and len({shape[1] for shape in shapes}) == 1:
             return {name.rpartition("[")[2].rstrip("]"): name for name, _ in layer.elements}
     return {}
 

@@ -74,3 +74,9 @@ def test_names_are_listed_by_their_beginning() -> None:
     assert not [name for name in model_names("torchvision") if "rcnn" in name or "deeplab" in name]
     with pytest.raises(ValueError, match="'hf' cannot be listed"):
         model_names("hf")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("smp/unet/resnet18", "segmenter"), ("fcos/resnet18", "detector")])
+def test_models_of_other_tasks_are_named_as_such(name, kind):
+    with pytest.raises(ValueError, match=f"is a {kind}, and a classifier is wanted"):
+        load_model(name, num_classes=3)

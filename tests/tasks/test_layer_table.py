@@ -33,3 +33,22 @@ def test_pairs_of_two_models(capsys):
     layers("cifar/compact_resnet8", teacher="cifar/compact_resnet14", method=FitNet)
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "FitNet" in line)
     assert "layer3" in row
+
+
+def test_pyramids_of_detectors(capsys):
+    layers("retinanet/timm/test_resnet", teacher="fcos/resnet18", task="detection", image_size=64)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "DiffKD" in line]
+    assert [row.split("│")[1].strip() for row in rows] == [
+        "backbone[0]",
+        "backbone[1]",
+        "backbone[2]",
+        "backbone[p6]",
+        "backbone[p7]",
+    ]
+
+
+def test_class_maps_of_segmenters(capsys):
+    layers("smp/fpn/resnet18", teacher="torchvision/lraspp_mobilenet_v3_large", task="segmentation", image_size=72)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "DiffKD" in line)
+    assert "segmentation_head.0" in row
+    assert "20x" in row

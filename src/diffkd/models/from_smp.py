@@ -23,7 +23,8 @@ def build_smp(name: str, num_classes: int, in_channels: int, pretrained_backbone
             those of the tag, or the default ones.
 
     Returns:
-        The model, in training mode. It returns the logits (B, K, H, W).
+        The model, in training mode. It returns the logits (B, K, H, W). Parameters that nothing runs, such as the
+        stages of an encoder below those that PSPNet reads, are frozen: distributed training waits for all others.
 
     Raises:
         ModuleNotFoundError: if segmentation-models-pytorch is not installed.
@@ -57,7 +58,29 @@ def build_smp(name: str, num_classes: int, in_channels: int, pretrained_backbone
             f"model 'smp/{name}' cannot be built ({type(error).__name__}: {reason}): "
             "take another encoder for this architecture"
         ) from error
+    _freeze_what_does_not_run(model, in_channels)
     return model.train()
+
+
+def _freeze_what_does_not_run(model: nn.Module, in_channels: int) -> None:
+    seen: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: Any) -> None:
+        seen.add(module)
+
+    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_pre_hook(note) for module in owners]
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, in_channels, 128, 128))
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Some layers lend their parameters to a function instead of being called: only whole idle branches are frozen.
+    for branch in model.modules():
+        inside = [module for module in branch.modules() if module in owners]
+        if len(inside) > 1 and not seen.intersection(inside):
+            branch.requires_grad_(False)
 
 
 def _published_weights(smp: Any, name: str, encoder: str) -> list[Any]:

@@ -110,5 +110,10 @@ def _build(name: str, num_classes: int | None, in_channels: int | None, pretrain
             return build_torchvision(rest, num_classes, in_channels, pretrained)
         case "hf":
             return build_transformers(rest, num_classes, in_channels, pretrained)
+    if source in ("smp", "fasterrcnn", "retinanet", "fcos"):
+        kind = "segmenter" if source == "smp" else "detector"
+        raise ValueError(
+            f"model '{name}' is a {kind}, and a classifier is wanted here: give data for it, or another name"
+        )
     known = [f"{prefix}/{rest}" for prefix in ("cifar", "timm", "torchvision", "hf")] + model_names("cifar")
     raise ValueError(f"model '{name}' has no known source; {nearest(name, known)}. Write {_FORMS}.")
