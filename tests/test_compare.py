@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffkd.compare import compare, find_method, report
+from diffkd.step_cost import step_costs
 
 MODELS = Path(__file__).parent / "tiny_models.py"
 
@@ -47,19 +48,33 @@ def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: P
     for seed in (0, 1):
         result = json.loads((out / "diffkd" / f"seed-{seed}" / "result.json").read_text(encoding="utf-8"))
         assert result["seed"] == seed
-    assert "diffkd" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert "step / alone" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert rows[0].step_cost == 1 < rows[1].step_cost
+    assert table["step_cost"]["methods"]["diffkd"]["rounds"] == 12
     assert (out / "comparison.png").stat().st_size > 1000
 
     # Again: nothing is trained twice, a run that was lost is trained again, and to the same end.
-    kept = out / "alone" / "seed-0" / "student.safetensors"
+    kept, costs = out / "alone" / "seed-0" / "student.safetensors", (out / "step_cost.json").read_bytes()
     lost = out / "diffkd" / "seed-1" / "student.safetensors"
     before, trained = kept.stat().st_mtime_ns, lost.read_bytes()
     for file in sorted((out / "diffkd" / "seed-1").rglob("*"), reverse=True):
         file.unlink() if file.is_file() else file.rmdir()
     again = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2)
     assert kept.stat().st_mtime_ns == before
+    assert (out / "step_cost.json").read_bytes() == costs
     assert lost.read_bytes() == trained
     assert [row.last for row in again] == [row.last for row in rows]
+
+
+def test_costs_are_of_the_same_step_for_all(recipe: Path, tmp_path: Path) -> None:
+    words = [str(recipe), f"--out={tmp_path / 'unused'}"]
+    costs = step_costs({"first": words, "second": words}, "first", rounds=5)
+    assert costs["first"].median == costs["first"].low == 1
+    assert costs["second"].milliseconds > 0
+    assert costs["second"].low <= costs["second"].median <= costs["second"].high
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(ValueError, match="'kd' must be one of first"):
+        step_costs({"first": words}, "kd")
 
 
 def test_failed_runs_are_named_and_the_others_reported(recipe: Path, tmp_path: Path) -> None:

@@ -11,8 +11,12 @@ class Misuse(Exception):  # noqa: N818
     """The words of the command line do not fit the command."""
 
 
-def fit_with(words: list[str]) -> Any:
+def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
     """Call :func:`~diffkd.tasks.fit.fit` with the words of a command line: [RECIPE] [OPTIONS].
+
+    Args:
+        words: of the command line.
+        use: something else to call with the arguments meant for `fit`.
 
     Raises:
         Misuse: if the words do not fit.
@@ -24,7 +28,7 @@ def fit_with(words: list[str]) -> Any:
 
     if words and not words[0].startswith("-"):
         words = [f"--config={find_recipe(words[0])}", *words[1:]]
-    return call(fit, words, "fit", skip={"config"}, configurable=True)
+    return call(fit, words, "fit", skip={"config"}, configurable=True, use=use)
 
 
 def call(
@@ -36,6 +40,7 @@ def call(
     fixed: Mapping[str, Any] | None = None,
     positional: str | None = None,
     configurable: bool = False,
+    use: Callable[..., Any] | None = None,
 ) -> Any:
     """Make options of a function's arguments, parse `words`, and call it.
 
@@ -48,6 +53,7 @@ def call(
         positional: the argument that the first word stands for, where it is no option.
         configurable: take `--config FILE` for any number of files of values, later ones before earlier ones, and hand
             the function what was resolved as its argument `config`.
+        use: what to call with the arguments instead of `function`.
 
     Returns:
         What the function returns; None after `--help`.
@@ -85,7 +91,7 @@ def call(
     if configurable:
         dumped = parser.dump(values, skip_validation=True)
         arguments["config"] = {k: v for k, v in yaml.safe_load(dumped).items() if k != "config"}
-    return function(**arguments, **(fixed or {}))
+    return (use or function)(**arguments, **(fixed or {}))
 
 
 def _with_values(words: list[str], flags: set[str]) -> list[str]:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from rich.table import Table
 from diffkd.arguments import fit_with
 from diffkd.plots import draw_results
 from diffkd.recipes import find_recipe
-from diffkd.tables import Row, as_json, as_latex, as_markdown, cells, summarize
+from diffkd.step_cost import step_costs
+from diffkd.tables import REFERENCES, Row, as_json, as_latex, as_markdown, cells, summarize
 from diffkd.tasks.history import read_csv
 from diffkd.tasks.interruption import Interrupted
 from diffkd.weights import write_text
 
+COSTS = "step_cost.json"
 DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
 
 
@@ -46,6 +48,7 @@ def compare(
     seeds: int = 3,
     jobs: int = 1,
     devices: list[int] | None = None,
+    cost: bool = True,
     json: bool = False,
     markdown: bool = False,
     latex: bool = False,
@@ -64,6 +67,7 @@ def compare(
         seeds: how many, from 0.
         jobs: runs at the same time. On a CPU each gets its share of the cores.
         devices: GPUs to spread the runs over, such as [0, 1]; None: the first, or the CPU.
+        cost: measure what a training step of each method costs, side by side, when all have been trained.
         json: print the table as JSON.
         markdown: print it as Markdown.
         latex: print it as LaTeX.
@@ -94,6 +98,8 @@ def compare(
         for index, run in enumerate(runs)
     }
     failed = train_all(commands, jobs, console)
+    if cost:
+        write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
     rows = report(out, names, seeds)
     console.print(rich_table(rows, console.width))
     for wanted, text in ((json, _json_text(rows)), (markdown, as_markdown(rows)), (latex, as_latex(rows))):
@@ -114,6 +120,23 @@ def find_method(method: str) -> Path:
     return find_recipe(method if Path(method).is_file() else f"methods/{method}")
 
 
+def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) -> None:
+    """Measure the cost of a step of every method, unless the file of costs holds them all, and write that file."""
+    file = out / COSTS
+    reference = next((method for method in REFERENCES[::-1] if method in commands), next(iter(commands), None))
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if reference is None or (known.get("reference") == reference and set(commands) <= set(known["methods"])):
+        return
+    console.print(f"measuring a training step of {len(commands)} methods, side by side")
+    costs = step_costs(commands, reference)
+    facts = {
+        "reference": reference,
+        "threads": torch.get_num_threads(),
+        "methods": {method: asdict(one) for method, one in costs.items()},
+    }
+    write_text(file, json.dumps(facts, indent=2) + "\n")
+
+
 def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
     """Write table and curves of what is finished in the folder of a comparison, and return the rows."""
     results: dict[str, dict[int, Any]] = {}
@@ -130,9 +153,12 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
         return []
     first = next(iter(next(iter(results.values())).values()))
     score = first["score"]
-    rows = summarize(results, score)
+    costs = json.loads((out / COSTS).read_text(encoding="utf-8")) if (out / COSTS).is_file() else None
+    rows = summarize(results, score, costs)
     if rows:
         facts = {"device": first["device"], "versions": first["versions"], "metric": score, "rows": as_json(rows)}
+        if costs is not None:
+            facts["step_cost"] = costs
         texts = {"json": json.dumps(facts, indent=2) + "\n", "md": as_markdown(rows), "tex": as_latex(rows)}
         for suffix, text in texts.items():
             write_text(out / f"comparison.{suffix}", text)

@@ -41,6 +41,9 @@ class Row:
         method_parameters: further parameters that train and are thrown away afterwards.
         seconds: mean duration of a run.
         peak_memory: largest peak of a run's memory, in MiB.
+        step_cost: median duration of a training step relative to the reference's, KD's if it is there; None if it was
+            not measured.
+        step_reference: that reference.
     """
 
     method: str
@@ -54,14 +57,19 @@ class Row:
     method_parameters: int
     seconds: float
     peak_memory: float
+    step_cost: float | None = None
+    step_reference: str = ""
 
 
-def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], metric: str) -> list[Row]:
+def summarize(
+    results: Mapping[str, Mapping[int, Mapping[str, Any]]], metric: str, costs: Mapping[str, Any] | None = None
+) -> list[Row]:
     """Summarise finished runs.
 
     Args:
         results: by method and seed, what :func:`~diffkd.tasks.fit.fit` returns.
         metric: which measurement, a share of 1.
+        costs: of a training step, "reference" and "methods", as the file of costs holds them.
 
     Returns:
         A row per method, in the given order.
@@ -92,6 +100,8 @@ def summarize(results: Mapping[str, Mapping[int, Mapping[str, Any]]], metric: st
                 next(iter(runs.values())).get("method_parameters", 0),
                 statistics.mean(run["last"]["seconds"] for run in runs.values()),
                 max(run.get("peak_memory", math.nan) for run in runs.values()),
+                None if costs is None else costs["methods"].get(method, {}).get("median"),
+                "" if costs is None else costs["reference"],
             )
         )
     return rows
@@ -151,6 +161,9 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     references = [other for other in REFERENCES if any(other in row.against for row in rows)]
     head = ["method", "n", "last epoch", "best epoch", *(f"vs {other} (p)" for other in references)]
     head += ["parameters", "+ training", "s", "MiB"]
+    measured = next((row.step_reference for row in rows if row.step_cost is not None), None)
+    if measured is not None:
+        head.append(f"step / {measured}")
     body = [
         [
             row.method,
@@ -162,6 +175,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
             f"{row.method_parameters:,}",
             f"{row.seconds:.0f}",
             "-" if math.isnan(row.peak_memory) else f"{row.peak_memory:.0f}",
+            *([] if measured is None else ["-" if row.step_cost is None else f"{row.step_cost:.2f}"]),
         ]
         for row in rows
     ]

@@ -8,8 +8,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 from torch import nn
 
+from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.tasks.data_facts import DataFacts, facts_of
-from diffkd.tasks.fit import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.tasks.quiet import quiet_trainer
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.student_file import Which, find_student, read_card

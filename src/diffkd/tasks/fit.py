@@ -3,8 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from rich.console import Console
 from diffkd.matching import Pair
 from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
+from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, build_training
 from diffkd.tasks.card import make_card, versions, with_metrics
 from diffkd.tasks.checkpointing import Saver, WholeFiles
 from diffkd.tasks.data_facts import facts_of
@@ -30,14 +30,10 @@ from diffkd.tasks.replicas import is_first_process
 from diffkd.tasks.report import StartReport
 from diffkd.tasks.run_folder import RunFolder
 from diffkd.tasks.segmentation import SegmentationOptions
-from diffkd.tasks.setup import build_distiller, build_student, build_teacher
 from diffkd.tasks.student_file import read_card
-from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
+from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION
 from diffkd.tasks.training import Training
 from diffkd.weights import save_student
-
-DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
-DEFAULT_SCHEDULE = Schedule("cosine")
 
 
 def fit(
@@ -133,7 +129,6 @@ def fit(
     values = dict(locals())
     config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
     config = {name: value for name, value in config.items() if name != "resume"}
-    _check_teaching(teacher, method, pairs)
     folder = RunFolder(out)
     first = is_first_process()
     console = Console(stderr=True, quiet=not (progress and first))
@@ -142,45 +137,10 @@ def fit(
         console.print(summary(finished), highlight=False, soft_wrap=True)
         return finished
 
-    facts = facts_of(data)
-    model = build_student(
-        student,
-        facts,
-        weights=student_weights,
-        pretrained=student_pretrained,
-        pretrained_backbone=pretrained_backbone,
-        auxiliary=segmentation.auxiliary,
-        detection=detection,
-        seed=seed,
-    )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained, teaching, whole = model, [], None
-    if teacher is not None:
-        whole, view = build_teacher(
-            teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
-        )
-        teaching = [whole]
-        trained = build_distiller(model, whole, view, data=facts, pairs=pairs, method=method, seed=seed)
-    task = build_task(facts, label_smoothing=label_smoothing, segmentation=segmentation, models=[model, *teaching])
-    training = Training(
-        trained,
-        task,
-        optimizer=optimizer,
-        schedule=schedule,
-        epochs=epochs,
-        decay_all=decay_all,
-        task_weight=task_weight,
-        method_weight=method_weight,
-        method_ramp=method_ramp,
-        ema=ema,
-        seed=seed,
-        log_every=log_every,
-        teacher=whole if facts.task == "detection" else None,  # of which the distiller holds a part
-    )
-    if compile:
-        training.model.compile()
-    score = task.headlines[0]
-    card = training.card = make_card(student, facts, config)
+    training = build_training(**{name: value for name, value in values.items() if name != "config"})
+    parameters = sum(parameter.numel() for parameter in training.student.parameters())
+    score = training.task.headlines[0]
+    card = training.card = make_card(student, facts_of(data), config)
     if first:
         folder.start(config)
 
@@ -228,7 +188,7 @@ def fit(
     last = training.history.rows[-1]
     best = read_card(folder.best) or with_metrics({}, training.history.best, "best epoch")
     result = {
-        "task": task.name,
+        "task": training.task.name,
         "score": score,
         "last": last,
         "best": {"epoch": best["epoch"], **best["metrics"]},
@@ -256,14 +216,6 @@ def summary(result: Mapping[str, Any]) -> str:
         for which in ("last", "best")
     )
     return f"{', '.join(scores)}; {result['parameters']:,} parameters, {result['last']['seconds']:.0f} s"
-
-
-def _check_teaching(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
-    taught = method is not None or pairs != "auto"
-    if taught and teacher is None:
-        raise ValueError("a method needs a teacher to learn from: give --teacher, or leave the method and pairs out")
-    if teacher is not None and not taught:
-        raise ValueError("a teacher needs a method: give --method, such as diffkd.DiffKD, or leave the teacher out")
 
 
 def _strategy(strategy: str, devices: list[int] | int | str, num_nodes: int) -> str | Strategy:

@@ -19,7 +19,7 @@ from diffkd.tasks.history import History, Row
 from diffkd.tasks.ledger import Ledger
 from diffkd.tasks.optimization import OptimizerFactory, Schedule, build_optimizer, set_learning_rate
 from diffkd.tasks.replicas import broadcast_buffers
-from diffkd.tasks.task import Meter, Task
+from diffkd.tasks.task import Meter, Step, Task
 
 
 class Training(LightningModule):
@@ -129,12 +129,7 @@ class Training(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted sum of all losses of a batch."""
         step = self.task.step(batch, mix_seed(self.seed, self.global_step, self.global_rank, 1))
-        if self.distiller is None:
-            output, losses = run(self.model, step.inputs), {}
-        else:
-            output, losses = self.model(step.inputs, **step.context)
-        terms = {name: self.task_weight * loss for name, loss in self.task.losses(output, step).items()}
-        terms.update({name: self._method_factor * loss for name, loss in losses.items()})
+        terms = self.terms(step)
         total = torch.stack(list(terms.values())).sum()
         gammas = {} if self.distiller is None else self.distiller.gammas
         self.ledger.record(
@@ -143,6 +138,15 @@ class Training(LightningModule):
         if total.device.type == "cpu":
             self.ledger.check()  # costs nothing here, and the broken step is not taken
         return total
+
+    def terms(self, step: Step) -> dict[str, Tensor]:
+        """Run student and teacher on a batch, and return all losses, weighted, by name."""
+        if self.distiller is None:
+            output, losses = run(self.model, step.inputs), {}
+        else:
+            output, losses = self.model(step.inputs, **step.context)
+        terms = {name: self.task_weight * loss for name, loss in self.task.losses(output, step).items()}
+        return terms | {name: self._method_factor * loss for name, loss in losses.items()}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then average."""

@@ -1,0 +1,104 @@
+"""What is trained, put together from the values of a run."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import nn
+
+from diffkd.matching import Pair
+from diffkd.methods import MethodFactory
+from diffkd.ramp import ALWAYS, Ramp
+from diffkd.tasks.data_facts import facts_of
+from diffkd.tasks.detection import DetectionOptions
+from diffkd.tasks.optimization import OptimizerFactory, Schedule
+from diffkd.tasks.segmentation import SegmentationOptions
+from diffkd.tasks.setup import build_distiller, build_student, build_teacher
+from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
+from diffkd.tasks.training import Training
+
+DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+DEFAULT_SCHEDULE = Schedule("cosine")
+
+
+def build_training(
+    student: str,
+    data: LightningDataModule,
+    *,
+    teacher: str | None = None,
+    teacher_weights: str | None = None,
+    teacher_pretrained: bool = False,
+    student_weights: str | None = None,
+    student_pretrained: bool = False,
+    pretrained_backbone: bool = False,
+    method: Sequence[MethodFactory] | MethodFactory | None = None,
+    pairs: Literal["auto"] | Sequence[Pair] = "auto",
+    task_weight: float = 1.0,
+    method_weight: float = 1.0,
+    method_ramp: Ramp = ALWAYS,
+    epochs: int = 100,
+    optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
+    schedule: Schedule = DEFAULT_SCHEDULE,
+    decay_all: bool = True,
+    label_smoothing: float = 0.0,
+    detection: DetectionOptions = DEFAULT_DETECTION,
+    segmentation: SegmentationOptions = DEFAULT_SEGMENTATION,
+    ema: float | None = None,
+    seed: int = 0,
+    log_every: int = 50,
+    compile: bool = False,
+    **others: Any,
+) -> Training:
+    """Build student, teacher, distiller and task, and what trains them.
+
+    Args:
+        student, data, teacher, ...: as for :func:`~diffkd.tasks.fit.fit`.
+        others: those of its arguments that say how a training runs, not what is trained; left aside.
+
+    Raises:
+        ValueError: if the arguments do not fit together.
+    """
+    taught = method is not None or pairs != "auto"
+    if taught and teacher is None:
+        raise ValueError("a method needs a teacher to learn from: give --teacher, or leave the method and pairs out")
+    if teacher is not None and not taught:
+        raise ValueError("a teacher needs a method: give --method, such as diffkd.DiffKD, or leave the teacher out")
+    facts = facts_of(data)
+    model = build_student(
+        student,
+        facts,
+        weights=student_weights,
+        pretrained=student_pretrained,
+        pretrained_backbone=pretrained_backbone,
+        auxiliary=segmentation.auxiliary,
+        detection=detection,
+        seed=seed,
+    )
+    trained: nn.Module = model
+    teaching, whole = [], None
+    if teacher is not None:
+        whole, view = build_teacher(
+            teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
+        )
+        teaching = [whole]
+        trained = build_distiller(model, whole, view, data=facts, pairs=pairs, method=method, seed=seed)
+    training = Training(
+        trained,
+        build_task(facts, label_smoothing=label_smoothing, segmentation=segmentation, models=[model, *teaching]),
+        optimizer=optimizer,
+        schedule=schedule,
+        epochs=epochs,
+        decay_all=decay_all,
+        task_weight=task_weight,
+        method_weight=method_weight,
+        method_ramp=method_ramp,
+        ema=ema,
+        seed=seed,
+        log_every=log_every,
+        teacher=whole if facts.task == "detection" else None,  # of which the distiller holds a part
+    )
+    if compile:
+        training.model.compile()
+    return training
