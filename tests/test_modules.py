@@ -123,7 +123,7 @@ def test_denoiser_of_maps_predicts_normalised_noise_unless_told_otherwise():
 
 def test_autoencoder_without_norm_is_two_linear_maps():
     coder = LinearAutoencoder(6, 4, norm=False)
-    assert [type(m).__name__ for m in coder.modules() if not list(m.children())] == ["Conv2d", "Conv2d"]
+    assert [type(m).__name__ for m in coder.modules() if not list(m.children())] == ["PointwiseConv", "PointwiseConv"]
     x, y = torch.randn(2, 1, 6, 3, 3).unbind()
     bias = coder(torch.zeros_like(x))[1]
     torch.testing.assert_close(coder(x + y)[1] - bias, coder(x)[1] - bias + coder(y)[1] - bias, rtol=1e-4, atol=1e-5)
