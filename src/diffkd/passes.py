@@ -1,7 +1,7 @@
 """The passes of one forward through a denoiser: weight gradients in common, and activations recomputed if asked."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,9 @@ def denoiser_passes(denoiser: Denoiser, passes: int, rows: int, *, checkpoint: b
     turns: Iterator[tuple[LinearPass, ...]] = iter(zip(*per_layer, strict=True) if layers else [()] * passes)
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        linears = next(turns)
+        linears = next(turns, None)
+        if linears is None:
+            raise RuntimeError(f"the denoiser was planned for {passes} passes, and this is one more")
         if not (checkpoint and torch.is_grad_enabled()):
             result: Tensor = denoiser(noisy, timesteps, linears)
             return result
@@ -47,19 +49,26 @@ def denoiser_passes(denoiser: Denoiser, passes: int, rows: int, *, checkpoint: b
 
 
 def _contexts(denoiser: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds the first computation, and the second."""
-    return nullcontext(), statistics_kept(denoiser)
+    """What surrounds the first computation, and every further one."""
+    return nullcontext(), _StatisticsKept(denoiser)
 
 
-@contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Within, the buffers of `module` are copies: batch normalisations update those, and the true ones keep."""
-    owners = [(owner, name) for owner in module.modules() for name, _ in owner.named_buffers(recurse=False)]
-    true = [getattr(owner, name) for owner, name in owners]
-    try:
-        for (owner, name), buffer in zip(owners, true, strict=True):
+class _StatisticsKept:
+    """Within, a module's buffers are copies: batch normalisations update those, and the true ones stay as they are.
+
+    It can be entered again and again, as a graph can be run backwards more than once.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.owners = [(owner, name) for owner in module.modules() for name, _ in owner.named_buffers(recurse=False)]
+        self.true: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self.true = [getattr(owner, name) for owner, name in self.owners]
+        for (owner, name), buffer in zip(self.owners, self.true, strict=True):
             setattr(owner, name, buffer.clone())
-        yield
-    finally:
-        for (owner, name), buffer in zip(owners, true, strict=True):
+
+    def __exit__(self, *_: object) -> None:
+        for (owner, name), buffer in zip(self.owners, self.true, strict=True):
             setattr(owner, name, buffer)
+        self.true = []
