@@ -54,8 +54,8 @@ def peak_bytes(make: Callable[[], Callable[[], None]], device: str = "cpu") -> i
         step = make()
         step(), step()
         torch.cuda.synchronize()
-        after: int = torch.cuda.max_memory_allocated()
-        return after - before
+        peak: int = torch.cuda.max_memory_allocated()
+        return int(peak - before)
     with LiveBytes() as live:
         step = make()
         step(), step()

@@ -4,9 +4,8 @@ uv run --group bench python -m benchmarks.step --case imagenet cifar
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def measure(case: Case, settings: Settings, contestants: Sequence[str], rounds: 
     counted: dict[str, dict[str, Any]] = {}
     for name in contestants:
         counted[name] = {
-            "peak_bytes": peak_bytes(partial(_runner, case, name, eager), settings.device),
+            "peak_bytes": measured_peak(case, name, eager),
             "multiply_adds": multiply_adds(make_step(case, name, eager).run),
         }
     steps: dict[str, Step] = {name: make_step(case, name, settings) for name in contestants}
@@ -48,6 +47,11 @@ def measure(case: Case, settings: Settings, contestants: Sequence[str], rounds: 
         }
         for name in contestants
     }
+
+
+def measured_peak(case: Case, contestant: str, settings: Settings) -> int:
+    """Return the most bytes that a step takes, parameters, gradients and momentum included."""
+    return peak_bytes(lambda: make_step(case, contestant, settings).run, settings.device)
 
 
 def describe(measured: dict[str, Any]) -> str:
@@ -74,10 +78,6 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
         axes.set_title(name)
         axes.set_ylabel("ms per step")
     return figure
-
-
-def _runner(case: Case, contestant: str, settings: Settings) -> Callable[[], None]:
-    return make_step(case, contestant, settings).run
 
 
 def _show(facts: dict[str, float], digits: int) -> str:
