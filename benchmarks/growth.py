@@ -19,7 +19,7 @@ from benchmarks.cases import Case
 from benchmarks.contestants import Settings, make_step
 from benchmarks.counting import multiply_adds
 from benchmarks.report import RESULTS, machine, save, table
-from benchmarks.step import measured_peak
+from benchmarks.step import CLOCKS, measured_peak
 from benchmarks.timing import spread, take_turns
 
 BASE = Case("512 x 7 x 7, batch 4, AE 512", 4, (7, 7), channels=512, ae_channels=512)
@@ -33,14 +33,18 @@ GROWTH: dict[str, dict[int, Case]] = {
 }
 
 
-def measure(case: Case, settings: Settings, contestants: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(
+    case: Case, settings: Settings, contestants: Sequence[str], rounds: int, clock: str = "wall"
+) -> dict[str, dict[str, Any]]:
     """Return milliseconds (median, quartiles, n), multiply-adds and peak bytes by contestant; one more checkpoints."""
     chosen = {name: replace(settings, checkpoint=False) for name in contestants}
     if "diffkd" in chosen:
         chosen["checkpointed"] = replace(settings, checkpoint=True)
     methods = {name: "diffkd" if name == "checkpointed" else name for name in chosen}
     steps = {name: make_step(case, methods[name], chosen[name]) for name in chosen}
-    times = take_turns({name: step.run for name, step in steps.items()}, rounds, warm_up=1, device=settings.device)
+    times = take_turns(
+        {name: step.run for name, step in steps.items()}, rounds, warm_up=1, device=settings.device, clock=CLOCKS[clock]
+    )
     return {
         name: {
             "milliseconds": asdict(spread([1e3 * seconds for seconds in times[name]])),
@@ -78,6 +82,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, di
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: of this process, for a busy machine"
+    )
     parser.add_argument("--small", action="store_true", help="tiny features: to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(words)
@@ -87,7 +94,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, di
         results[what] = {}
         for value, case in GROWTH[what].items():
             sized = replace(case, channels=8, ae_channels=8, batch=2, size=(2, 2)) if chosen.small else case
-            results[what][value] = measure(sized, settings, chosen.contestants, chosen.rounds)
+            results[what][value] = measure(sized, settings, chosen.contestants, chosen.rounds, chosen.clock)
         names = list(next(iter(results[what].values())))
         heads = [head for name in names for head in (f"{name}, ms", "G multiply-adds", "peak MB")]
         rows = [[what, *heads]]
@@ -103,7 +110,12 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, di
             ]
             rows.append([str(value), *cells])
         print(f"\n{table(rows)}")
-    record = {"machine": machine(chosen.device), "settings": asdict(settings), "rounds": chosen.rounds}
+    record = {
+        "machine": machine(chosen.device),
+        "settings": asdict(settings),
+        "rounds": chosen.rounds,
+        "clock": chosen.clock,
+    }
     save(chosen.out, f"growth-{chosen.device}-{chosen.precision}", {**record, "growth": results}, draw(results))
     return results
 

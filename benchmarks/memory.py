@@ -59,4 +59,5 @@ def peak_bytes(make: Callable[[], Callable[[], None]], device: str = "cpu") -> i
     with LiveBytes() as live:
         step = make()
         step(), step()
-    return live.peak
+    peak_of_all: int = live.peak
+    return peak_of_all

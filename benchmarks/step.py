@@ -4,6 +4,7 @@ uv run --group bench python -m benchmarks.step --case imagenet cifar
 """
 
 import argparse
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,8 +20,12 @@ from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.timing import ratios, spread, take_turns
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
-def measure(case: Case, settings: Settings, contestants: Sequence[str], rounds: int) -> dict[str, Any]:
+
+def measure(
+    case: Case, settings: Settings, contestants: Sequence[str], rounds: int, clock: str = "wall"
+) -> dict[str, Any]:
     """Measure the contestants of one case against each other.
 
     Returns:
@@ -35,7 +40,8 @@ def measure(case: Case, settings: Settings, contestants: Sequence[str], rounds: 
             "multiply_adds": multiply_adds(make_step(case, name, eager).run),
         }
     steps: dict[str, Step] = {name: make_step(case, name, settings) for name in contestants}
-    times = take_turns({name: step.run for name, step in steps.items()}, rounds, device=settings.device)
+    runs = {name: step.run for name, step in steps.items()}
+    times = take_turns(runs, rounds, device=settings.device, clock=CLOCKS[clock])
     over = {base: ratios(times, base) for base in contestants}
     return {
         name: {
@@ -95,6 +101,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument(
+        "--clock", default="wall", choices=list(CLOCKS), help="cpu: of this process, for a busy machine"
+    )
     parser.add_argument("--small", action="store_true", help="tiny batches: to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="of the files; by default from the options")
@@ -108,11 +117,17 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         case = CASES[name].smaller() if chosen.small else CASES[name]
         known = WITH_NETWORKS if case.has_networks else FEATURE_ALONE
         contestants = [each for each in known if chosen.contestants is None or each in chosen.contestants]
-        results[name] = measure(case, settings, contestants, chosen.rounds)
+        results[name] = measure(case, settings, contestants, chosen.rounds, chosen.clock)
         print(f"\n{case.title}; {chosen.precision}, n = {chosen.rounds}\n{describe(results[name])}")
     options = [word for word in ("compile", "checkpoint", "channels_last") if getattr(chosen, word)]
     file = chosen.name or "-".join(["step", chosen.device, chosen.precision, *options])
-    record = {"machine": facts, "settings": asdict(settings), "rounds": chosen.rounds, "small": chosen.small}
+    record = {
+        "machine": facts,
+        "settings": asdict(settings),
+        "rounds": chosen.rounds,
+        "clock": chosen.clock,
+        "small": chosen.small,
+    }
     save(chosen.out, file, {**record, "cases": results}, draw(results))
     return results
 

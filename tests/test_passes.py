@@ -125,3 +125,15 @@ def test_compiles_whole_and_equals_eager_with_checkpointing():
     expected = outcome(model, *drawn)
     for mine, theirs in zip(ours, [expected[0], *expected[5:]], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("size", [(), (3, 4)], ids=["vector", "map"])
+def test_never_waits_for_a_number_of_the_device(size, checkpoint):
+    """On the meta device there are no numbers to wait for: whatever reads one raises."""
+    model = DiffKD(30, 30, kind="map" if size else "vector", checkpoint=checkpoint).to("meta")
+    student = torch.randn(4, 30, *size, device="meta", requires_grad=True)
+    result = model(student, torch.randn(4, 30, *size, device="meta"))
+    sum(result.losses.values()).backward()
+    assert student.grad.shape == student.shape
+    assert all(p.grad is not None for p in model.parameters())

@@ -32,7 +32,8 @@ def linear_passes(layer: nn.Linear, passes: int, rows: int) -> list[LinearPass]:
     weight: Tensor = layer.weight
     bias: Tensor | None = layer.bias
     device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and weight.dtype == torch.float32:
         half = torch.get_autocast_dtype(device)
         weight, bias = weight.to(half), None if bias is None else bias.to(half)
     tokens: tuple[Tensor, ...] = _HandOut.apply(weight, bias, passes, rows)
