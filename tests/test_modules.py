@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diffkd.modules import BatchNorm, Bottleneck, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
+from diffkd.modules import BatchNorm, Bottleneck, Denoiser, LinearAutoencoder, NoiseAdapter, PointwiseConv, pointwise
 
 
 def as_vector_module(module: nn.Module) -> nn.Module:
@@ -123,7 +123,7 @@ def test_denoiser_of_maps_predicts_normalised_noise_unless_told_otherwise():
 
 def test_autoencoder_without_norm_is_two_linear_maps():
     coder = LinearAutoencoder(6, 4, norm=False)
-    assert [type(m).__name__ for m in coder.modules() if not list(m.children())] == ["Conv2d", "Conv2d"]
+    assert [type(m).__name__ for m in coder.modules() if not list(m.children())] == ["PointwiseConv", "PointwiseConv"]
     x, y = torch.randn(2, 1, 6, 3, 3).unbind()
     bias = coder(torch.zeros_like(x))[1]
     torch.testing.assert_close(coder(x + y)[1] - bias, coder(x)[1] - bias + coder(y)[1] - bias, rtol=1e-4, atol=1e-5)
@@ -132,3 +132,25 @@ def test_autoencoder_without_norm_is_two_linear_maps():
 def test_more_timesteps_than_the_authors_table():
     assert Denoiser(2).time_embedding.num_embeddings == 1280
     assert Denoiser(2, num_train_timesteps=4000).time_embedding.num_embeddings == 4000
+
+
+class TestPointwiseConv:
+    @pytest.mark.parametrize("shape", [(2, 6, 3, 5), (1, 6, 1, 1), (3, 6, 1, 4), (0, 6, 2, 2)])
+    def test_is_a_convolution_in_either_layout(self, shape):
+        conv = PointwiseConv(6, 4).double()
+        found = []
+        for run, layout in (
+            (nn.Conv2d.forward, torch.contiguous_format),
+            (PointwiseConv.forward, torch.contiguous_format),
+            (PointwiseConv.forward, torch.channels_last),
+        ):
+            conv.zero_grad()
+            x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            x = x.to(memory_format=layout).requires_grad_()
+            out = run(conv, x)
+            assert out.is_contiguous(memory_format=layout)
+            out.square().sum().backward()
+            found.append((out.detach(), x.grad, conv.weight.grad.clone(), conv.bias.grad.clone()))
+        for other in found[1:]:
+            for ours, theirs in zip(other, found[0], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

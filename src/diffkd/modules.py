@@ -5,6 +5,9 @@ products. The parameters keep the order and shapes of the authors' modules, so t
 (:mod:`diffkd.official`).
 """
 
+from collections.abc import Callable, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,9 +34,25 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
         return super().forward(input)
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, as a matrix product where that is faster: in channels-last layout, on a CPU.
+
+    There, (B, C, H, W) lies in memory as the rows (B * H * W, C); a convolution would reorder the weight every time.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, in, H, W) to (B, out, H, W), layout kept."""
+        if input.is_cpu and input.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return super().forward(input)
+
+
 def pointwise(in_channels: int, out_channels: int, is_map: bool) -> nn.Module:
     """Return a linear map over channels: a 1x1 convolution for maps, a matrix product for vectors."""
-    return nn.Conv2d(in_channels, out_channels, 1) if is_map else nn.Linear(in_channels, out_channels)
+    return PointwiseConv(in_channels, out_channels) if is_map else nn.Linear(in_channels, out_channels)
 
 
 class Bottleneck(nn.Module):
@@ -49,13 +68,13 @@ class Bottleneck(nn.Module):
         super().__init__()
         inner = max(1, channels // reduction)
         self.block = nn.Sequential(
-            nn.Conv2d(channels, inner, 1),
+            PointwiseConv(channels, inner),
             BatchNorm(inner),
             nn.ReLU(inplace=True),
             nn.Conv2d(inner, inner, 3, padding=1),
             BatchNorm(inner),
             nn.ReLU(inplace=True),
-            nn.Conv2d(inner, channels, 1),
+            PointwiseConv(inner, channels),
             BatchNorm(channels),
         )
         self.activate = activate
@@ -95,7 +114,7 @@ class Denoiser(nn.Module):
             self.pred = nn.Sequential(
                 Bottleneck(channels, activate=activate),
                 Bottleneck(channels, activate=activate),
-                nn.Conv2d(channels, channels, 1),
+                PointwiseConv(channels, channels),
                 BatchNorm(channels) if output_norm else nn.Identity(),
             )
         else:
@@ -106,20 +125,26 @@ class Denoiser(nn.Module):
                 nn.Linear(4 * channels, channels),
             )
 
-    def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, linears: Sequence[Callable[[Tensor], Tensor]] = ()) -> Tensor:
         """Predict the noise in `noisy`.
 
         Args:
             noisy: (B, C, H, W) or (B, C), z_t.
             timesteps: (B,) or (1,) int64 in 0..T-1.
+            linears: what to call in place of the linear layers, in their order (see :mod:`diffkd.shared_gradients`);
+                empty: the layers themselves.
 
         Returns:
             The predicted noise, same shape.
         """
         time = self.time_embedding(timesteps)  # (B, C)
         time = time.reshape(*time.shape, *[1] * (noisy.ndim - 2))
-        prediction: Tensor = self.pred(noisy.to(time.dtype) + time)
-        return prediction
+        x: Tensor = noisy.to(time.dtype) + time
+        instead = iter(linears)
+        for layer in self.pred:
+            run = next(instead, layer) if isinstance(layer, nn.Linear) else layer
+            x = run(x)
+        return x
 
 
 class NoiseAdapter(nn.Module):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
 from diffkd.losses import Distance, at_least_float32, attention_mse, dist, kl_by_position, kl_divergence, mse
 from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
+from diffkd.passes import denoiser_passes
 from diffkd.shape import FeatureShape, Want, channels_of
 
 DistanceName = Literal["mse", "kl", "dist", "attention_mse"]
@@ -64,6 +65,8 @@ class DiffKD(nn.Module):
         kd_weight: lambda 3 of Eq. 9, of the distance.
         diffusion_weight: lambda 1, of the denoiser's loss.
         reconstruction_weight: lambda 2, of the autoencoder's loss.
+        checkpoint: keep no activations of the denoiser's passes and compute them again in the backward: less memory,
+            more time, the same numbers to the last bit.
         variant: "code" or "paper", see above.
         output_projection, latent_norm, denoiser_norm, activate, error, start_timestep, detach_target: see above.
 
@@ -91,6 +94,7 @@ class DiffKD(nn.Module):
         kd_weight: float = 1.0,
         diffusion_weight: float = 1.0,
         reconstruction_weight: float = 1.0,
+        checkpoint: bool = False,
         variant: Literal["code", "paper"] = "code",
         output_projection: bool | None = None,
         latent_norm: bool | None = None,
@@ -117,6 +121,7 @@ class DiffKD(nn.Module):
         self.student_channels, self.teacher_channels = channels_of(student_channels), channels_of(teacher_channels)
         self.latent_channels = latent = self.teacher_channels if ae_channels is None else ae_channels
         self.num_train_timesteps = num_train_timesteps
+        self.checkpoint = checkpoint
         self.error = error or ("sum" if paper else "mean")
         self.detach_target = paper if detach_target is None else detach_target
         self.weights = {"kd": kd_weight, "diffusion": diffusion_weight, "reconstruction": reconstruction_weight}
@@ -179,6 +184,8 @@ class DiffKD(nn.Module):
                 f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same batch and "
                 "spatial size; resize one of them first, or let Distiller do it"
             )
+        layout = _layout(student)
+        student, teacher = student.to(memory_format=layout), teacher.to(memory_format=layout)
         projected = self.student_projection(student.to(self.dtype))  # (B, C, H, W) or (B, C), here and below
         reconstruction = None
         if self.autoencoder is not None:
@@ -188,25 +195,26 @@ class DiffKD(nn.Module):
             target = teacher.detach() if self.detach_target else teacher
         latent = at_least_float32(projected)
         shape = latent.shape
-        noise = torch.randn_like(latent) if noise is None else _shaped("noise", noise, shape)
+        noise = _drawn(latent) if noise is None else _shaped("noise", noise, shape)
+        noise = noise.to(memory_format=layout)
         if self.noise_adapter is None:
             gamma, noisy_student = latent.new_ones(shape[0]), latent
         else:
             gamma = self.noise_adapter(projected)
             share = gamma.reshape(-1, *[1] * (latent.ndim - 1))
             noisy_student = share * latent + (1 - share) * noise  # Eq. 8
-        clean_student = ddim_denoise(self.denoiser, noisy_student, self.steps)
+        predict_noise = denoiser_passes(self.denoiser, len(self.steps) + 1, shape[0], checkpoint=self.checkpoint)
+        clean_student = ddim_denoise(predict_noise, noisy_student, self.steps)
         denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
         target = at_least_float32(target)
 
-        if diffusion_noise is None:
-            diffusion_noise = torch.randn_like(latent)
-        diffusion_noise = _shaped("diffusion_noise", diffusion_noise, shape)
+        diffusion_noise = _drawn(latent) if diffusion_noise is None else diffusion_noise
+        diffusion_noise = _shaped("diffusion_noise", diffusion_noise, shape).to(memory_format=layout)
         if timesteps is None:
             timesteps = torch.randint(self.num_train_timesteps, (shape[0],), device=latent.device)
         timesteps = _shaped("timesteps", timesteps, shape[:1])
         abar = self.alphas_cumprod_bits.view(torch.float32)[timesteps].to(latent.dtype)
-        predicted = self.denoiser(add_noise(target, diffusion_noise, abar), timesteps)
+        predicted = predict_noise(add_noise(target, diffusion_noise, abar), timesteps)
 
         losses = {
             "kd": self.distance(denoised, target),  # Eq. 7
@@ -244,6 +252,24 @@ class DiffKD(nn.Module):
     def _squared_error(self, prediction: Tensor, target: Tensor) -> Tensor:
         error = mse(prediction, target)
         return error if self.error == "mean" else error * target[0].numel()
+
+
+# On a CPU, maps of at most this many positions are computed as rows of channels: 1x1 convolutions are matrix products
+# then, and small batch normalisations faster. On larger ones PyTorch's plain layout is.
+_ROWS_UP_TO = 256
+
+
+def _layout(feature: Tensor) -> torch.memory_format:
+    """The memory layout in which to compute: the feature's own, if that is not slow. No number depends on it."""
+    small = feature.is_cpu and feature.shape[2:].numel() <= _ROWS_UP_TO
+    if feature.ndim == 4 and (small or feature.is_contiguous(memory_format=torch.channels_last)):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _drawn(like: Tensor) -> Tensor:
+    """Standard normal noise, drawn in the order of the indices whatever the layout: a seed gives the same noise."""
+    return torch.randn(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _shaped(name: str, given: Tensor, shape: torch.Size) -> Tensor:

@@ -1,0 +1,142 @@
+"""Who takes part: a training step each of the student alone, KD, FitNet, DiffKD, and DiffKD written plainly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cases import Case
+from benchmarks.plain_transcription import PlainDiffKD
+from diffkd import KD, DiffKD, Distiller, FitNet, Pair
+
+WITH_NETWORKS = ("alone", "kd", "fitnet", "diffkd", "plain")
+FEATURE_ALONE = ("fitnet", "diffkd", "plain")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the steps are run.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        precision: "float32", "bf16" (autocast) or "bf16-true" (parameters too).
+        compile: run the distiller through torch.compile, no graph break allowed. The plain one never is: it breaks.
+        checkpoint: DiffKD(checkpoint=True): keep no activations of the denoising steps.
+        channels_last: networks and images in channels-last layout, for every contestant.
+    """
+
+    device: str = "cpu"
+    precision: str = "float32"
+    compile: bool = False
+    checkpoint: bool = False
+    channels_last: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step that can be run again and again: forward, losses, backward, SGD with momentum."""
+
+    run: Callable[[], None]
+    parameters: int
+
+
+def make_step(case: Case, contestant: str, settings: Settings) -> Step:
+    """Return the step of one contestant, its networks and data drawn from a fixed seed.
+
+    Raises:
+        ValueError: if the contestant is unknown, or cannot take part in this case.
+        ModuleNotFoundError: if it needs a package that is not installed.
+    """
+    known = WITH_NETWORKS if case.has_networks else FEATURE_ALONE
+    if contestant not in known:
+        raise ValueError(f"contestant {contestant!r} cannot take part here; choose from {', '.join(known)}")
+    torch.manual_seed(0)
+    return _network_step(case, contestant, settings) if case.has_networks else _feature_step(case, contestant, settings)
+
+
+def _network_step(case: Case, contestant: str, settings: Settings) -> Step:
+    if case.student is None or case.teacher is None or isinstance(case.size, tuple):
+        raise ValueError(f"case {case.title!r} has no networks")
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    images = _placed(torch.randn(case.batch, 3, case.size, case.size), settings).contiguous(memory_format=layout)
+    labels = torch.randint(case.classes, (case.batch,), device=settings.device)
+    student = case.student().to(settings.device).to(memory_format=layout)
+    if contestant == "alone":
+        model = student
+    else:
+        teacher = case.teacher().to(settings.device).to(memory_format=layout)
+        feature = Pair(case.layer, method=_method(contestant, case, settings))
+        output = Pair("output", method=_method(contestant, replace(case, ae_channels=None), settings))
+        pairs = {"kd": [Pair("output", method=KD)], "fitnet": [feature]}.get(contestant, [feature, output])
+        model = Distiller(student, teacher, pairs, example=images[:2].float())
+    model = model.to(_parameter_type(settings))
+    forward: Callable[..., Any] = model
+    if settings.compile and contestant != "plain":
+        forward = torch.compile(model, fullgraph=True)
+
+    def total() -> Tensor:
+        output = forward(images)
+        output, losses = output if isinstance(output, tuple) else (output, {})
+        task = F.cross_entropy(output.float(), labels)
+        return sum(losses.values(), start=task)
+
+    return _training(total, model, settings)
+
+
+def _feature_step(case: Case, contestant: str, settings: Settings) -> Step:
+    methods = nn.ModuleList(
+        _method(contestant, case, settings)(case.feature, case.feature) for _ in range(case.pairs)
+    ).to(device=settings.device, dtype=_parameter_type(settings))
+    shape = (case.batch, case.channels, *case.feature.size)
+    features = [
+        (_placed(torch.randn(shape), settings).requires_grad_(), _placed(torch.randn(shape), settings)) for _ in methods
+    ]
+    forwards: list[Callable[..., Any]] = list(methods)
+    if settings.compile and contestant != "plain":
+        forwards = [torch.compile(method, fullgraph=True) for method in methods]
+
+    def total() -> Tensor:
+        loss = torch.zeros((), device=settings.device)
+        for forward, (student, teacher) in zip(forwards, features, strict=True):
+            student.grad = None
+            result = forward(student, teacher)
+            losses = result if isinstance(result, dict) else result.losses
+            loss = loss + sum(losses.values())
+        return loss
+
+    return _training(total, methods, settings)
+
+
+def _training(total: Callable[[], Tensor], model: nn.Module, settings: Settings) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    mixed = settings.precision == "bf16"
+
+    def run() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(settings.device, torch.bfloat16, enabled=mixed):
+            loss = total()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return Step(run, sum(p.numel() for p in model.parameters()))
+
+
+def _method(contestant: str, case: Case, settings: Settings) -> Callable[..., nn.Module]:
+    if contestant == "diffkd":
+        extra: dict[str, Any] = {"checkpoint": True} if settings.checkpoint else {}
+        return partial(DiffKD, ae_channels=case.ae_channels, inference_steps=case.steps, **extra)
+    if contestant == "plain":
+        return partial(PlainDiffKD, ae_channels=case.ae_channels, inference_steps=case.steps)
+    return FitNet
+
+
+def _placed(tensor: Tensor, settings: Settings) -> Tensor:
+    return tensor.to(device=settings.device, dtype=_parameter_type(settings))
+
+
+def _parameter_type(settings: Settings) -> torch.dtype:
+    return torch.bfloat16 if settings.precision == "bf16-true" else torch.float32

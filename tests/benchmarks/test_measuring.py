@@ -1,0 +1,148 @@
+"""The measuring itself is measured: on things whose time, memory and arithmetic are known."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import epoch, growth, step
+from benchmarks.cases import CASES
+from benchmarks.contestants import Settings, make_step
+from benchmarks.counting import multiply_adds
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import ratios, take_turns
+from torch import nn
+
+MODELS = Path(__file__).parents[1] / "tiny_models.py"
+
+
+def test_turns_alternate_and_ratios_compare_the_same_round():
+    order = []
+    steps = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    times = take_turns(steps, 4, warm_up=0)
+    assert "".join(order) == "abbaabba"
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4}
+    slow = ratios({"a": [2.0, 20.0, 6.0], "b": [1.0, 10.0, 2.0]}, "b")["a"]
+    assert (slow.median, slow.high, slow.n) == (2.0, 2.5, 3)
+
+
+def test_times_are_seconds():
+    times = take_turns({"sleep": lambda: time.sleep(0.02)}, 2, warm_up=0)
+    assert all(0.02 <= seconds < 1 for seconds in times["sleep"])
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    def make():
+        kept = torch.zeros(1000)  # 4,000 bytes throughout
+
+        def run():
+            for _ in range(3):
+                kept.add_(torch.ones(500)[:10].sum())  # 2,000 bytes, one after the other, and a scalar of 4
+
+        return run
+
+    assert 6000 <= peak_bytes(make) <= 6100
+    # What autograd saves lives on: the input, ten results of exp, and their gradients as they come.
+    x = torch.zeros(1000, requires_grad=True)
+
+    def saving():
+        def run():
+            y = x
+            for _ in range(10):
+                y = y.exp()
+            y.sum().backward()
+
+        return run
+
+    assert 40_000 <= peak_bytes(saving) <= 60_000
+
+
+def test_multiply_adds_of_a_linear_layer():
+    layer, x = nn.Linear(7, 5), torch.randn(3, 7)
+    assert multiply_adds(lambda: layer(x)) == 3 * 7 * 5
+    assert multiply_adds(lambda: layer(x).sum().backward()) == 2 * 3 * 7 * 5
+
+
+@pytest.mark.parametrize(
+    "settings", [Settings(), Settings(precision="bf16"), Settings(precision="bf16-true", checkpoint=True)]
+)
+def test_steps_train_the_methods_parameters(settings):
+    case = CASES["segmentation"].smaller()
+    made = make_step(case, "diffkd", settings)
+    made.run()
+    assert made.parameters > 1000
+    fitnet = make_step(case, "fitnet", settings)
+    assert fitnet.parameters == 19 * 19 + 19
+
+
+def test_step_measures_and_reports(tmp_path, capsys):
+    words = [
+        "--case",
+        "segmentation",
+        "--small",
+        "--rounds",
+        "2",
+        "--contestants",
+        "fitnet",
+        "diffkd",
+        "--device",
+        "cpu",
+    ]
+    results = step.main([*words, "--out", str(tmp_path)])
+    measured = results["segmentation"]
+    assert measured["diffkd"]["over"]["fitnet"]["n"] == 2
+    assert measured["diffkd"]["multiply_adds"] > measured["fitnet"]["multiply_adds"] > 0
+    assert measured["diffkd"]["peak_bytes"] > measured["fitnet"]["peak_bytes"] > 0
+    written = json.loads((tmp_path / "step-cpu-float32.json").read_text(encoding="utf-8"))
+    assert written["cases"] == json.loads(json.dumps(results))
+    assert written["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "step-cpu-float32.png").stat().st_size > 1000
+    assert "over fitnet" in capsys.readouterr().out
+
+
+def test_who_cannot_take_part_is_refused():
+    with pytest.raises(ValueError, match="'kd' cannot take part here; choose from fitnet, diffkd, plain"):
+        make_step(CASES["fpn"], "kd", Settings())
+
+
+def test_growth_varies_one_thing(tmp_path, capsys):
+    words = ["--vary", "pairs", "--small", "--rounds", "1", "--contestants", "diffkd", "--device", "cpu"]
+    points = growth.main([*words, "--out", str(tmp_path)])["pairs"]
+    assert list(points) == [1, 2, 4]
+    arithmetic = [point["diffkd"]["multiply_adds"] for point in points.values()]
+    assert arithmetic == [arithmetic[0], 2 * arithmetic[0], 4 * arithmetic[0]]
+    assert all(point["checkpointed"]["multiply_adds"] > point["diffkd"]["multiply_adds"] for point in points.values())
+    assert (tmp_path / "growth-cpu-float32.png").stat().st_size > 1000
+    assert "checkpointed, ms" in capsys.readouterr().out
+
+
+def test_epoch_runs_a_recipe_from_end_to_end(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images = generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(40) % 4)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+student: {MODELS}:small
+teacher: {MODELS}:large
+method: diffkd.DiffKD
+data:
+  class_path: diffkd.data.Arrays
+  init_args: {{train: {tmp_path}/train.npz, test: {tmp_path}/test.npz, batch_size: 10}}
+""",
+        encoding="utf-8",
+    )
+    facts = epoch.main(["--recipe", str(recipe), "--epochs", "2", "--images", "40", "--out", str(tmp_path / "results")])
+    assert len(facts["epochs"]) == 2
+    assert facts["images_per_second"] == pytest.approx(40 / facts["seconds_per_epoch"])
+    assert facts["seconds_per_epoch"] == pytest.approx(facts["epochs"][1])
+    assert json.loads((tmp_path / "results" / "epoch-cpu.json").read_text(encoding="utf-8")) == facts
+
+
+def test_epoch_says_when_the_training_failed(tmp_path, capsys):
+    with pytest.raises(RuntimeError, match=r"diffkd fit .* ended with exit status"):
+        epoch.main(["--recipe", str(tmp_path / "none.yaml"), "--out", str(tmp_path)])
+    assert "none.yaml" in capsys.readouterr().err
