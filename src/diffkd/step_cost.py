@@ -22,7 +22,7 @@ class StepCost:
         median: of the ratios.
         low: their first quartile.
         high: their third quartile.
-        milliseconds: median duration of the step itself.
+        milliseconds: median duration of the step itself; on a CPU the processor time of all threads.
         rounds: how many.
     """
 
@@ -57,16 +57,18 @@ def step_costs(
         raise ValueError(f"{reference!r} must be one of {', '.join(commands)}, and rounds at least 1, got {rounds}")
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # On a CPU the time that this process has computed, which other processes disturb least.
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     steps = {method: _stepper(list(words), device) for method, words in commands.items()}
     seconds: dict[str, list[float]] = {method: [] for method in steps}
     for round_ in range(rounds + 2):
         for method, step in steps.items():
             _wait(device)
-            started = time.perf_counter()
+            started = clock()
             step()
             _wait(device)
             if round_ >= 2:
-                seconds[method].append(time.perf_counter() - started)
+                seconds[method].append(clock() - started)
     costs = {}
     for method, taken in seconds.items():
         ratios = [ours / theirs for ours, theirs in zip(taken, seconds[reference], strict=True)]
