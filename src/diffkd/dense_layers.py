@@ -9,21 +9,26 @@ from diffkd.layers import OUTPUT, Layer
 def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
     """Return the levels of a detector's feature pyramid, their names by key, from large to small.
 
-    It is the last output of several maps that have equal channels and ever fewer positions, such as what torchvision's
-    `backbone` returns: {"0": "backbone[0]", "1": "backbone[1]", ...}. A model that returns one tensor, as classifiers
-    and segmenters do, has none.
+    It is the last output of several maps that have ever fewer positions, if possible with equal channels, such as what
+    torchvision's `backbone` returns: {"0": "backbone[0]", "1": "backbone[1]", ...}. A model that returns one tensor, as
+    classifiers and segmenters do, has none.
     """
     if layers[-1].layout is not None and not layers[-1].elements:
         return {}
-    for layer in reversed(layers[:-1]):
-        shapes = [shape for _, shape in layer.elements]
-        if len(shapes) < 2 or layer.instead is not None or any(len(shape) != 4 for shape in shapes):
-            continue
-        areas = [math.prod(shape[2:]) for shape in shapes]
-        falling = areas == sorted(areas, reverse=True) and areas[0] > areas[-1]  # the last two may be 1x1 both
-        if falling and len({shape[1] for shape in shapes}) == 1:
-            return {name.rpartition("[")[2].rstrip("]"): name for name, _ in layer.elements}
+    found = [layer for layer in reversed(layers[:-1]) if layer.instead is None and _falls(layer)]
+    # Without a pyramid of its own a detector has the maps of its backbone, whose channels differ.
+    alike = [layer for layer in found if len({shape[1] for _, shape in layer.elements}) == 1]
+    for layer in alike or found:
+        return {name.rpartition("[")[2].rstrip("]"): name for name, _ in layer.elements}
     return {}
+
+
+def _falls(layer: Layer) -> bool:
+    shapes = [shape for _, shape in layer.elements]
+    if len(shapes) < 2 or any(len(shape) != 4 for shape in shapes):
+        return False
+    areas = [math.prod(shape[2:]) for shape in shapes]
+    return areas == sorted(areas, reverse=True) and areas[0] > areas[-1]  # the last two may be 1x1 both
 
 
 def box_outputs(layers: Sequence[Layer]) -> tuple[str, str] | None:

@@ -203,7 +203,9 @@ def _elements(name: str, output: Any) -> tuple[tuple[str, tuple[int, ...]], ...]
         named = list(output.items())
     elif isinstance(output, (list, tuple)):
         named = list(enumerate(output))
-    found = tuple((f"{name}[{key}]", tuple(value.shape)) for key, value in named if isinstance(value, Tensor))
+    # An element may hold a tensor among other things, as (map, mask) does, and stands for that then.
+    tensors = ((key, select_tensor(value)) for key, value in named)
+    found = tuple((f"{name}[{key}]", tuple(tensor.shape)) for key, tensor in tensors if tensor is not None)
     return found if len(found) > 1 else ()
 
 

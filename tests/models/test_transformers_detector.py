@@ -19,7 +19,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForObjectDetection
 
+from diffkd import Distiller, FitNet
 from diffkd.models import DetectorTeacher, load_detector
+from diffkd.tasks.detector_view import DetectorView
 from diffkd.weights import save_student
 
 STAGES = ["stage2", "stage3", "stage4"]
@@ -202,3 +204,20 @@ def test_code_beside_the_model_is_not_run(folder: Path) -> None:
     with pytest.raises(ValueError, match="hf/"):
         load_detector(f"hf/{folder}", num_classes=3)
     assert not (folder / "ran").exists()
+
+
+def test_they_are_distilled_by_their_backbones_levels(tmp_path):
+    CONFIGS["rt_detr"]().save_pretrained(tmp_path)
+    student, teacher = (load_detector(f"hf/{tmp_path}", num_classes=3, min_size=(64,), max_size=96) for _ in range(2))
+    images = [torch.rand(3, 60, 80), torch.rand(3, 70, 64)]
+    distiller = Distiller(
+        student, DetectorTeacher(teacher, heads=False), example=images, teacher_input=DetectorView(), method=FitNet
+    )
+    levels = [f"model.model.backbone[{level}]" for level in range(3)]
+    assert list(distiller.names) == levels
+    assert [pair.teacher for pair in distiller.pairs] == [f"backbone[{level}]" for level in range(3)]
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]), "labels": torch.tensor([1])}] * 2
+    output, losses = distiller((images, targets))
+    assert set(losses) == {f"{level}/kd" for level in levels}
+    (sum(output.values()) + sum(losses.values())).backward()
+    assert all(method.student_projection.weight.grad.abs().sum() > 0 for method in distiller.methods)
