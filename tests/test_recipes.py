@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from diffkd import cli
-from diffkd.models import load_model
+from diffkd.models import load_model, load_segmenter
 from diffkd.recipes import find_recipe, recipe_names
 
 TRAININGS = [name for name in recipe_names() if not name.startswith("methods/")]
@@ -14,6 +15,15 @@ TABLE_9 = [
     *("wrn_40_2-wrn_40_1", "resnet56-resnet20", "resnet32x4-resnet8x4"),
     *("resnet50-mobilenetv2", "resnet32x4-shufflenetv1", "resnet32x4-shufflenetv2"),
 ]
+
+
+TABLE_6 = {
+    "deeplabv3_resnet18": "smp/DeepLabV3/resnet18",
+    "deeplabv3_resnet18-scratch": "smp/DeepLabV3/resnet18",
+    "pspnet_resnet18": "smp/PSPNet/resnet18",
+    "deeplabv3_mobilenetv2": "smp/DeepLabV3/mobilenet_v2",
+}
+PRESETS = [name for name in recipe_names() if name.startswith("methods/")]
 
 
 def values_of(name):
@@ -43,7 +53,7 @@ def test_a_recipe_is_understood(name, capsys):
     for key, value in values_of(name).items():
         if key not in ("out", "method", "pairs", "data", "optimizer", "schedule"):
             assert resolved[key] == value, key
-    assert resolved["schedule"]["kind"] in ("step", "cosine")
+    assert resolved["schedule"]["kind"] in ("step", "cosine", "poly")
 
 
 @pytest.mark.parametrize("name", [name for name in TRAININGS if "teacher" in values_of(name)])
@@ -52,6 +62,9 @@ def test_a_recipe_names_models_that_exist(name):
     for side in ("student", "teacher"):
         if values[side].startswith("cifar/"):
             load_model(values[side])
+        elif values[side].startswith("smp/"):
+            with torch.device("meta"):
+                load_segmenter(values[side], num_classes=19)
         else:
             assert values["teacher_pretrained"] is True
 
@@ -70,6 +83,49 @@ def test_strategy_a1(pair):
     assert values["schedule"]["milestones"] == [150, 180, 210]
     # What a teacher's run leaves is where the student's looks for it.
     assert values["teacher_weights"] == f"runs/{values['teacher'].replace('cifar/', 'cifar100/')}"
+
+
+@pytest.mark.parametrize("name", TABLE_6)
+def test_the_papers_trainings_of_segmenters(name):
+    values = values_of(f"cityscapes/deeplabv3_resnet101-{name}")
+    data = values["data"]["init_args"]
+    assert values["student"] == TABLE_6[name]
+    assert values["pretrained_backbone"] is (not name.endswith("scratch"))
+    assert values["optimizer"]["init_args"] == {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4}
+    assert values["schedule"] == {"kind": "poly", "power": 0.9}
+    assert (data["crop_size"], data["augmentation"]) == ([512, 1024], {"scale": [0.5, 2.0], "flip": True})
+    batches = -(-2975 // data["batch_size"])
+    assert round(40_000 / batches) == values["epochs"]
+    teacher = values_of("cityscapes/teacher")
+    assert (values["teacher"], values["teacher_weights"]) == (teacher["student"], teacher["out"])
+    assert {key: teacher[key] for key in ("data", "epochs", "optimizer", "schedule")} == {
+        key: values[key] for key in ("data", "epochs", "optimizer", "schedule")
+    }
+
+
+@pytest.mark.parametrize(
+    "folder", [name.removesuffix("/alone").removeprefix("methods/") for name in PRESETS if name.endswith("/alone")]
+)
+def test_presets_fit_their_recipe(folder, capsys):
+    """Every method of a task is understood on top of a recipe of that task."""
+    recipe = {"methods": "demo", "segmentation": "scenes/segmentation"}.get(folder)
+    if recipe is None:
+        pytest.skip(f"no small recipe for the presets in {folder}")
+    for name in PRESETS:
+        if name.rpartition("/")[0].removeprefix("methods/") != folder:
+            continue
+        with pytest.raises(SystemExit):
+            cli.main(["fit", recipe, f"--config={find_recipe(name)}", "--out=somewhere", "--print_config"])
+        resolved = yaml.safe_load(capsys.readouterr().out)
+        taught = resolved["method"] is not None or resolved["pairs"] != "auto"
+        assert taught == (not name.endswith("/alone")) == (resolved["teacher"] is not None), name
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("methods/segmentation/")])
+def test_a_preset_says_in_its_first_line_where_its_values_are_from(name):
+    title = find_recipe(name).read_text().splitlines()[0]
+    assert title.startswith("# ")
+    assert "(" in title or name.endswith("/alone") or "no source" in title
 
 
 def test_files_and_names_are_found(tmp_path):

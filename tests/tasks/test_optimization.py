@@ -35,6 +35,22 @@ def test_cosine_starts_after_warmup_and_arrives_at_its_floor():
     assert [schedule(epoch, 10) for epoch in (0, 1, 2, 6, 10)] == pytest.approx([0, 0.5, 1, 0.55, 0.1])
 
 
+def test_poly_falls_to_zero_by_its_power():
+    """Of 40,000 iterations, as in DeepLab: the rate of iteration i is (1 - i / 40,000) ** 0.9."""
+    epochs, steps = 215, 186  # 2,975 images in batches of 16
+    poly = Schedule("poly")
+    assert poly(0, epochs) == 1
+    for done in (1, 20_000, 39_989):
+        assert poly(done / steps, epochs) == pytest.approx((1 - done / (epochs * steps)) ** 0.9)
+    assert poly(epochs, epochs) == 0
+    assert Schedule("poly", power=1)(3, 4) == pytest.approx(0.25)
+
+
+def test_poly_starts_after_warmup_and_arrives_at_its_floor():
+    schedule = Schedule("poly", power=2, warmup_epochs=2, floor=0.1)
+    assert [schedule(epoch, 10) for epoch in (1, 2, 6, 10)] == pytest.approx([0.5, 1, 0.1 + 0.9 / 4, 0.1])
+
+
 def test_warmup_starts_where_it_is_told():
     assert Schedule("constant", warmup_epochs=4, warmup_start=0.2)(1, 10) == pytest.approx(0.4)
 
@@ -45,7 +61,7 @@ def test_per_epoch_holds_within_an_epoch():
 
 
 @given(
-    st.sampled_from(["constant", "step", "exponential", "cosine"]),
+    st.sampled_from(["constant", "step", "exponential", "cosine", "poly"]),
     st.integers(1, 300),
     st.floats(0, 1),
     st.floats(0, 20),
@@ -62,7 +78,15 @@ def test_factors_lie_between_0_and_1_and_never_rise_after_warmup(kind, epochs, s
 
 @pytest.mark.parametrize(
     "values",
-    [{"kind": "linear"}, {"every": 0}, {"factor": 0}, {"warmup_epochs": -1}, {"warmup_start": 2}, {"floor": -1}],
+    [
+        {"kind": "linear"},
+        {"every": 0},
+        {"factor": 0},
+        {"power": 0},
+        {"warmup_epochs": -1},
+        {"warmup_start": 2},
+        {"floor": -1},
+    ],
 )
 def test_nonsense_is_refused(values):
     with pytest.raises(ValueError, match="schedule"):

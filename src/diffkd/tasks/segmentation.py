@@ -1,6 +1,7 @@
 """Semantic segmentation: cross entropy by pixel, mean intersection over union."""
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from diffkd.tasks.sliding_window import sliding_window
 from diffkd.tasks.task import TASK, Step
 
 Batch = tuple[Tensor, Tensor, Tensor]
+NO_CLASS = -1
+"""What methods see in the place of the ignored id, which may be one of the classes' own."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,9 @@ class Segmentation:
         if down or right:
             images = F.pad(images, (0, right, 0, down))
             masks = F.pad(masks, (0, right, 0, down), value=self.ignore_index)
-        return Step(images, images, masks, {"labels": masks, "indices": indices})
+        # To methods an ignored pixel is one of no class, whichever id it has in the masks.
+        labels = masks.masked_fill(masks == self.ignore_index, NO_CLASS)
+        return Step(images, images, masks, {"labels": labels, "indices": indices})
 
     def losses(self, output: Any, step: Step) -> dict[str, Tensor]:
         """Return the cross entropy of the class map, and of the auxiliary one if there is one and it counts."""
@@ -122,7 +127,8 @@ class Overlap:
     """Measures "miou", "pixel_accuracy" and "iou/CLASS" over all pixels of the data set, and "loss" over images.
 
     The intersection over union of a class is counted over the whole data set, not averaged over batches. Classes that
-    are neither in the masks nor in the predictions have none and are left out of the mean.
+    are neither in the masks nor in the predictions have none and are left out of the mean, and so is a class that is
+    ignored. Where no pixel counts at all, everything is 0, with a warning.
 
     Args:
         classes: names of the K classes.
@@ -142,8 +148,9 @@ class Overlap:
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Count the pixels of a batch."""
         images, masks, _ = batch
-        # Found out once for each model, since that may take a trial.
-        whole = self._whole.setdefault(id(model), AnySize(model)).eval()
+        if id(model) not in self._whole:
+            self._whole[id(model)] = AnySize(model)
+        whole = self._whole[id(model)].eval()
         images = in_type_of(model, images)
         if self.options.window is None:
             scores = whole(images)
@@ -165,24 +172,37 @@ class Overlap:
     def compute(self) -> Row:
         """Return the measurements over all pixels of all processes, and begin anew."""
         counts = self.counts.compute().double().cpu()
-        row = overlap(counts, self.classes) | {"loss": float(self.loss.compute())}
+        row = overlap(counts, self.classes, self.ignore_index)
+        if counts.any():
+            row["loss"] = float(self.loss.compute())
+        else:
+            row["loss"] = 0.0
+            warnings.warn(
+                f"every pixel of the evaluation set is ignored (id {self.ignore_index}): nothing was measured. Are its "
+                "masks those of a test set without labels?",
+                stacklevel=2,
+            )
         self.counts.reset()
         self.loss.reset()
         return row
 
 
-def overlap(counts: Tensor, classes: tuple[str, ...]) -> Row:
+def overlap(counts: Tensor, classes: tuple[str, ...], ignore_index: int | None = None) -> Row:
     """Return "miou", "pixel_accuracy" and "iou/CLASS" from a confusion matrix.
 
     Args:
         counts: (K, K) pixels by true class (rows) and predicted class (columns).
         classes: K names.
+        ignore_index: id without pixels; if it is one of the classes, that one has no intersection over union.
 
     >>> overlap(torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]]), ("sky", "road", "car"))["iou/road"]
     0.75
     """
     hits = counts.diagonal()
     union = counts.sum(dim=0) + counts.sum(dim=1) - hits
+    if ignore_index is not None and 0 <= ignore_index < len(classes):
+        union[ignore_index] = 0  # a prediction of it is wrong, and costs the class that it should have been
+        hits = hits.index_fill(0, torch.tensor(ignore_index), 0)
     shares = hits / union  # NaN for classes that occur nowhere
     row = {
         "miou": float(shares.nanmean()) if union.any() else 0.0,
