@@ -9,7 +9,8 @@ from diffkd.layers import OUTPUT, Layer
 def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
     """Return the levels of a detector's feature pyramid, their names by key, from large to small.
 
-    It is the last output of several maps that have equal channels and ever fewer positions, such as what torchvision's
+    It is the last output of several maps that have equal channels and no more positions each than the one before (of a
+    tiny image the last may all have one), such as what torchvision's
     `backbone` returns: {"0": "backbone[0]", "1": "backbone[1]", ...}. A model that returns one tensor, as classifiers
     and segmenters do, has none.
     """
@@ -20,9 +21,29 @@ def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
         if len(shapes) < 2 or layer.instead is not None or any(len(shape) != 4 for shape in shapes):
             continue
         areas = [math.prod(shape[2:]) for shape in shapes]
-        if len({shape[1] for shape in shapes}) == 1 and areas == sorted(set(areas), reverse=True):
+        if len({shape[1] for shape in shapes}) == 1 and areas == sorted(areas, reverse=True) and areas[0] > areas[-1]:
             return {name.rpartition("[")[2].rstrip("]"): name for name, _ in layer.elements}
     return {}
+
+
+def common_levels(student: Sequence[Layer], teacher: Sequence[Layer]) -> list[tuple[str, str]]:
+    """Return the pairs of levels that two feature pyramids have in common, from large to small; [] if there are none.
+
+    Levels of the same key go together, unless keys mean other sizes in each: the level "0" is a quarter of the image in
+    a Faster R-CNN and an eighth in a RetinaNet. Then those of the same size do.
+    """
+    ours, theirs = pyramid(student), pyramid(teacher)
+    sizes = [{name: shape[2:] for layer in layers for name, shape in layer.elements} for layers in (student, teacher)]
+    same_key = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    if same_key and all(sizes[0][a] == sizes[1][b] for a, b in same_key):
+        return same_key
+    same_size: list[tuple[str, str]] = []
+    left = list(theirs.values())
+    for a in ours.values():
+        if b := next((b for b in left if sizes[1][b] == sizes[0][a]), None):
+            same_size.append((a, b))
+            left.remove(b)
+    return same_size or same_key
 
 
 def box_outputs(layers: Sequence[Layer]) -> tuple[str, str] | None:
