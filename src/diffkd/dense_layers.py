@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from diffkd.layers import OUTPUT, Layer
+from diffkd.layers import Layer
 
 
 def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
@@ -29,6 +29,26 @@ def _falls(layer: Layer) -> bool:
         return False
     areas = [math.prod(shape[2:]) for shape in shapes]
     return areas == sorted(areas, reverse=True) and areas[0] > areas[-1]  # the last two may be 1x1 both
+
+
+def common_levels(student: Sequence[Layer], teacher: Sequence[Layer]) -> list[tuple[str, str]]:
+    """Return the pairs of levels that two feature pyramids have in common, from large to small; [] if there are none.
+
+    Levels of the same key go together, unless keys mean other sizes in each: the level "0" is a quarter of the image in
+    a Faster R-CNN and an eighth in a RetinaNet. Then those of the same size do.
+    """
+    ours, theirs = pyramid(student), pyramid(teacher)
+    sizes = [{name: shape[2:] for layer in layers for name, shape in layer.elements} for layers in (student, teacher)]
+    same_key = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    if same_key and all(sizes[0][a] == sizes[1][b] for a, b in same_key):
+        return same_key
+    same_size: list[tuple[str, str]] = []
+    left = list(theirs.values())
+    for a in ours.values():
+        if b := next((b for b in left if sizes[1][b] == sizes[0][a]), None):
+            same_size.append((a, b))
+            left.remove(b)
+    return same_size or same_key
 
 
 def box_outputs(layers: Sequence[Layer]) -> tuple[str, str] | None:
@@ -58,11 +78,6 @@ def class_map(layers: Sequence[Layer]) -> Layer | None:
         return None
     scores = [layer for layer in layers if layer.scores and layer.is_map and layer.instead is None]
     return min(scores, key=_area)  # of equals the first, which is the convolution itself
-
-
-def is_dense(layers: Sequence[Layer]) -> bool:
-    """Return whether a model scores positions or returns boxes rather than scoring whole images."""
-    return layers[-1].name == OUTPUT and (layers[-1].layout is None or layers[-1].is_map)
 
 
 def _area(layer: Layer) -> int:

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from diffkd.dense_layers import box_outputs, class_map, pyramid
+from diffkd.dense_layers import box_outputs, class_map, common_levels
 from diffkd.layers import OUTPUT, Layer, list_layers
 from diffkd.layout import Layout
 from diffkd.methods import MethodFactory
+from diffkd.methods.shared import Shared
 from diffkd.ramp import ALWAYS, Ramp
 from diffkd.shape import Want
 
@@ -68,7 +69,8 @@ def match_layers(
     Depending on what the method wants: the last maps before pooling, the logits (where both have the same classes), or
     the last map of every resolution, deepest with deepest. Models without maps (plain MLPs) pair their last hidden
     vectors. Segmenters with the same classes pair their class maps before up-sampling, in the place of logits, and a
-    method that wants those gets nothing else of them. Detectors pair the levels of their feature pyramids by name.
+    method that wants those gets nothing else of them. Detectors pair the levels of their feature pyramids (:func:`~
+    diffkd.dense_layers.common_levels`).
 
     Args:
         student, teacher: any two modules.
@@ -90,6 +92,7 @@ def match_layers(
 def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None = None) -> list[Pair]:
     """Pair two lists of layers, as :func:`match_layers` does."""
     wants = wants_of(method)
+    method = method.fresh() if isinstance(method, Shared) else method
     if "box outputs" in wants and (outputs := _box_output_pair(student, teacher, method)) is not None:
         return [outputs]
     if (levels := _pyramid_pairs(student, teacher, method, wants)) is not None:
@@ -128,16 +131,15 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
 def _pyramid_pairs(
     student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None, wants: frozenset[Want]
 ) -> list[Pair] | None:
-    """Return the pairs of two feature pyramids' levels of the same name; None if there are no two pyramids."""
-    ours, theirs = pyramid(student), pyramid(teacher)
-    keys = [key for key in ours if key in theirs]
-    if not keys or not wants & {"feature", "stages", "levels", "class map"}:
+    """Return the pairs of two feature pyramids' common levels; None if there are no two pyramids."""
+    levels = common_levels(student, teacher)
+    if not levels or not wants & {"feature", "stages", "levels", "class map"}:
         return None
     layout = Layout("nchw")
     if "levels" in wants:
-        names = [ours[key] for key in keys], [theirs[key] for key in keys]
+        names = [ours for ours, _ in levels], [theirs for _, theirs in levels]
         return [Pair(*names, method, name="levels", student_layout=layout, teacher_layout=layout)]
-    return [Pair(ours[key], theirs[key], method, student_layout=layout, teacher_layout=layout) for key in keys]
+    return [Pair(ours, theirs, method, student_layout=layout, teacher_layout=layout) for ours, theirs in levels]
 
 
 def _box_output_pair(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None) -> Pair | None:

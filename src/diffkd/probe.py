@@ -1,6 +1,6 @@
 """The one run of each model with the example, from which all else is found out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,15 @@ def probe(
 ) -> Callable[..., Reader]:
     """Record the example once, and return what finds out how layers are to be read."""
     output, outputs, _ = _record(recorder, model, example)
+    # Several maps under names of their own are features, of which the first holds no more scores than the others.
+    named = isinstance(output, Mapping) and len(output) > 1 and not {"logits", "out"} & set(output)
     return partial(
         reader_for,
         side,
         outputs=outputs,
-        logits=select_tensor(output),
+        logits=None if named else select_tensor(output),
         input_size=input_size_of(example),
-        scores={layer.name for layer in layers if layer.scores},
+        scores=set() if named else {layer.name for layer in layers if layer.scores},
         prefix=prefix_tokens(model),
     )
 

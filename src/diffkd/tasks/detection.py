@@ -4,12 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from diffkd.models.backbone_norm import Norm
+from diffkd.models.transformers_detector import TransformersDetector
 from diffkd.tasks.history import Row
+from diffkd.tasks.replicas import several_processes
 from diffkd.tasks.task import TASK, Step
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]], Tensor]
@@ -86,11 +89,28 @@ class Detection:
         return CocoPrecision(device)
 
     def judge(self, teacher: Callable[[Any], Any], batch: Batch) -> tuple[float, float] | None:
-        """Return a teacher's average precision at an overlap of 0.5 on a batch. By chance it would be 0."""
+        """Return a teacher's average precision at an overlap of 0.5 on a batch; None if it has other classes.
+
+        By chance it would be 0.
+        """
+        if classes_of(teacher) not in (None, len(self.classes)):
+            return None
         images, targets, _ = batch
         meter = CocoPrecision(images[0].device)
         meter.take(teacher(images), targets)
         return meter.compute()["ap50"], 0.0
+
+
+def classes_of(detector: object) -> int | None:
+    """Return how many classes a detector tells apart, background not counted; None if that cannot be seen."""
+    if isinstance(detector, TransformersDetector):
+        return detector.num_classes
+    scores = getattr(getattr(getattr(detector, "roi_heads", None), "box_predictor", None), "cls_score", None)
+    count = getattr(scores, "out_features", None)
+    if count is None:
+        head = getattr(getattr(detector, "head", None), "classification_head", None)
+        count = getattr(head, "num_classes", None)
+    return count - 1 if isinstance(count, int) else None  # torchvision counts the background
 
 
 class CocoPrecision:
@@ -105,8 +125,8 @@ class CocoPrecision:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.metric = MeanAveragePrecision(backend="faster_coco_eval").to(device)
-        self.metric.warn_on_many_detections = False
+        self.device = device
+        self._images: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # what was found, and what is there
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Detect in the images of a batch."""
@@ -116,19 +136,36 @@ class CocoPrecision:
 
     def take(self, detections: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> None:
         """Take in the detections ("boxes", "labels", "scores") of some images, and what is there."""
-        wanted = ("boxes", "labels", "area", "iscrowd")
-        self.metric.update(
-            [
-                {name: one[name].float() if name != "labels" else one[name] for name in ("boxes", "scores", "labels")}
-                for one in detections
-            ],
-            [{name: one[name] for name in wanted if name in one} for one in targets],
-        )
+        for found, there in zip(detections, targets, strict=True):
+            self._images.append(
+                (
+                    {name: found[name].detach().cpu() for name in ("boxes", "scores", "labels")},
+                    {name: value.cpu() for name, value in there.items()},
+                )
+            )
 
     def compute(self) -> Row:
         """Return the numbers over all images of all processes, and begin anew."""
-        found = self.metric.compute()
-        self.metric.reset()
+        images, self._images = self._images, []
+        if several_processes():
+            # The metric's own gathering wants equally many images on each process.
+            shares: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(shares, images)
+            images = sorted((image for share in shares for image in share), key=lambda image: int(image[1]["image_id"]))
+        # The thresholds of COCO in float64; by default they are rounded to float32, and recalls of 0.2 miss theirs.
+        metric = MeanAveragePrecision(
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            backend="faster_coco_eval",
+            sync_on_compute=False,
+        )
+        metric.warn_on_many_detections = False
+        wanted = ("boxes", "labels", "area", "iscrowd")
+        metric.update(
+            [{name: value.float() if name != "labels" else value for name, value in one.items()} for one, _ in images],
+            [{name: one[name] for name in wanted if name in one} for _, one in images],
+        )
+        found = metric.compute()
         values = {name: float(found[theirs]) for name, theirs in COCO_NUMBERS.items()}
         if values["ap"] < 0:
             return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}  # no objects at all: nothing can be found

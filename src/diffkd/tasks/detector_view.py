@@ -29,7 +29,12 @@ class DetectorView:
     def __call__(self, inputs: Any, calls: Mapping[str, Call]) -> dict[str, Any]:
         """Return the arguments of a :class:`~diffkd.models.detector_teacher.DetectorTeacher`."""
         batch, _ = calls[_TRANSFORM].output
-        images = batch.tensors if self.renormalise is None else self.renormalise(batch.tensors)
+        images = batch.tensors
+        if self.renormalise is not None:
+            images = self.renormalise(images)
+            for image, (height, width) in zip(images, batch.image_sizes, strict=True):
+                image[:, height:] = 0  # as the teacher's own transform pads
+                image[:, :, width:] = 0
         arguments = {"images": images, "image_sizes": batch.image_sizes}
         if _POOL in calls:
             arguments["proposals"] = calls[_POOL].args[1]

@@ -10,6 +10,7 @@ from torch import nn
 
 from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.tasks.data_facts import DataFacts, facts_of
+from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.quiet import quiet_trainer
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.student_file import Which, find_student, read_card
@@ -66,7 +67,15 @@ def evaluate(
     if card.get("task", facts.task) != facts.task:
         raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
     options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
-    built = load(name, facts, num_classes=classes, in_channels=channels, weights=path, auxiliary=options.auxiliary)
+    built = load(
+        name,
+        facts,
+        num_classes=classes,
+        in_channels=channels,
+        weights=path,
+        auxiliary=options.auxiliary,
+        detection=DetectionOptions(**(card.get("detection") or {})),
+    )
     training = Training(
         _renormalised(built, card, facts),
         build_task(facts, segmentation=options if segmentation is None else segmentation),

@@ -12,6 +12,7 @@ from torch import nn
 from diffkd.data.seeding import mix_seed
 from diffkd.distiller import Distiller
 from diffkd.layers import list_layers
+from diffkd.layout import Layout
 from diffkd.matching import Pair, wants_of
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
@@ -114,7 +115,7 @@ def build_teacher(
     if classes is None and own_code:
         classes = data.num_classes
     elif classes is None and path is not None:
-        classes = _classes_in(path, name, data, channels)
+        classes = _classes_in(path, name, data, channels, detection)
     if card.get("task", data.task) != data.task:
         raise ValueError(f"teacher {path} is for {card['task']}, the data are for {data.task}; give another teacher")
     auxiliary = bool((card.get("segmentation") or {}).get("auxiliary"))
@@ -160,24 +161,63 @@ def build_distiller(
     factories = [factory_of(one) for one in methods]
     view: TeacherInput | DetectorView | None = teacher_input
     if data.task == "detection":
+        if not isinstance(pairs, str):
+            pairs = [_read_as_detectors(pair) for pair in pairs]
         wanted = (
             any("box outputs" in wants_of(factory) for factory in factories)
             if isinstance(pairs, str)
             else any(not name.startswith("backbone") for pair in pairs for name in pair.teacher_names)
         )
-        view = DetectorView(_renormalisation(student, teacher), proposals=wanted and hasattr(teacher, "roi_heads"))
+        view = _detector_view(student, teacher, heads=wanted)
         teacher = DetectorTeacher(teacher.eval(), heads=wanted)
     example = padded_example(data, student, teacher)
     return Distiller(student, teacher, pairs, example=example, method=factories, teacher_input=view)
 
 
-def _renormalisation(student: nn.Module, teacher: nn.Module) -> TeacherInput | None:
-    """Return what turns images normalised by the student's transform into those that the teacher's would make."""
-    ours, theirs = (
-        (list(model.transform.image_mean), list(model.transform.image_std))  # type: ignore[union-attr, arg-type]
-        for model in (student, teacher)
+def _read_as_detectors(pair: Pair) -> Pair:
+    """Return the pair with the layouts that a detector's outputs are known to have, where none is given.
+
+    They cannot be told from the size of the images, since a detector resizes and pads those.
+    """
+
+    def known(names: Sequence[str], given: Layout | None) -> Layout | None:
+        if given is None and all(name.startswith("backbone[") for name in names):
+            return Layout("nchw")
+        if given is None and all(name.endswith(("[cls_logits]", "[bbox_regression]")) for name in names):
+            return Layout("rows")
+        return given
+
+    return replace(
+        pair,
+        student_layout=known(pair.student_names, pair.student_layout),
+        teacher_layout=known(pair.teacher_names, pair.teacher_layout),
     )
-    return None if _close(ours, theirs) else TeacherInput(*ours, *theirs)
+
+
+def _detector_view(student: nn.Module, teacher: nn.Module, *, heads: bool) -> DetectorView:
+    """Return how the teacher sees what the student's transform has made of the images.
+
+    Raises:
+        ValueError: if one of them has no such transform, or the outputs of heads of different kinds are to be compared.
+    """
+    transforms = [getattr(model, "transform", None) for model in (student, teacher)]
+    for side, model, transform in zip(("student", "teacher"), (student, teacher), transforms, strict=True):
+        if not hasattr(transform, "image_mean") or not hasattr(transform, "image_std"):
+            raise ValueError(
+                f"{side} {type(model).__name__} has no module 'transform' with image_mean and image_std, as detectors "
+                "of torchvision have: so that both see the same pixels, let it resize and normalise there"
+            )
+    two_stage = [hasattr(model, "roi_heads") for model in (student, teacher)]
+    if heads and two_stage[0] != two_stage[1]:
+        kinds = " and a ".join(f"{'two' if two else 'one'}-stage" for two in two_stage)
+        raise ValueError(
+            f"{type(student).__name__} and {type(teacher).__name__} are a {kinds} detector, whose outputs are of "
+            "different boxes: distil the feature pyramid alone"
+        )
+    ours, theirs = ((list(one.image_mean), list(one.image_std)) for one in transforms)  # type: ignore[union-attr]
+    return DetectorView(
+        None if _close(ours, theirs) else TeacherInput(*ours, *theirs), proposals=heads and two_stage[1]
+    )
 
 
 def find_weights(weights: str | Path) -> Path:
@@ -198,16 +238,20 @@ def _method(method: Any) -> Any:
     return method if isinstance(method, nn.Module) else factory_of(method)
 
 
-def _classes_in(weights: Path, name: str, data: DataFacts, channels: int | None) -> int:
-    """Return how many classes the weights are for: the model's entries that depend on it are found by building one."""
+def _classes_in(weights: Path, name: str, data: DataFacts, channels: int | None, detection: DetectionOptions) -> int:
+    """Return how many classes the weights are for: the entries that grow with them are found by building two models."""
     classes = data.num_classes
-    ours = load(name, data, num_classes=classes, in_channels=channels).state_dict()
+    ours, larger = (
+        load(name, data, num_classes=count, in_channels=channels, detection=detection).state_dict()
+        for count in (classes, classes + 1)
+    )
     found = {
-        len(theirs)
+        classes + (len(theirs) - len(ours[entry])) / growth
         for entry, theirs in read_weights(weights).items()
-        if entry in ours and theirs.ndim and len(ours[entry]) == classes and theirs.shape != ours[entry].shape
+        if entry in ours and theirs.ndim and ours[entry].ndim and (growth := len(larger[entry]) - len(ours[entry]))
     }
-    return found.pop() if len(found) == 1 else classes
+    count = found.pop() if len(found) == 1 else 0
+    return int(count) if count >= 1 and count == int(count) else classes
 
 
 def _close(ours: Any, theirs: Any) -> bool:
