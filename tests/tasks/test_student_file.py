@@ -1,6 +1,7 @@
 """Students found, exported and measured again."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from safetensors.torch import save_file
 from short_trainings import METHODS, arrays, same_weights, signal_self, train
 
 from diffkd import DiffKD, read_weights
-from diffkd.data import Arrays
-from diffkd.models import load_model
+from diffkd.data import Arrays, DetectionScenes, SegmentationScenes
+from diffkd.models import load_detector, load_model, load_segmenter
 from diffkd.official import to_official_state
 from diffkd.tasks.evaluation import evaluate
 from diffkd.tasks.fit import fit
@@ -149,3 +150,20 @@ def test_a_damaged_card_is_named(tmp_path):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(ValueError, match=r"a\.json"):
             read_card(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_averaged_students_of_dense_tasks_have_their_own_entries_alone(tmp_path, task):
+    scenes, load, kind = {
+        "detection": (DetectionScenes, load_detector, "tiny_fcos"),
+        "segmentation": (SegmentationScenes, load_segmenter, "coarse"),
+    }[task]
+    name = f"{Path(__file__).parents[1] / 'program_models.py'}:{kind}"
+    data = scenes(train_count=4, val_count=2, size=(32, 32), classes=(0, 1), batch_size=2)
+    fit(name, data, tmp_path / "run", epochs=1, ema=0.5, **QUIET)
+    for source in ("run", "run/checkpoints/last.ckpt"):
+        out = export(str(tmp_path / source), tmp_path / "plain.safetensors")
+        assert same_weights(out, tmp_path / "run" / "student.safetensors")
+        assert read_card(out)["task"] == task
+        model = load(name, num_classes=data.num_classes, weights=out)
+        assert read_weights(out).keys() == model.state_dict().keys()

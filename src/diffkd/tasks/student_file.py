@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from safetensors.torch import save_file
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from diffkd.official import split_checkpoint
 from diffkd.tasks.checkpointing import read_checkpoint
+from diffkd.tasks.plain_student import rebuild
+from diffkd.tasks.program_file import write_program
 from diffkd.tasks.run_folder import RunFolder
 from diffkd.weights import read_weights, write_text, write_whole
 
 Which = Literal["last", "best"]
+
+_SUFFIXES = (".safetensors", ".onnx", ".pt2")
 
 
 def find_student(source: str | Path, which: Which = "last") -> Path:
@@ -56,25 +61,54 @@ def read_card(weights: str | Path) -> dict[str, Any]:
     return card
 
 
-def export(source: str, out: str | Path | None = None, *, which: Which = "last") -> Path:
-    """Save the plain student of a run or of a checkpoint as safetensors, with its card beside it.
+def export(
+    source: str,
+    out: str | Path | None = None,
+    *,
+    which: Which = "last",
+    model: str | None = None,
+    image_size: list[int] | None = None,
+    normalize: bool = False,
+    opset: int | None = None,
+    tolerance: float = 1e-4,
+) -> Path:
+    """Save the plain student of a run or of a checkpoint, with its card beside it.
+
+    As .safetensors its own weights under its own names; as .onnx or .pt2 (`torch.export`) a program, which is compared
+    with the student before the file stays. The programs take `images` and return
+
+    - of classifiers and segmenters `logits`, (B, K) or (B, K, H, W), for images (B, C, H, W) normalised as in training.
+      The batch may change, and of segmenters the size; where a model does not allow that, the line that is printed says
+      so;
+    - of torchvision's RetinaNet, FCOS and Faster R-CNN `boxes`, `scores` and `labels` of one image (1, 3, H, W) in
+      [0, 1] of a fixed size. Detectors of transformers and of other makes go as .safetensors alone.
 
     Args:
         source: folder of a run, a last.ckpt, a student's file, or a checkpoint of the DiffKD authors' code.
-        out: file to write, ends in .safetensors; None: student.safetensors here.
+        out: file to write, ends in .safetensors, .onnx or .pt2; None: student.safetensors here.
         which: of a run, the student of the last or of the best epoch.
+        model: for .onnx and .pt2, name of the model; needed where the card names none, or code of one's own.
+        image_size: for these, [H, W] in pixels, or one side of a square; None: as in training.
+        normalize: for these, let the program take images in [0, 1] and normalise them itself. Detectors always do.
+        opset: of ONNX, from 18 on; None: PyTorch's choice.
+        tolerance: for these, largest difference to the student, as a share of its largest logit; of detectors, in
+            scores and as a share of the image.
 
     Returns:
         The file written.
 
     Raises:
         FileNotFoundError: if there is no such source.
-        ValueError: if `out` is no .safetensors, or the source is damaged.
+        ValueError: if `out` is of another kind, the source is damaged, the card does not say what is needed, or the
+            student cannot be exported as a program.
+        ModuleNotFoundError: if an extra of this package must be installed first.
         OSError: if the file cannot be written.
     """
     target = Path("student.safetensors" if out is None else out)
-    if target.suffix != ".safetensors":
-        raise ValueError(f"a student is exported as .safetensors, got --out {target}")
+    if target.suffix not in _SUFFIXES:
+        raise ValueError(f"a student is exported as {', '.join(_SUFFIXES)}; got --out {target}")
+    if opset is not None and (opset < 18 or target.suffix != ".onnx"):
+        raise ValueError(f"opset {opset} is for .onnx, and must be at least 18; leave --opset out")
     if Path(source).is_dir() and not RunFolder(source).result.is_file() and RunFolder(source).checkpoint.is_file():
         source = str(RunFolder(source).checkpoint)  # of a run that is still going on, the last checkpoint
     if Path(source).suffix == ".ckpt":
@@ -83,10 +117,26 @@ def export(source: str, out: str | Path | None = None, *, which: Which = "last")
         path = find_student(source, which)
         weights, card = split_checkpoint(read_weights(path))[0], read_card(path)
     tensors = {name: value.clone().contiguous() for name, value in weights.items()}
-    text = json.dumps(card, indent=2, sort_keys=True) + "\n"
-    write_whole(target, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    write_text(target.with_suffix(".json"), text)
-    print(f"{target}: {len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} values")  # noqa: T201
+    note = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} values"
+    if target.suffix == ".safetensors":
+        write_whole(target, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    else:
+        with TemporaryDirectory() as folder:
+            plain = Path(folder) / "student.safetensors"
+            save_file(tensors, plain, metadata={"format": "pt"})
+            try:
+                student = rebuild(plain, card, model=model, image_size=image_size, normalize=normalize)
+            except ValueError as error:  # which names the file in between
+                raise ValueError(str(error).replace(str(plain), source)) from error
+        card = {
+            **card,
+            "model": model or card["model"],
+            "image_size": list(student.example.shape[2:]),
+            "normalizes": normalize or card.get("task") == "detection",
+        }
+        note += "; " + write_program(student, target, json.dumps(card), opset=opset, tolerance=tolerance)
+    write_text(target.with_suffix(".json"), json.dumps(card, indent=2, sort_keys=True) + "\n")
+    print(f"{target}: {note}")  # noqa: T201
     return target
 
 
