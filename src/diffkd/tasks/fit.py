@@ -34,10 +34,12 @@ from diffkd.tasks.setup import build_distiller, build_student, build_teacher
 from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.training import Training
+from diffkd.teacher_options import TeacherOptions
 from diffkd.weights import save_student
 
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
 DEFAULT_SCHEDULE = Schedule("cosine")
+FOLDED = TeacherOptions(fold=True)
 
 
 def fit(
@@ -48,6 +50,7 @@ def fit(
     teacher: str | None = None,
     teacher_weights: str | None = None,
     teacher_pretrained: bool = False,
+    teacher_options: TeacherOptions = FOLDED,
     student_weights: str | None = None,
     student_pretrained: bool = False,
     pretrained_backbone: bool = False,
@@ -88,6 +91,7 @@ def fit(
         teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
         teacher_weights: file of its weights, or the folder of the run that trained it.
         teacher_pretrained: use its published weights.
+        teacher_options: how it runs: BatchNorm folded into convolutions, in lower precision, with the channels last.
         student_weights: file, or folder of a run, to start the student from.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
@@ -160,7 +164,16 @@ def fit(
             teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
         )
         teaching = [whole]
-        trained = build_distiller(model, whole, view, data=facts, pairs=pairs, method=method, seed=seed)
+        trained = build_distiller(
+            model,
+            whole,
+            view,
+            data=facts,
+            pairs=pairs,
+            method=method,
+            seed=seed,
+            teacher_options=teacher_options,
+        )
     task = build_task(facts, label_smoothing=label_smoothing, segmentation=segmentation, models=[model, *teaching])
     training = Training(
         trained,
