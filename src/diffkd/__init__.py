@@ -31,6 +31,7 @@ from diffkd.methods import (
 from diffkd.ramp import Ramp
 from diffkd.shape import FeatureShape
 from diffkd.teacher_input import TeacherInput
+from diffkd.teacher_options import TeacherOptions
 from diffkd.weights import load_weights, read_weights, save_student
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "Ramp",
     "ReviewKD",
     "TeacherInput",
+    "TeacherOptions",
     "list_layers",
     "load_weights",
     "match_layers",

@@ -1,7 +1,6 @@
 """The distiller: a student, a frozen teacher, and one method for each pair of their layers."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -12,11 +11,13 @@ from diffkd.layers import find_layer, list_layers, on_device_of, run
 from diffkd.layout import resize
 from diffkd.matching import Pair, pair_layers
 from diffkd.methods import DiffKD, MethodFactory
+from diffkd.pair_table import as_text, pair_rows, unique_names
 from diffkd.probe import probe, watch
 from diffkd.reader import Reader, agree
 from diffkd.recorder import Call, Recorder, split_selector
 from diffkd.student_view import StudentView
 from diffkd.teacher_head import pooled_classifier
+from diffkd.teacher_options import AS_GIVEN, TeacherOptions, prepare_teacher
 from diffkd.weights import unwrap
 
 
@@ -41,13 +42,15 @@ class Distiller(nn.Module):
     Args:
         student: the model to train.
         teacher: the model to learn from.
-        pairs: which layers learn from which, or "auto" (see :func:`~diffkd.match_layers`).
+        pairs: which layers learn from which, or "auto" (see :func:`~diffkd.match_layers`). What the teacher would run
+            after the last layer that is wanted is left out.
         example: input of the student for probing: a tensor (B, C, H, W), a tuple of arguments or a mapping of keyword
             arguments. Two images do.
         method: default method of the pairs; with "auto" also a list of methods, each paired as it wants.
         teacher_input: turns the student's input into the teacher's, where they are normalised or sized differently
             (:class:`~diffkd.TeacherInput`), or takes it from layers of the student
             (:class:`~diffkd.student_view.StudentView`).
+        teacher_options: how the teacher runs; by default as it was given (:class:`~diffkd.TeacherOptions`).
 
     Methods that want the teacher's classifier (SRRL) get its pooling and last linear layer.
 
@@ -77,6 +80,7 @@ class Distiller(nn.Module):
         example: Any,
         method: MethodFactory | Sequence[MethodFactory] = DiffKD,
         teacher_input: Callable[[Any], Any] | StudentView | None = None,
+        teacher_options: TeacherOptions = AS_GIVEN,
     ) -> None:
         super().__init__()
         trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
@@ -86,13 +90,12 @@ class Distiller(nn.Module):
                 "copy.deepcopy one of them"
             )
         self.student = student
-        # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
-        self._teacher = [teacher.eval()]
+        self._lowers = teacher_options.lowers
         self.teacher_input = teacher_input
         self._watched = teacher_input.layers if isinstance(teacher_input, StudentView) else ()
         student_layers = list_layers(student, example)
         teacher_example = self._teacher_inputs(example, watch(student, self._watched, example))
-        teacher_layers = list_layers(teacher, teacher_example)
+        teacher_layers = list_layers(teacher.eval(), teacher_example)
 
         methods = list(method) if isinstance(method, Sequence) else [method]
         if isinstance(pairs, str):
@@ -102,7 +105,7 @@ class Distiller(nn.Module):
         if not pairs:
             raise ValueError("pairs is empty: name at least one Pair, or leave it at 'auto'")
         self.pairs = tuple(pairs)
-        self.names = _unique_names(self.pairs)
+        self.names = unique_names(self.pairs)
         student_names = [name for pair in self.pairs for name in pair.student_names]
         teacher_names = [name for pair in self.pairs for name in pair.teacher_names]
         for side, names, layers in (
@@ -113,6 +116,9 @@ class Distiller(nn.Module):
                 find_layer(layers, split_selector(name)[0], f"{side} {layers[-1].type}")
         self._student_recorder = Recorder(list(dict.fromkeys(student_names)), self._watched)
         self._student_recorder.attach(student)
+        teacher = prepare_teacher(teacher, teacher_example, teacher_names, teacher_options)
+        # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
+        self._teacher = [teacher]
         self._teacher_recorder = Recorder(list(dict.fromkeys(teacher_names)))
         self._teacher_recorder.attach(teacher)
 
@@ -145,11 +151,15 @@ class Distiller(nn.Module):
         """What the methods want to be handed besides features, such as "labels" or "indices"."""
         return frozenset(name for method in self.methods for name in getattr(method, "needs", ()))
 
-    def forward(self, inputs: Any, **context: Any) -> tuple[Any, dict[str, Tensor]]:
+    def forward(
+        self, inputs: Any, *, teacher_features: Mapping[str, Tensor] | None = None, **context: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
         """Run teacher and student on a batch and compare their features.
 
         Args:
             inputs: the student's input, as in the constructor's `example`.
+            teacher_features: what :meth:`teacher_features` returned for these inputs, now or earlier; the teacher then
+                does not run.
             context: what :attr:`needs` names, such as `labels=`; further names are ignored.
 
         Returns:
@@ -158,7 +168,7 @@ class Distiller(nn.Module):
         Raises:
             TypeError: if something that a method needs is missing.
         """
-        output, results = self._distil(inputs, context)
+        output, results = self._distil(inputs, teacher_features, context)
         losses: dict[str, Tensor] = {}
         gammas: dict[str, Tensor] = {}
         for index, (name, pair, (_, _, result)) in enumerate(zip(self.names, self.pairs, results, strict=True)):
@@ -177,7 +187,16 @@ class Distiller(nn.Module):
 
         The modules keep their modes: call `.eval()` first, and wrap in `torch.no_grad()`, to look without training.
         """
-        return dict(zip(self.names, self._distil(inputs, context)[1], strict=True))
+        return dict(zip(self.names, self._distil(inputs, None, context)[1], strict=True))
+
+    def teacher_features(self, inputs: Any) -> dict[str, Tensor]:
+        """Return the outputs of the teacher's wanted layers by name, where its own input follows from `inputs` alone.
+
+        Raises:
+            TypeError: if its input is taken from layers of the student.
+        """
+        self._check_independent()
+        return self._teach(inputs, {})
 
     def teach(self, inputs: Any) -> Any:
         """Return what the teacher returns for the student's inputs, where its own input follows from those alone.
@@ -185,8 +204,7 @@ class Distiller(nn.Module):
         Raises:
             TypeError: if its input is taken from layers of the student.
         """
-        if isinstance(self.teacher_input, StudentView):
-            raise TypeError("the teacher's input is made while the student runs; call the whole teacher instead")
+        self._check_independent()
         with torch.no_grad():
             return run(self.teacher, on_device_of(self.teacher, self._teacher_inputs(inputs, {})))
 
@@ -221,36 +239,17 @@ class Distiller(nn.Module):
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return one row per pair: name, student layer and shape, teacher layer and shape, method, parameters."""
-        return [
-            (
-                name,
-                ", ".join(ours.names),
-                str(ours),
-                ", ".join(theirs.names),
-                str(theirs),
-                type(method).__name__,
-                f"{sum(p.numel() for p in method.parameters()):,}",
-            )
-            for name, (ours, theirs), method in zip(self.names, self.readers, self.methods, strict=True)
-        ]
+        return list(pair_rows(self.names, self.readers, self.methods))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
-        header = ("pair", "student layer", "shape", "teacher layer", "shape", "method", "parameters")
-        table = [header, *self.rows()]
-        widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
         title = f"{type(unwrap(self.student)).__name__} learns from {type(unwrap(self.teacher)).__name__}"
-        return "\n".join([title, *lines])
+        return as_text(title, self.rows())
 
-    def _distil(self, inputs: Any, context: dict[str, Any]) -> tuple[Any, list[Observation]]:
+    def _distil(
+        self, inputs: Any, teacher_features: Mapping[str, Tensor] | None, context: dict[str, Any]
+    ) -> tuple[Any, list[Observation]]:
         output, ours, calls = self._student_recorder.record(self.student, inputs)
-        with torch.no_grad():
-            # The example was cast to the teacher's type, so a teacher in half precision gets its images likewise.
-            teacher_inputs = on_device_of(self.teacher, self._teacher_inputs(inputs, calls))
-            theirs = self._teacher_recorder.record(self.teacher, teacher_inputs).features
+        theirs = self._teach(inputs, calls) if teacher_features is None else teacher_features
         if isinstance(self.teacher_input, StudentView):
             context = self.teacher_input.context(inputs, calls) | context
         results = []
@@ -271,6 +270,17 @@ class Distiller(nn.Module):
             results.append(Observation(student, teacher, result))
         return output, results
 
+    def _teach(self, inputs: Any, calls: dict[str, Call]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            # The example was cast to the teacher's type, so a teacher in half precision gets its images likewise.
+            teacher_inputs = on_device_of(self.teacher, self._teacher_inputs(inputs, calls))
+            features = self._teacher_recorder.record(self.teacher, teacher_inputs, whole=False).features
+        return {name: feature.float() for name, feature in features.items()} if self._lowers else features
+
+    def _check_independent(self) -> None:
+        if isinstance(self.teacher_input, StudentView):
+            raise TypeError("the teacher's input is made while the student runs; call the whole teacher instead")
+
     def _teacher_inputs(self, inputs: Any, calls: dict[str, Call]) -> Any:
         if isinstance(self.teacher_input, StudentView):
             return self.teacher_input(inputs, calls)
@@ -286,16 +296,4 @@ def _build(method: nn.Module | MethodFactory, student: Reader, teacher: Reader) 
     if isinstance(method, nn.Module):
         return method
     factory: Callable[..., nn.Module] = method
-    if student.several:
-        return factory(student.shapes, teacher.shapes)
-    return factory(student.shapes[0], teacher.shapes[0])
-
-
-def _unique_names(pairs: Sequence[Pair]) -> tuple[str, ...]:
-    wanted = [pair.name or ",".join(pair.student_names) for pair in pairs]
-    count: Counter[str] = Counter()
-    names = []
-    for name in wanted:
-        count[name] += 1
-        names.append(name if count[name] == 1 else f"{name}#{count[name]}")
-    return tuple(names)
+    return factory(*((side.shapes if student.several else side.shapes[0]) for side in (student, teacher)))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,7 +25,7 @@ class Recording(NamedTuple):
     """What one run of a model left.
 
     Attributes:
-        output: what the model returned.
+        output: what the model returned; None if it was stopped before.
         features: the tensors of the chosen layers by name.
         calls: the calls of the watched layers by name.
     """
@@ -50,6 +51,8 @@ class Recorder:
     names: Sequence[str]
     watched: Sequence[str] = ()
     active: bool = False
+    stops: bool = False
+    stopped: bool = False
     outputs: dict[str, Tensor] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -83,15 +86,28 @@ class Recorder:
             handle.remove()
         self.handles.clear()
 
-    def record(self, model: nn.Module, inputs: Any) -> Recording:
+    def record(self, model: nn.Module, inputs: Any, *, whole: bool = True) -> Recording:
         """Run `model` and return what it returns, and what was recorded.
+
+        Args:
+            model: the one that :meth:`attach` was given.
+            inputs: its input.
+            whole: False: what comes after the last recorded layer need not run. It is left out where nothing hinders:
+                the output is not among the recorded, the model is not wrapped, and not being compiled.
 
         Raises:
             ValueError: if a layer left nothing to record.
         """
-        self.active = True
+        wants_output = any(split_selector(name)[0] == OUTPUT for name in self.names)
+        self.stops = not (whole or wants_output or unwrap(model) is not model)
+        self.active, self.stopped = True, False
+        output = None
         try:
             output = run(model, inputs)
+        except Exception:
+            # By the flag and not by the type: a model may turn what passes through it into an exception of its own.
+            if not self.stopped:
+                raise
         finally:
             # Nothing is held on to: activations would live until the next batch.
             outputs, self.outputs, calls, self.calls, self.active = self.outputs, {}, self.calls, {}, False
@@ -109,6 +125,14 @@ class Recorder:
             )
         return Recording(output, outputs, calls)
 
+    def stop_if_complete(self) -> None:
+        """End the model's forward, if that is allowed and all layers have been recorded; called by the hooks."""
+        if torch.compiler.is_compiling():
+            return  # a graph holds the whole model: breaking out would cost more than it saves
+        if self.active and self.stops and len(self.outputs) + len(self.calls) == len(self.names) + len(self.watched):
+            self.stopped = True
+            raise _Enough
+
 
 class _Tap:
     """A forward hook; a class rather than a closure so that copying and pickling a model works."""
@@ -123,6 +147,11 @@ class _Tap:
             tensor = select_tensor(output, self.key)
             if tensor is not None:
                 self.recorder.outputs[self.name] = tensor
+        self.recorder.stop_if_complete()
+
+
+class _Enough(Exception):  # noqa: N818  # no error: it ends a forward of which all that is wanted has been recorded
+    """Raised inside a model's forward, and caught around it."""
 
 
 def split_selector(name: str) -> tuple[str, str | None]:

@@ -18,9 +18,11 @@ from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import build_distiller, build_student, build_teacher
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.training import Training
+from diffkd.teacher_options import TeacherOptions
 
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
 DEFAULT_SCHEDULE = Schedule("cosine")
+FOLDED = TeacherOptions(fold=True)
 
 
 def build_training(
@@ -30,6 +32,7 @@ def build_training(
     teacher: str | None = None,
     teacher_weights: str | None = None,
     teacher_pretrained: bool = False,
+    teacher_options: TeacherOptions = FOLDED,
     student_weights: str | None = None,
     student_pretrained: bool = False,
     pretrained_backbone: bool = False,
@@ -83,7 +86,16 @@ def build_training(
             teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
         )
         teaching = [whole]
-        trained = build_distiller(model, whole, view, data=facts, pairs=pairs, method=method, seed=seed)
+        trained = build_distiller(
+            model,
+            whole,
+            view,
+            data=facts,
+            pairs=pairs,
+            method=method,
+            seed=seed,
+            teacher_options=teacher_options,
+        )
     training = Training(
         trained,
         build_task(facts, label_smoothing=label_smoothing, segmentation=segmentation, models=[model, *teaching]),

@@ -16,7 +16,7 @@ from rich.console import Console
 from diffkd.matching import Pair
 from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
-from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, build_training
+from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, FOLDED, build_training
 from diffkd.tasks.card import make_card, versions, with_metrics
 from diffkd.tasks.checkpointing import Saver, WholeFiles
 from diffkd.tasks.data_facts import facts_of
@@ -33,6 +33,7 @@ from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION
 from diffkd.tasks.training import Training
+from diffkd.teacher_options import TeacherOptions
 from diffkd.weights import save_student
 
 
@@ -44,6 +45,7 @@ def fit(
     teacher: str | None = None,
     teacher_weights: str | None = None,
     teacher_pretrained: bool = False,
+    teacher_options: TeacherOptions = FOLDED,
     student_weights: str | None = None,
     student_pretrained: bool = False,
     pretrained_backbone: bool = False,
@@ -84,6 +86,7 @@ def fit(
         teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
         teacher_weights: file of its weights, or the folder of the run that trained it.
         teacher_pretrained: use its published weights.
+        teacher_options: how it runs: BatchNorm folded into convolutions, in lower precision, with the channels last.
         student_weights: file, or folder of a run, to start the student from.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.

@@ -24,6 +24,7 @@ from diffkd.tasks.detector_view import DetectorView
 from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, load, padded_example
 from diffkd.teacher_input import TeacherInput
+from diffkd.teacher_options import AS_GIVEN, TeacherOptions
 from diffkd.weights import read_weights
 
 
@@ -148,6 +149,7 @@ def build_distiller(
     pairs: Literal["auto"] | Sequence[Pair],
     method: MethodFactory | Sequence[MethodFactory] | None,
     seed: int,
+    teacher_options: TeacherOptions = AS_GIVEN,
 ) -> Distiller:
     """Join student and teacher; the methods' initial weights depend on the seed alone.
 
@@ -171,7 +173,15 @@ def build_distiller(
         view = _detector_view(student, teacher, heads=wanted)
         teacher = DetectorTeacher(teacher.eval(), heads=wanted)
     example = padded_example(data, student, teacher)
-    return Distiller(student, teacher, pairs, example=example, method=factories, teacher_input=view)
+    return Distiller(
+        student,
+        teacher,
+        pairs,
+        example=example,
+        method=factories,
+        teacher_input=view,
+        teacher_options=teacher_options,
+    )
 
 
 def _read_as_detectors(pair: Pair) -> Pair:
