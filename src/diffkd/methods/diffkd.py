@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
 from diffkd.losses import Distance, at_least_float32, attention_mse, dist, kl_by_position, kl_divergence, mse
+from diffkd.memory_layout import drawn, layout_for
 from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
 from diffkd.passes import denoiser_passes
 from diffkd.shape import FeatureShape, Want, channels_of
@@ -184,7 +185,7 @@ class DiffKD(nn.Module):
                 f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same batch and "
                 "spatial size; resize one of them first, or let Distiller do it"
             )
-        layout = _layout(student)
+        layout = layout_for(student)
         student, teacher = student.to(memory_format=layout), teacher.to(memory_format=layout)
         projected = self.student_projection(student.to(self.dtype))  # (B, C, H, W) or (B, C), here and below
         reconstruction = None
@@ -195,7 +196,7 @@ class DiffKD(nn.Module):
             target = teacher.detach() if self.detach_target else teacher
         latent = at_least_float32(projected)
         shape = latent.shape
-        noise = _drawn(latent) if noise is None else _shaped("noise", noise, shape)
+        noise = drawn(latent) if noise is None else _shaped("noise", noise, shape)
         noise = noise.to(memory_format=layout)
         if self.noise_adapter is None:
             gamma, noisy_student = latent.new_ones(shape[0]), latent
@@ -208,7 +209,7 @@ class DiffKD(nn.Module):
         denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
         target = at_least_float32(target)
 
-        diffusion_noise = _drawn(latent) if diffusion_noise is None else diffusion_noise
+        diffusion_noise = drawn(latent) if diffusion_noise is None else diffusion_noise
         diffusion_noise = _shaped("diffusion_noise", diffusion_noise, shape).to(memory_format=layout)
         if timesteps is None:
             timesteps = torch.randint(self.num_train_timesteps, (shape[0],), device=latent.device)
@@ -252,24 +253,6 @@ class DiffKD(nn.Module):
     def _squared_error(self, prediction: Tensor, target: Tensor) -> Tensor:
         error = mse(prediction, target)
         return error if self.error == "mean" else error * target[0].numel()
-
-
-# On a CPU, maps of at most this many positions are computed as rows of channels: 1x1 convolutions are matrix products
-# then, and small batch normalisations faster. On larger ones PyTorch's plain layout is.
-_ROWS_UP_TO = 256
-
-
-def _layout(feature: Tensor) -> torch.memory_format:
-    """The memory layout in which to compute: the feature's own, if that is not slow. No number depends on it."""
-    small = feature.is_cpu and feature.shape[2:].numel() <= _ROWS_UP_TO
-    if feature.ndim == 4 and (small or feature.is_contiguous(memory_format=torch.channels_last)):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def _drawn(like: Tensor) -> Tensor:
-    """Standard normal noise, drawn in the order of the indices whatever the layout: a seed gives the same noise."""
-    return torch.randn(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _shaped(name: str, given: Tensor, shape: torch.Size) -> Tensor:
