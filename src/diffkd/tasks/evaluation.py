@@ -11,6 +11,7 @@ from torch import nn
 from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.tasks.data_facts import DataFacts, facts_of
 from diffkd.tasks.detection import DetectionOptions
+from diffkd.tasks.plain_student import named_model
 from diffkd.tasks.quiet import quiet_trainer
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.student_file import Which, find_student, read_card
@@ -57,7 +58,7 @@ def evaluate(
     card = read_card(path)
     data = _data_of(card) if data is None else data
     facts = facts_of(data)
-    name = model or _model_of(card, str(path))
+    name = model or named_model(card, path)
     classes, channels = card.get("num_classes", facts.num_classes), card.get("in_channels", facts.in_channels)
     if (classes, channels) != (facts.num_classes, facts.in_channels):
         raise ValueError(
@@ -113,15 +114,6 @@ def _pairs_as_tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(metric: str, value: float) -> str:
     return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
-
-
-def _model_of(card: dict[str, Any], path: str) -> str:
-    name = card.get("model")
-    if not isinstance(name, str):
-        raise ValueError(f"{path} has no card that says which model it is; give --model, such as cifar/resnet20")
-    if ":" in name and not name.startswith(("timm/", "hf/")):
-        raise ValueError(f"the card names code to run, {name!r}; if you trust it, give it yourself: --model {name}")
-    return name
 
 
 def _data_of(card: dict[str, Any]) -> LightningDataModule:
