@@ -22,10 +22,10 @@ class Tripping(Arrays):
         self.trip, self.action = trip, action
 
     def train_dataloader(self) -> Any:
-        return _Tripwire(super().train_dataloader(), self.trip, self.action)
+        return Tripwire(super().train_dataloader(), self.trip, self.action)
 
 
-class _Tripwire:
+class Tripwire:
     def __init__(self, loader: Any, trip: int, action: Callable[[], None]) -> None:
         self.loader, self.sampler, self.batch_sampler = loader, loader.sampler, None
         self.trip, self.action, self.handed_out = trip, action, 0

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich.console import Console
 
 from diffkd.matching import Pair
 from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
+from diffkd.tasks.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.tasks.card import make_card, versions, with_metrics
 from diffkd.tasks.checkpointing import Saver, WholeFiles
 from diffkd.tasks.data_facts import facts_of
@@ -26,14 +26,15 @@ from diffkd.tasks.memory import peak_memory, reset_peak
 from diffkd.tasks.optimization import OptimizerFactory, Schedule
 from diffkd.tasks.progress import TrainingProgress
 from diffkd.tasks.quiet import quiet_trainer
-from diffkd.tasks.replicas import is_first_process
+from diffkd.tasks.replicas import device_name, is_first_process, strategy_for
 from diffkd.tasks.report import StartReport
 from diffkd.tasks.run_folder import RunFolder
 from diffkd.tasks.segmentation import SegmentationOptions
-from diffkd.tasks.setup import build_distiller, build_student, build_teacher
+from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching
 from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.training import Training
+from diffkd.teacher_cache import Storage
 from diffkd.teacher_options import TeacherOptions
 from diffkd.weights import save_student
 
@@ -51,6 +52,9 @@ def fit(
     teacher_weights: str | None = None,
     teacher_pretrained: bool = False,
     teacher_options: TeacherOptions = FOLDED,
+    teacher_cache: str | Path | None = None,
+    teacher_cache_storage: Storage = "float16",
+    teacher_views: int | None = None,
     student_weights: str | None = None,
     student_pretrained: bool = False,
     pretrained_backbone: bool = False,
@@ -92,6 +96,9 @@ def fit(
         teacher_weights: file of its weights, or the folder of the run that trained it.
         teacher_pretrained: use its published weights.
         teacher_options: how it runs: BatchNorm folded into convolutions, in lower precision, with the channels last.
+        teacher_cache: folder that keeps its features, so that it runs once for all epochs and for all students.
+        teacher_cache_storage: type of the numbers there.
+        teacher_views: with augmentation: repeat the images of the first so many epochs thereafter.
         student_weights: file, or folder of a run, to start the student from.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
@@ -137,7 +144,7 @@ def fit(
     values = dict(locals())
     config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
     config = {name: value for name, value in config.items() if name != "resume"}
-    _check_teaching(teacher, method, pairs)
+    check_teaching(teacher, method, pairs)
     folder = RunFolder(out)
     first = is_first_process()
     console = Console(stderr=True, quiet=not (progress and first))
@@ -158,12 +165,22 @@ def fit(
         seed=seed,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    trained, teaching, whole = model, [], None
+    trained, teaching, whole, cached = model, [], None, None
     if teacher is not None:
         whole, view = build_teacher(
             teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
         )
         teaching = [whole]
+        if teacher_cache is not None or teacher_views is not None:
+            cached = CachedTeacher(
+                teacher_cache,
+                identity={"teacher": describe_teacher(whole, view, teacher_options), "precision": precision},
+                data=data,
+                facts=facts,
+                views=teacher_views,
+                storage=teacher_cache_storage,
+                num_nodes=num_nodes,
+            )
         trained = build_distiller(
             model,
             whole,
@@ -190,6 +207,7 @@ def fit(
         log_every=log_every,
         teacher=whole if facts.task == "detection" else None,  # of which the distiller holds a part
     )
+    training.cached_teacher = cached
     if compile:
         training.model.compile()
     score = task.headlines[0]
@@ -219,12 +237,12 @@ def fit(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=_strategy(strategy, devices, num_nodes),
+            strategy=strategy_for(strategy, devices, num_nodes),
             precision=precision,  # type: ignore[arg-type]  # checked by the trainer
             max_epochs=epochs,
             gradient_clip_val=gradient_clip,
             logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
-            callbacks=[StartReport(console), TrainingProgress(console), saver],
+            callbacks=[StartReport(console), TrainingProgress(console), *([cached] if cached else []), saver],
             plugins=[WholeFiles()],
             default_root_dir=folder.path,
             use_distributed_sampler=False,
@@ -248,7 +266,7 @@ def fit(
         "parameters": parameters,
         "method_parameters": sum(p.numel() for p in training.model.parameters()) - parameters,
         "peak_memory": peak_memory(trainer.strategy.root_device),
-        "device": _device_name(trainer),
+        "device": device_name(trainer),
         "seed": seed,
         "command": shlex.join(sys.argv),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -269,25 +287,3 @@ def summary(result: Mapping[str, Any]) -> str:
         for which in ("last", "best")
     )
     return f"{', '.join(scores)}; {result['parameters']:,} parameters, {result['last']['seconds']:.0f} s"
-
-
-def _check_teaching(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
-    taught = method is not None or pairs != "auto"
-    if taught and teacher is None:
-        raise ValueError("a method needs a teacher to learn from: give --teacher, or leave the method and pairs out")
-    if teacher is not None and not taught:
-        raise ValueError("a teacher needs a method: give --method, such as diffkd.DiffKD, or leave the teacher out")
-
-
-def _strategy(strategy: str, devices: list[int] | int | str, num_nodes: int) -> str | Strategy:
-    several = num_nodes > 1 or not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1))
-    if strategy == "ddp" or (strategy == "auto" and several):
-        # Buffers are brought into line before each validation, whose batches may differ in number between processes.
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return strategy
-
-
-def _device_name(trainer: Trainer) -> str:
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{trainer.world_size} x {name}"
