@@ -83,7 +83,7 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the batches of the current epoch; epoch and start are read when the first batch is asked for."""
-        epoch, first = self.sampler.epoch, self.sampler.skipped() // self.batch_size
+        epoch, first = self.sampler.view, self.sampler.skipped() // self.batch_size
         order = self.sampler.order().to(self.images.device)
         generator = torch.Generator(self.images.device)
         for batch in range(first, len(self)):

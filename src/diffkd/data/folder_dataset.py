@@ -61,6 +61,9 @@ def train_transform(
     """
     jitter = augmentation.color_jitter
     steps: list[v2.Transform] = [v2.RandomResizedCrop(image_size, scale=(min_crop_area, 1.0))]
+    if not (augmentation.rand_augment or jitter):
+        # Cut as a tensor: in about half the time, at most one level of 255 away. Colours are changed in PIL images.
+        steps.insert(0, v2.PILToTensor())
     if augmentation.flip:
         steps.append(v2.RandomHorizontalFlip())
     if augmentation.rand_augment:
@@ -89,4 +92,12 @@ def eval_transform(image_size: int, crop_ratio: float, mean: Sequence[float], st
 
 
 def _normalised(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    return v2.Compose([v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
+    # The three channels come interleaved; apart, all that follows, batching too, is faster.
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Lambda(torch.Tensor.contiguous),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(mean), list(std), inplace=True),
+        ]
+    )

@@ -80,8 +80,11 @@ class ImageFolder(LightningDataModule):
                 f"min_crop_area={min_crop_area} and crop_ratio={crop_ratio} must be in (0, 1], "
                 f"image_size={image_size} above 0."
             )
+        self.root = root
         self.batch_size = batch_size
         self.seed = seed
+        self.min_crop_area, self.crop_ratio = min_crop_area, crop_ratio
+        self.on_bad_image, self.verify = on_bad_image, verify
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.skipped: list[str] = []
         self.classes, train, val = scan_folder(root)

@@ -29,6 +29,9 @@ class EpochSampler(Sampler[tuple[int, int]]):
         start: samples of this shard to skip in the first epoch that is iterated; for a resume in the middle of an
             epoch.
 
+    Attributes:
+        views: set to n, the first n epochs are repeated in turn, with their order and augmentation; None: all differ.
+
     Raises:
         ValueError: if there are fewer samples than processes in training, or a number is out of range.
     """
@@ -51,11 +54,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.world_size = world_size
         self.start = start
         self.epoch = 0
+        self.views: int | None = None
         self._first_epoch: int | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (counted from 0) that the next iteration runs; Lightning calls this by itself."""
         self.epoch = epoch
+
+    @property
+    def view(self) -> int:
+        """The epoch whose order and augmentation are taken: the current one, or with `views` set, it modulo those."""
+        return self.epoch if self.views is None else self.epoch % self.views
 
     def __len__(self) -> int:
         """Return the length of the whole shard in samples, those skipped by `start` included."""
@@ -67,7 +76,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         """Return this rank's sample indices of the current epoch, (len(self),) int64 on the CPU, none skipped."""
         if not self.shuffle:
             return torch.arange(self.size)[self.rank :: self.world_size].clone()
-        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.view))
         shuffled = torch.randperm(self.size, generator=generator)
         return shuffled[self.rank : len(self) * self.world_size : self.world_size].clone()
 
@@ -79,7 +88,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield (epoch, index) in the order of the current epoch."""
-        epoch, skipped = self.epoch, self.skipped()
+        epoch, skipped = self.view, self.skipped()
         for index in self.order()[skipped:].tolist():
             yield epoch, index
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,13 +12,15 @@ from torch import nn
 from diffkd.matching import Pair
 from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
+from diffkd.tasks.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.optimization import OptimizerFactory, Schedule
 from diffkd.tasks.segmentation import SegmentationOptions
-from diffkd.tasks.setup import build_distiller, build_student, build_teacher
+from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.training import Training
+from diffkd.teacher_cache import Storage
 from diffkd.teacher_options import TeacherOptions
 
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -33,6 +36,9 @@ def build_training(
     teacher_weights: str | None = None,
     teacher_pretrained: bool = False,
     teacher_options: TeacherOptions = FOLDED,
+    teacher_cache: str | Path | None = None,
+    teacher_views: int | None = None,
+    teacher_cache_storage: Storage = "float16",
     student_weights: str | None = None,
     student_pretrained: bool = False,
     pretrained_backbone: bool = False,
@@ -52,6 +58,8 @@ def build_training(
     seed: int = 0,
     log_every: int = 50,
     compile: bool = False,
+    precision: str = "32-true",
+    num_nodes: int = 1,
     **others: Any,
 ) -> Training:
     """Build student, teacher, distiller and task, and what trains them.
@@ -63,11 +71,7 @@ def build_training(
     Raises:
         ValueError: if the arguments do not fit together.
     """
-    taught = method is not None or pairs != "auto"
-    if taught and teacher is None:
-        raise ValueError("a method needs a teacher to learn from: give --teacher, or leave the method and pairs out")
-    if teacher is not None and not taught:
-        raise ValueError("a teacher needs a method: give --method, such as diffkd.DiffKD, or leave the teacher out")
+    check_teaching(teacher, method, pairs)
     facts = facts_of(data)
     model = build_student(
         student,
@@ -80,12 +84,22 @@ def build_training(
         seed=seed,
     )
     trained: nn.Module = model
-    teaching, whole = [], None
+    teaching, whole, cached = [], None, None
     if teacher is not None:
         whole, view = build_teacher(
             teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
         )
         teaching = [whole]
+        if teacher_cache is not None or teacher_views is not None:
+            cached = CachedTeacher(
+                teacher_cache,
+                identity={"teacher": describe_teacher(whole, view, teacher_options), "precision": precision},
+                data=data,
+                facts=facts,
+                views=teacher_views,
+                storage=teacher_cache_storage,
+                num_nodes=num_nodes,
+            )
         trained = build_distiller(
             model,
             whole,
@@ -111,6 +125,7 @@ def build_training(
         log_every=log_every,
         teacher=whole if facts.task == "detection" else None,  # of which the distiller holds a part
     )
+    training.cached_teacher = cached
     if compile:
         training.model.compile()
     return training

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from rich.console import Console
 
 from diffkd.matching import Pair
@@ -26,13 +24,14 @@ from diffkd.tasks.memory import peak_memory, reset_peak
 from diffkd.tasks.optimization import OptimizerFactory, Schedule
 from diffkd.tasks.progress import TrainingProgress
 from diffkd.tasks.quiet import quiet_trainer
-from diffkd.tasks.replicas import is_first_process
+from diffkd.tasks.replicas import device_name, is_first_process, strategy_for
 from diffkd.tasks.report import StartReport
 from diffkd.tasks.run_folder import RunFolder
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION
 from diffkd.tasks.training import Training
+from diffkd.teacher_cache import Storage
 from diffkd.teacher_options import TeacherOptions
 from diffkd.weights import save_student
 
@@ -46,6 +45,9 @@ def fit(
     teacher_weights: str | None = None,
     teacher_pretrained: bool = False,
     teacher_options: TeacherOptions = FOLDED,
+    teacher_cache: str | Path | None = None,
+    teacher_cache_storage: Storage = "float16",
+    teacher_views: int | None = None,
     student_weights: str | None = None,
     student_pretrained: bool = False,
     pretrained_backbone: bool = False,
@@ -87,6 +89,9 @@ def fit(
         teacher_weights: file of its weights, or the folder of the run that trained it.
         teacher_pretrained: use its published weights.
         teacher_options: how it runs: BatchNorm folded into convolutions, in lower precision, with the channels last.
+        teacher_cache: folder that keeps its features, so that it runs once for all epochs and for all students.
+        teacher_cache_storage: type of the numbers there.
+        teacher_views: with augmentation: repeat the images of the first so many epochs thereafter.
         student_weights: file, or folder of a run, to start the student from.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
@@ -169,12 +174,17 @@ def fit(
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=_strategy(strategy, devices, num_nodes),
+            strategy=strategy_for(strategy, devices, num_nodes),
             precision=precision,  # type: ignore[arg-type]  # checked by the trainer
             max_epochs=epochs,
             gradient_clip_val=gradient_clip,
             logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
-            callbacks=[StartReport(console), TrainingProgress(console), saver],
+            callbacks=[
+                StartReport(console),
+                TrainingProgress(console),
+                *filter(None, [training.cached_teacher]),
+                saver,
+            ],
             plugins=[WholeFiles()],
             default_root_dir=folder.path,
             use_distributed_sampler=False,
@@ -198,7 +208,7 @@ def fit(
         "parameters": parameters,
         "method_parameters": sum(p.numel() for p in training.model.parameters()) - parameters,
         "peak_memory": peak_memory(trainer.strategy.root_device),
-        "device": _device_name(trainer),
+        "device": device_name(trainer),
         "seed": seed,
         "command": shlex.join(sys.argv),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -219,17 +229,3 @@ def summary(result: Mapping[str, Any]) -> str:
         for which in ("last", "best")
     )
     return f"{', '.join(scores)}; {result['parameters']:,} parameters, {result['last']['seconds']:.0f} s"
-
-
-def _strategy(strategy: str, devices: list[int] | int | str, num_nodes: int) -> str | Strategy:
-    several = num_nodes > 1 or not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1))
-    if strategy == "ddp" or (strategy == "auto" and several):
-        # Buffers are brought into line before each validation, whose batches may differ in number between processes.
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return strategy
-
-
-def _device_name(trainer: Trainer) -> str:
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{trainer.world_size} x {name}"

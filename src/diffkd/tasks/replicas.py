@@ -3,6 +3,8 @@
 import os
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import distributed, nn
 
 
@@ -23,3 +25,19 @@ def broadcast_buffers(model: nn.Module) -> None:
     if several_processes():
         for buffer in model.buffers():
             distributed.broadcast(buffer, src=0)
+
+
+def strategy_for(strategy: str, devices: list[int] | int | str, num_nodes: int) -> str | Strategy:
+    """Return the trainer's strategy; "auto" is DDP on several devices."""
+    several = num_nodes > 1 or not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1))
+    if strategy == "ddp" or (strategy == "auto" and several):
+        # Buffers are brought into line before each validation, whose batches may differ in number between processes.
+        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return strategy
+
+
+def device_name(trainer: Trainer) -> str:
+    """Return how many devices of what kind a trainer uses, such as "2 x cpu"."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{trainer.world_size} x {name}"

@@ -28,6 +28,15 @@ from diffkd.teacher_options import AS_GIVEN, TeacherOptions
 from diffkd.weights import read_weights
 
 
+def check_teaching(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
+    """Raise ValueError if there is a method without a teacher, or a teacher without a method."""
+    taught = method is not None or pairs != "auto"
+    if taught and teacher is None:
+        raise ValueError("a method needs a teacher to learn from: give --teacher, or leave the method and pairs out")
+    if teacher is not None and not taught:
+        raise ValueError("a teacher needs a method: give --method, such as diffkd.DiffKD, or leave the teacher out")
+
+
 def build_student(
     name: str,
     data: DataFacts,

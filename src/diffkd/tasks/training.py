@@ -14,6 +14,7 @@ from diffkd.distiller import Distiller
 from diffkd.layers import run
 from diffkd.ramp import ALWAYS, Ramp
 from diffkd.tasks.average import StudentAverage
+from diffkd.tasks.cached_teacher import CachedTeacher
 from diffkd.tasks.card import with_metrics
 from diffkd.tasks.history import History, Row
 from diffkd.tasks.ledger import Ledger
@@ -78,6 +79,7 @@ class Training(LightningModule):
         self.average = None if ema is None else StudentAverage(self.student, ema)
         self.ledger, self.history = Ledger(), History(task.headlines[0])
         self.card: dict[str, Any] = {}
+        self.cached_teacher: CachedTeacher | None = None
         self._meters: dict[str, Meter] = {}
         self._measured: Row = {}
         self._seconds, self._since = 0.0, time.monotonic()
@@ -144,7 +146,10 @@ class Training(LightningModule):
         if self.distiller is None:
             output, losses = run(self.model, step.inputs), {}
         else:
-            output, losses = self.model(step.inputs, **step.context)
+            context = dict(step.context)
+            if self.cached_teacher is not None:
+                context["teacher_features"] = self.cached_teacher.features(self.distiller, step, self.current_epoch)
+            output, losses = self.model(step.inputs, **context)
         terms = {name: self.task_weight * loss for name, loss in self.task.losses(output, step).items()}
         return terms | {name: self._method_factor * loss for name, loss in losses.items()}
 
