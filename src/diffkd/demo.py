@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffkd.compare import DEFAULT_METHODS, compare, cores
 from diffkd.data import FashionSubset
+from diffkd.demo_detection import detection_demo
 from diffkd.distiller import Distiller
 from diffkd.models import load_model
 from diffkd.plots import draw_results, saliency
@@ -26,12 +27,12 @@ STUDENT = "cifar/compact_resnet8"
 def demo(
     out: Path = Path("diffkd-demo"),
     *,
-    task: Literal["classification"] = "classification",
-    seeds: int = 3,
-    epochs: int = 7,
+    task: Literal["classification", "detection"] = "classification",
+    seeds: int | None = None,
+    epochs: int | None = None,
     jobs: int | None = None,
 ) -> list[Row]:
-    """Train a small student alone and with KD, DIST, FitNet and DiffKD, and compare.
+    """Train a small student alone and with several methods, and compare.
 
     Images and teacher come with the package: nothing is fetched. Nothing is fixed in advance either: what is measured
     is shown. Interrupted and called again, it goes on where it was.
@@ -39,14 +40,17 @@ def demo(
     Args:
         out: folder for the table (JSON, Markdown), the picture, the DiffKD student and all runs.
         task: what to demonstrate.
-        seeds: runs of each method.
-        epochs: length of each run.
+        seeds: runs of each method; None: 3 for classification, 1 for detection.
+        epochs: length of each run; None: 7 for classification, 6 for detection.
         jobs: runs at the same time; None: one per core.
 
     Returns:
         A row per method.
     """
     console = Console(stderr=True)
+    if task == "detection":
+        return detection_demo(out, seeds or 1, epochs, jobs, console)
+    seeds, epochs = seeds or 3, epochs or 7
     console.print(f"{task}: {TEACHER} teaches {STUDENT}, {len(DEFAULT_METHODS)} methods, {seeds} seeds each, in {out}")
     rows = compare("demo", out, seeds=seeds, jobs=jobs or cores(), options=[f"--epochs={epochs}"])
     run = out / "diffkd" / "seed-0"
