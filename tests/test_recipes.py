@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from diffkd import cli
-from diffkd.models import load_model, load_segmenter
+from diffkd.models import load_detector, load_model, load_segmenter
 from diffkd.recipes import find_recipe, recipe_names
 
 TRAININGS = [name for name in recipe_names() if not name.startswith("methods/")]
@@ -51,7 +51,9 @@ def test_a_recipe_is_understood(name, capsys):
     assert done.value.code == 0
     resolved = yaml.safe_load(capsys.readouterr().out)
     for key, value in values_of(name).items():
-        if key not in ("out", "method", "pairs", "data", "optimizer", "schedule"):
+        if key == "detection":
+            assert resolved[key] == {"anchor_scale": None} | value
+        elif key not in ("out", "method", "pairs", "data", "optimizer", "schedule"):
             assert resolved[key] == value, key
     assert resolved["schedule"]["kind"] in ("step", "cosine", "poly")
 
@@ -65,6 +67,9 @@ def test_a_recipe_names_models_that_exist(name):
         elif values[side].startswith("smp/"):
             with torch.device("meta"):
                 load_segmenter(values[side], num_classes=19)
+        elif values[side].startswith(("fasterrcnn/", "retinanet/", "fcos/")):
+            with torch.device("meta"):
+                load_detector(values[side], num_classes=3, **values.get("detection", {}))
         else:
             assert values["teacher_pretrained"] is True
 
@@ -126,6 +131,31 @@ def test_a_preset_says_in_its_first_line_where_its_values_are_from(name):
     title = find_recipe(name).read_text().splitlines()[0]
     assert title.startswith("# ")
     assert "(" in title or name.endswith("/alone") or "no source" in title
+
+
+@pytest.mark.parametrize("name", [name for name in TRAININGS if name.startswith("coco/")])
+def test_strategy_of_detection(name):
+    """Table 1 of the paper and Sec. 4.2: 24 epochs, batches of 16, weight 5 on the pyramid and 1 on the boxes."""
+    values = values_of(name)
+    rate = 0.02 if values["student"].startswith("fasterrcnn/") else 0.01
+    assert values["optimizer"]["init_args"] == {"lr": rate, "momentum": 0.9, "weight_decay": 1e-4}
+    assert (values["epochs"], values["data"]["init_args"]["batch_size"]) == (24, 16)
+    assert values["schedule"]["milestones"] == [16, 22]
+    if "teacher" in values:
+        assert values["method"] == [{"class_path": "diffkd.DiffKD", "init_args": {"kd_weight": 5.0}}, "diffkd.BoxKD"]
+        assert values["teacher_weights"] == f"runs/coco/{values['teacher'].replace('/', '_')}"
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("methods/detection/")])
+def test_methods_of_detection_are_understood(name, capsys):
+    words = ["fit", "scenes/detection", f"--config={find_recipe(name)}", "--out=somewhere", "--print_config"]
+    with pytest.raises(SystemExit) as done:
+        cli.main(words)
+    assert done.value.code == 0
+    resolved = yaml.safe_load(capsys.readouterr().out)
+    assert ("Shared" in str(resolved["method"])) == name.endswith("shared")
+    assert (resolved["teacher"] is None) == (name == "methods/detection/alone") == (resolved["method"] is None)
+    assert "(" in find_recipe(name).read_text().splitlines()[0] or name.endswith(("alone", "attention"))
 
 
 def test_files_and_names_are_found(tmp_path):

@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from diffkd.all_measurements import write_all_measurements
 from diffkd.arguments import fit_with
 from diffkd.plots import draw_results
 from diffkd.recipes import find_recipe
@@ -57,7 +58,8 @@ def compare(
     """Train a recipe with several methods, each from several seeds, and write one table.
 
     Every run is a `diffkd fit` of its own in `out/METHOD/seed-N`. Called again, it leaves finished runs alone, goes on
-    with those that were interrupted, and makes the table anew: `comparison.json`, `.md`, `.tex` and `.png` in `out`.
+    with those that were interrupted, and makes the table anew: `comparison.json`, `.md`, `.tex` and `.png` in `out`,
+    and `measurements.json` and `.md` with all that was measured beside the headline.
 
     Args:
         recipe: file, or name of a recipe in the package.
@@ -162,6 +164,7 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
         texts = {"json": json.dumps(facts, indent=2) + "\n", "md": as_markdown(rows), "tex": as_latex(rows)}
         for suffix, text in texts.items():
             write_text(out / f"comparison.{suffix}", text)
+        write_all_measurements(out, results)
         draw_results(out / "comparison.png", curves, ylabel=f"{score} (%)")
     return rows
 

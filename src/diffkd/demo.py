@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffkd.compare import DEFAULT_METHODS, compare, cores
 from diffkd.data import FashionSubset
+from diffkd.demo_detection import detection_demo
 from diffkd.demo_segmentation import segmentation_demo
 from diffkd.distiller import Distiller
 from diffkd.models import load_model
@@ -27,7 +28,7 @@ STUDENT = "cifar/compact_resnet8"
 def demo(
     out: Path = Path("diffkd-demo"),
     *,
-    task: Literal["classification", "segmentation"] = "classification",
+    task: Literal["classification", "detection", "segmentation"] = "classification",
     seeds: int | None = None,
     epochs: int | None = None,
     jobs: int | None = None,
@@ -40,14 +41,16 @@ def demo(
     Args:
         out: folder for the table (JSON, Markdown), the picture, the DiffKD student and all runs.
         task: what to demonstrate.
-        seeds: runs of each method; None: 3 for classification, 1 for segmentation.
-        epochs: length of each run; None: 7 for classification, 8 for segmentation.
+        seeds: runs of each method; None: 3 for classification, 1 for the others.
+        epochs: length of each run; None: 7 for classification, 6 for detection, 8 for segmentation.
         jobs: runs at the same time; None: one per core.
 
     Returns:
         A row per method.
     """
     console = Console(stderr=True)
+    if task == "detection":
+        return detection_demo(out, seeds or 1, epochs, jobs, console)
     if task == "segmentation":
         return segmentation_demo(out, seeds or 1, epochs or 8, jobs, console)
     seeds, epochs = seeds or 3, epochs or 7

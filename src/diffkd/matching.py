@@ -11,7 +11,6 @@ from diffkd.dense_layers import box_outputs, class_map, common_levels
 from diffkd.layers import OUTPUT, Layer, list_layers
 from diffkd.layout import Layout
 from diffkd.methods import MethodFactory
-from diffkd.methods.shared import Shared
 from diffkd.ramp import ALWAYS, Ramp
 from diffkd.shape import Want
 
@@ -92,7 +91,6 @@ def match_layers(
 def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None = None) -> list[Pair]:
     """Pair two lists of layers, as :func:`match_layers` does."""
     wants = wants_of(method)
-    method = method.fresh() if isinstance(method, Shared) else method
     if "box outputs" in wants and (outputs := _box_output_pair(student, teacher, method)) is not None:
         return [outputs]
     if (levels := _pyramid_pairs(student, teacher, method, wants)) is not None:

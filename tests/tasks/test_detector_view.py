@@ -10,7 +10,6 @@ from torch import nn
 
 from diffkd import DiffKD, FitNet, Pair
 from diffkd.losses import mse
-from diffkd.matching import wants_of
 from diffkd.methods.box_kd import BoxKD
 from diffkd.methods.fgd import FGD
 from diffkd.methods.shared import Shared
@@ -191,29 +190,29 @@ def test_what_cannot_be_joined_is_said():
 
 def test_one_method_for_all_levels():
     separate = distil(detector(), detector(seed=1, fpn_channels=48), DiffKD)
-    shared = distil(detector(), detector(seed=1, fpn_channels=48), Shared(DiffKD))
-    assert wants_of(Shared(partial(FGD, weight=2.0))) == FGD.wants
-    assert len(set(map(id, separate.methods))) == len(separate.methods) == 5
-    assert len(set(map(id, shared.methods))) == 1
+    shared = distil(detector(), detector(seed=1, fpn_channels=48), [partial(Shared, method=DiffKD), BoxKD][:1])
+    assert len(separate.methods) == 5
+    assert shared.names == ("levels",)
+    assert [len(reader.names) for reader in shared.readers[0]] == [5, 5]
     count = sum(p.numel() for p in separate.methods.parameters())
     assert sum(p.numel() for p in shared.methods.parameters()) == count // 5
-    assert shared.names == separate.names
-    # No level is taken for class scores, which other distances are for.
-    assert {shape.role for pair in separate.readers for side in pair for shape in side.shapes} == {"feature"}
-    assert all(method.distance is mse for method in separate.methods)
-    torch.manual_seed(0)
-    sum(shared(batch(1, 1))[1].values()).backward()
+    losses = shared(batch(1, 1))[1]
+    assert set(losses) == {"levels/kd", "levels/diffusion"}
+    assert shared.gammas["levels"].shape == (10,)
+    sum(losses.values()).backward()
     assert all(p.grad is not None for p in shared.methods.parameters())
+    assert set(distil(detector(), detector(seed=1), partial(Shared, method=FGD))(batch(2, 0))[1]) == {
+        "levels/kd",
+        "levels/attention",
+        "levels/relation",
+    }
 
 
-def test_two_distillers_share_nothing():
-    factory = Shared(DiffKD)
-    one, two = (distil(detector(), detector(seed=1), factory) for _ in range(2))
-    assert one.methods[0] is not two.methods[0]
-    pairs = [Pair(f"backbone[{level}]", None, factory) for level in range(3)]
-    assert len(set(map(id, distil(detector(), detector(seed=1), None, pairs).methods))) == 1
-    with pytest.raises(TypeError, match="built already"):
-        Shared(nn.Identity())
+def test_no_level_is_taken_for_class_scores():
+    """Other distances are for those."""
+    distiller = distil(detector(), detector(seed=1), DiffKD)
+    assert {shape.role for pair in distiller.readers for side in pair for shape in side.shapes} == {"feature"}
+    assert all(method.distance is mse for method in distiller.methods)
 
 
 def test_nothing_wanted_nothing_watched():

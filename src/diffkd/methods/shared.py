@@ -1,63 +1,92 @@
-"""One method, such as one denoiser, for several pairs of layers."""
+"""One method, such as one denoiser, for all levels of a feature pyramid."""
 
 from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from diffkd.methods import MethodFactory
-from diffkd.shape import FeatureShape
+from diffkd.layout import resize
+from diffkd.methods import DiffKD, MethodFactory
+from diffkd.shape import FeatureShape, Want
 
-_Key = tuple[tuple[int, bool, str], ...]
+
+class SharedOutput(NamedTuple):
+    """What one forward of :class:`Shared` returns.
+
+    Attributes:
+        losses: each term summed over the levels.
+        results: what the method returned for each level.
+        gamma: that of all images and levels, (B * levels,); None of methods that have none.
+    """
+
+    losses: dict[str, Tensor]
+    results: list[Any]
+    gamma: Tensor | None
 
 
-class Shared:
-    """A factory that builds a method once, and hands out the same module for every pair of the same channels.
+class Shared(nn.Module):
+    """Applies one method to all levels of a pyramid, where automatic pairing builds one for each otherwise.
 
-    On a detector's feature pyramid all levels then share one denoiser, one projection and one set of running
-    statistics; without it each level has its own. For methods whose parameters do not depend on the size of the maps,
-    as those of DiffKD, FitNet, MGD and FGD. In YAML:
+    Levels whose channels differ from the others' get one of their own. For methods of single maps whose parameters do
+    not depend on the size of the maps, as those of DiffKD, FitNet, MGD and FGD. In YAML:
 
         method:
           class_path: diffkd.methods.shared.Shared
           init_args: {method: {class_path: diffkd.DiffKD, init_args: {kd_weight: 5.0}}}
 
-    Automatic pairing makes a fresh one for each distiller; pairs that are written out share what they are given.
-
     Args:
+        student: the student's shapes, a map for each level.
+        teacher: the teacher's, as many.
         method: the factory, such as a method's class.
 
-    >>> from diffkd import FeatureShape, FitNet
-    >>> shared = Shared(FitNet)
-    >>> shared(FeatureShape(8, (4, 4)), FeatureShape(6, (4, 4))) is shared(FeatureShape(8, (2, 2)), FeatureShape(6))
-    False
-    >>> shared(FeatureShape(8, (4, 4)), FeatureShape(6, (4, 4))) is shared(
-    ...     FeatureShape(8, (2, 2)), FeatureShape(6, (2, 2))
-    ... )
-    True
+    Raises:
+        ValueError: if there are no levels, or not as many of both.
+
+    >>> levels = [FeatureShape(8, (4, 4)), FeatureShape(8, (2, 2))]
+    >>> losses = Shared(levels, levels)(*[[torch.randn(2, 8, n, n) for n in (4, 2)]] * 2).losses
+    >>> sorted(losses)
+    ['diffusion', 'kd']
     """
 
-    def __init__(self, method: MethodFactory) -> None:
-        if isinstance(method, nn.Module):
-            raise TypeError(
-                f"{type(method).__name__} is built already and needs no Shared: give it to the pairs itself"
-            )
-        self.func = method  # named like that of a partial call, since what the method wants is looked for behind it
-        self._built: dict[tuple[_Key, _Key], nn.Module] = {}
+    wants: ClassVar[frozenset[Want]] = frozenset({"levels"})
 
-    def __call__(
-        self, student: FeatureShape | Sequence[FeatureShape], teacher: FeatureShape | Sequence[FeatureShape]
-    ) -> nn.Module:
-        """Return the method for these shapes: the same module for the same channels, whatever the sizes."""
-        key = _key(student), _key(teacher)
-        if key not in self._built:
-            self._built[key] = self.func(student, teacher)  # type: ignore[arg-type]  # lists, where it wants levels
-        return self._built[key]
+    def __init__(
+        self, student: Sequence[FeatureShape], teacher: Sequence[FeatureShape], *, method: MethodFactory = DiffKD
+    ) -> None:
+        super().__init__()
+        if isinstance(student, FeatureShape) or isinstance(teacher, FeatureShape):
+            raise ValueError("Shared serves several levels: give the pair lists of layers, or the method itself")
+        if not student or len(student) != len(teacher):
+            raise ValueError(f"Shared needs as many levels of both, got {len(student)} and {len(teacher)}")
+        channels = [(ours.channels, theirs.channels) for ours, theirs in zip(student, teacher, strict=True)]
+        distinct = list(dict.fromkeys(channels))
+        self.which = [distinct.index(one) for one in channels]
+        firsts = [channels.index(one) for one in distinct]
+        self.methods = nn.ModuleList(method(student[index], teacher[index]) for index in firsts)
 
-    def fresh(self) -> "Shared":
-        """Return one that has built nothing yet."""
-        return Shared(self.func)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the method needs besides features."""
+        return tuple(dict.fromkeys(name for method in self.methods for name in getattr(method, "needs", ())))
 
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], **needed: Any) -> SharedOutput:
+        """Apply the method level by level.
 
-def _key(shapes: FeatureShape | Sequence[FeatureShape]) -> _Key:
-    listed = [shapes] if isinstance(shapes, FeatureShape) else shapes
-    return tuple((shape.channels, shape.is_map, shape.role) for shape in listed)
+        Args:
+            student: (B, Cs, H, W) of each level, brought to the teacher's size where that differs.
+            teacher: (B, Ct, H, W) of each.
+            needed: what :attr:`needs` names.
+
+        Returns:
+            A :class:`SharedOutput`.
+        """
+        results = []
+        for which, ours, theirs in zip(self.which, student, teacher, strict=True):
+            if ours.ndim == theirs.ndim == 4:
+                ours = resize(ours, (theirs.shape[2], theirs.shape[3]))
+            results.append(self.methods[which](ours, theirs, **needed))
+        each = [result if isinstance(result, dict) else result.losses for result in results]
+        losses = {term: torch.stack([losses[term] for losses in each]).sum() for term in each[0]}
+        gammas = [gamma for result in results if (gamma := getattr(result, "gamma", None)) is not None]
+        return SharedOutput(losses, results, torch.cat(gammas) if gammas else None)

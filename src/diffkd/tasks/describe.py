@@ -10,8 +10,6 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from diffkd.methods.shared import Shared
-
 
 def describe(value: Any) -> Any:
     """Return `value` in numbers, text, lists and mappings.
@@ -35,8 +33,6 @@ def describe(value: Any) -> Any:
         names = list(inspect.signature(type(value)).parameters)
         known = {name: getattr(value, name) for name in names if hasattr(value, name)}
         return {"class_path": class_path(type(value)), "init_args": describe(known)}
-    if isinstance(value, Shared):
-        return {"class_path": class_path(Shared), "init_args": {"method": describe(value.func)}}
     if callable(value) and not isinstance(value, nn.Module):
         return {"class_path": class_path(value)}
     return {"class_path": class_path(type(value))}
@@ -53,9 +49,6 @@ def factory_of(factory: Callable[..., Any]) -> Callable[..., Any]:
     The command line's parser wraps a class into helpers of its own, behind which nobody finds the class's attributes,
     such as what a method wants to be paired with.
     """
-    if isinstance(factory, Shared):
-        inner = factory_of(factory.func)
-        return factory if inner is factory.func else Shared(inner)
     if isinstance(factory, functools.partial):
         classes = [argument for argument in factory.args if isinstance(argument, type)]
         if len(classes) == 1:
