@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
 from diffkd.losses import Distance, at_least_float32, dist, kl_divergence, mse
+from diffkd.memory_layout import fast_layout
 from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
 from diffkd.passes import denoiser_passes
 from diffkd.shape import FeatureShape, Want, channels_of
@@ -181,7 +182,7 @@ class DiffKD(nn.Module):
                 f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same batch and "
                 "spatial size; resize one of them first, or let Distiller do it"
             )
-        layout = _layout(student)
+        layout = fast_layout(student)
         student, teacher = student.to(memory_format=layout), teacher.to(memory_format=layout)
         projected = self.student_projection(student.to(self.dtype))  # (B, C, H, W) or (B, C), here and below
         reconstruction = None
@@ -249,19 +250,6 @@ class DiffKD(nn.Module):
     def _squared_error(self, prediction: Tensor, target: Tensor) -> Tensor:
         error = mse(prediction, target)
         return error if self.error == "mean" else error * target[0].numel()
-
-
-# On a CPU, maps of at most this many positions are computed as rows of channels: 1x1 convolutions are matrix products
-# then, and small batch normalisations faster. On larger ones PyTorch's plain layout is.
-_ROWS_UP_TO = 256
-
-
-def _layout(feature: Tensor) -> torch.memory_format:
-    """The memory layout in which to compute: the feature's own, if that is not slow. No number depends on it."""
-    small = feature.is_cpu and feature.shape[2:].numel() <= _ROWS_UP_TO
-    if feature.ndim == 4 and (small or feature.is_contiguous(memory_format=torch.channels_last)):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _drawn(like: Tensor) -> Tensor:
