@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
 from diffkd.losses import Distance, at_least_float32, attention_mse, dist, kl_by_position, kl_divergence, mse
-from diffkd.memory_layout import drawn, layout_for
+from diffkd.memory_layout import drawn, fast_layout
 from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
 from diffkd.passes import denoiser_passes
 from diffkd.shape import FeatureShape, Want, channels_of
@@ -185,7 +185,7 @@ class DiffKD(nn.Module):
                 f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same batch and "
                 "spatial size; resize one of them first, or let Distiller do it"
             )
-        layout = layout_for(student)
+        layout = fast_layout(student)
         student, teacher = student.to(memory_format=layout), teacher.to(memory_format=layout)
         projected = self.student_projection(student.to(self.dtype))  # (B, C, H, W) or (B, C), here and below
         reconstruction = None

@@ -10,7 +10,17 @@ import yaml
 from diffkd.weights import write_text
 
 # What may change between the parts of one run without changing what is trained.
-_FREE = {"out", "resume", "accelerator", "devices", "progress", "log_every", "save_every_steps", "config", "teacher_cache"}
+_FREE = {
+    "out",
+    "resume",
+    "accelerator",
+    "devices",
+    "progress",
+    "log_every",
+    "save_every_steps",
+    "config",
+    "teacher_cache",
+}
 
 
 class RunFolder:
