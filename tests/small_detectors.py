@@ -1,5 +1,6 @@
 """Small detectors, scenes for them, and whole trainings of them in seconds."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def train(data: DetectionScenes, out: Path, **options: Any) -> dict[str, Any]:
         "accelerator": "cpu",
         "detection": TINY,
         "gradient_clip": 1.0,
+        "optimizer": functools.partial(torch.optim.SGD, lr=0.005, momentum=0.9),
         "log_every": 2,
         "config": {"detection": describe(TINY)},
     }

@@ -20,7 +20,7 @@ def test_the_demo_trains_compares_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_detection, "RECIPE", str(tmp_path / "short.yaml"))
     out = tmp_path / "out"
     rows = demo_detection.detection_demo(out, 1, 1, 1, Console(quiet=True))
-    assert [row.method for row in rows] == ["alone", "fitnet", "diffkd"]
+    assert [row.method for row in rows] == ["alone", "fitnet", "diffkd-ae"]
     table = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert table["metric"] == "ap"
     with Image.open(out / "boxes.png") as picture:
