@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffkd import CWD, BoxKD, DiffKD, Distiller, FitNet, ReviewKD, list_layers, match_layers
-from diffkd.dense_layers import box_outputs, class_map, pyramid
+from diffkd.dense_layers import box_outputs, class_map, common_levels, pyramid
+from diffkd.layers import Layer
 from diffkd.matching import last_feature
 
 IMAGES = torch.randn(2, 3, 32, 32)
@@ -174,3 +175,31 @@ def test_detectors_have_nothing_for_methods_of_logits():
 
     with pytest.raises(ValueError, match="nothing to pair for KD"):
         match_layers(Detector(), Detector(), IMAGES, method=KD)
+
+
+def levels(**sizes):
+    """The layers of a detector with a pyramid of such square levels."""
+    elements = tuple((f"backbone[{key}]", (2, 8, size, size)) for key, size in sizes.items())
+    backbone = Layer("backbone", "Pyramid", elements[0][1], None, elements=elements)
+    return [backbone, Layer("output", "Detector", (2,), None, elements=elements)]
+
+
+def test_levels_of_a_tiny_image_are_a_pyramid_too():
+    assert list(pyramid(levels(a=4, b=2, c=1, d=1))) == ["a", "b", "c", "d"]
+    assert pyramid(levels(a=1, b=1)) == pyramid(levels(a=2, b=4)) == {}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ({"a": 4, "b": 2}, {"a": 4, "b": 2, "c": 1}, ["a-a", "b-b"]),
+        ({"a": 4, "b": 2, "p": 1}, {"a": 8, "b": 4, "c": 2, "q": 1}, ["a-b", "b-c", "p-q"]),  # other keys
+        ({"a": 4, "b": 2}, {"x": 4, "y": 2}, ["a-x", "b-y"]),  # no key in common
+        ({"a": 4, "b": 2}, {"a": 5, "b": 3}, ["a-a", "b-b"]),  # nothing of the same size: resized
+        ({"a": 4, "p": 1, "q": 1}, {"x": 8, "y": 4, "z": 1}, ["a-y", "p-z"]),  # each once
+        ({"a": 4, "b": 2}, {"x": 5, "y": 3}, []),
+    ],
+)
+def test_common_levels(ours, theirs, expected):
+    found = common_levels(levels(**ours), levels(**theirs))
+    assert [f"{a[9]}-{b[9]}" for a, b in found] == expected
