@@ -231,3 +231,10 @@ def test_interrupted_from_outside_and_resumed(recipe, tmp_path):
     resume = line[line.index("diffkd fit") :].split()[1:]
     assert resume == ["fit", str(run / "config.yaml"), "--resume"]
     assert cli.main([*resume, "--epochs=3"]) == 1  # other values
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    words = f"{sys.executable} -m diffkd.cli recipes | head -1"
+    done = subprocess.run(words, shell=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("bccd/")
+    assert done.stderr == ""
