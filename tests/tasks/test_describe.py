@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from diffkd import DiffKD, FeatureShape
-from diffkd.data import Augmentation, FashionSubset
+from diffkd.data import Arrays, Augmentation, FashionSubset
 from diffkd.matching import wants_of
 from diffkd.tasks.describe import class_path, describe, factory_of
 
@@ -48,3 +48,12 @@ def test_other_factories_are_left_as_they_are():
     assert factory_of(DiffKD) is DiffKD
     usual = functools.partial(DiffKD, ae_channels=2)
     assert factory_of(usual) is usual
+
+
+def test_data_of_a_run_from_python_can_be_made_again(image_files):
+    data = Arrays(image_files["train"], image_files["test"], batch_size=7, seed=3, mean=(0.1,) * 3, std=(0.3,) * 3)
+    arguments = describe(data)["init_args"]
+    assert {name: arguments[name] for name in ("train", "test", "batch_size", "seed", "layout")} == {
+        **{name: image_files[name] for name in ("train", "test")},
+        **{"batch_size": 7, "seed": 3, "layout": "auto"},
+    }

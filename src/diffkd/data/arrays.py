@@ -73,6 +73,8 @@ class Arrays(LightningDataModule):
         self.image_size = (size[0], size[1])
         self.mean, self.std = self._memory.mean, self._memory.std
         self.augmentation = augmentation
+        self.batch_size, self.seed = batch_size, seed
+        self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
         self.start_batch = 0
 
     def train_dataloader(self) -> DeviceLoader:

@@ -77,6 +77,8 @@ class Cifar(LightningDataModule):
         self.image_size = (32, 32)
         self.mean, self.std = self._memory.mean, self._memory.std
         self.augmentation = augmentation
+        self.batch_size, self.seed = batch_size, seed
+        self.root, self.download = root, download
         self.start_batch = 0
 
     def train_dataloader(self) -> DeviceLoader:

@@ -50,6 +50,7 @@ class FashionSubset(LightningDataModule):
         self.image_size = (28, 28)
         self.mean, self.std = self._memory.mean, self._memory.std
         self.augmentation = augmentation
+        self.batch_size, self.seed = batch_size, seed
         self.start_batch = 0
 
     def train_dataloader(self) -> DeviceLoader:
