@@ -16,8 +16,10 @@ from short_trainings import Tripwire, same_weights, signal_self
 from torch.nn import functional as F
 
 from diffkd import CIRKD, KD, DiffKD, FitNet
+from diffkd.arguments import fit_with
 from diffkd.data import MaskFolder, SegmentationAugmentation, SegmentationScenes
 from diffkd.models import load_segmenter
+from diffkd.recipes import find_recipe, recipe_names
 from diffkd.tasks.evaluation import evaluate
 from diffkd.tasks.fit import fit
 from diffkd.tasks.interruption import Interrupted
@@ -173,6 +175,17 @@ def test_an_auxiliary_head_that_is_not_there_is_refused_before_anything_is_writt
     with pytest.raises(ValueError, match="auxiliary"):
         train(scenes(), tmp_path / "run", PSPNET, segmentation=SegmentationOptions(auxiliary=True))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("preset", [name for name in recipe_names() if name.startswith("methods/segmentation/")])
+def test_every_preset_trains(tmp_path, preset):
+    words = ["--data.train_count=8", "--data.val_count=2", "--data.batch_size=4", "--epochs=1", "--progress=false"]
+    config = f"--config={find_recipe(preset)}"
+    result = fit_with(["scenes/segmentation", config, *words, "--accelerator=cpu", f"--out={tmp_path}"])
+    assert result["last"]["step"] == 2
+    terms = [name for name in result["last"] if name.startswith("train/") and name != "train/task"]
+    assert (terms == []) == preset.endswith("/alone")
+    assert all(np.isfinite(value) for value in result["last"].values())
 
 
 SCRIPT = """
