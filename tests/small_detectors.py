@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from short_trainings import _Tripwire
+from short_trainings import Tripwire
 from torch import nn
 
 from diffkd.data import DetectionScenes
@@ -72,7 +72,7 @@ class Tripping(DetectionScenes):
     action: Any = None
 
     def train_dataloader(self) -> Any:
-        return _Tripwire(super().train_dataloader(), self.trip, self.action)
+        return Tripwire(super().train_dataloader(), self.trip, self.action)
 
 
 def scenes(trip: int = -1, action: Any = None, **options: Any) -> DetectionScenes:

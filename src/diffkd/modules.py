@@ -45,7 +45,9 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, in, H, W) to (B, out, H, W), layout kept."""
-        if input.is_cpu and input.is_contiguous(memory_format=torch.channels_last):
+        # A compiler plans layouts itself, and does not foresee those in which the gradients of the rows come.
+        rows = not torch.compiler.is_compiling() and input.is_cpu
+        if rows and input.is_contiguous(memory_format=torch.channels_last):
             return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return super().forward(input)
 
