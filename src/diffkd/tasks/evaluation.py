@@ -129,9 +129,13 @@ def _data_of(card: dict[str, Any]) -> LightningDataModule:
             f"the card names data of somebody's own, {module}.{name}; give --data {module}.{name} yourself"
         )
     arguments = dict(description.get("init_args") or {})
+    parameters = inspect.signature(kind).parameters
+    if "seed" in parameters and card.get("seed") is not None:
+        # The command line gives the data the run's own seed, which generated scenes are drawn from.
+        arguments.setdefault("seed", card["seed"])
     if isinstance(arguments.get("augmentation"), dict):
         # Each kind of data has its own description of augmentation, which is the default's type.
-        described = inspect.signature(kind).parameters["augmentation"].default
+        described = parameters["augmentation"].default
         arguments["augmentation"] = type(described)(**_pairs_as_tuples(arguments["augmentation"]))
     try:
         return kind(**arguments)
