@@ -80,10 +80,12 @@ def test_passes_equal_the_denoiser_called_as_often(rows):
     denoiser = Denoiser(30, is_map=False).double()
     plain, x = copy.deepcopy(denoiser), torch.randn(rows, 30, dtype=torch.float64)
     found = []
-    for model, predict in ((denoiser, denoiser_passes(denoiser, 3, rows)), (plain, plain)):
+    timesteps = [torch.tensor([300]), torch.arange(rows), torch.tensor([0])]
+    planned = denoiser_passes(denoiser, timesteps, rows)
+    for model, predict in ((denoiser, lambda h, _: planned(h)), (plain, plain)):
         h = x
-        for t in (300, 20, 0):
-            h = h + predict(h, torch.tensor([t]))
+        for t in timesteps:
+            h = h + predict(h, t)
         h.square().sum().backward()
         found.append([h, *(p.grad for p in model.parameters()), *model.buffers()])
     for ours, theirs in zip(*found, strict=True):
@@ -92,10 +94,10 @@ def test_passes_equal_the_denoiser_called_as_often(rows):
 
 def test_no_more_passes_than_planned():
     denoiser = Denoiser(4, is_map=False)
-    predict = denoiser_passes(denoiser, 1, 2)
-    predict(torch.randn(2, 4), torch.tensor([0]))
+    predict = denoiser_passes(denoiser, [torch.tensor([0])], 2)
+    predict(torch.randn(2, 4))
     with pytest.raises(RuntimeError, match="planned for 1 passes"):
-        predict(torch.randn(2, 4), torch.tensor([0]))
+        predict(torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("size", [(), (3, 4)], ids=["vector", "map"])

@@ -109,11 +109,11 @@ def ddim_coefficients(abar_t: float, abar_previous: float) -> tuple[float, float
     return x_scale, math.sqrt(1 - abar_previous) - x_scale * math.sqrt(1 - abar_t)
 
 
-def ddim_denoise(denoiser: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: Sequence[DDIMStep]) -> Tensor:
+def ddim_denoise(denoiser: Callable[[Tensor, int], Tensor], x: Tensor, steps: Sequence[DDIMStep]) -> Tensor:
     """Run the reverse process on `x` (Eq. 5 with eta = 0).
 
     Args:
-        denoiser: predicts the noise from `(x, timesteps)`; timesteps are (1,) int64, broadcast over the batch.
+        denoiser: predicts the noise from `(x, timestep)`.
         x: (B, C, ...) the noisy feature, float32 or float64: the state of the loop keeps this type.
         steps: as from :func:`ddim_steps`.
 
@@ -121,9 +121,8 @@ def ddim_denoise(denoiser: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps:
         The denoised feature, shape and type of `x`.
     """
     for step in steps:
-        timestep = torch.full((1,), step.timestep, dtype=torch.long, device=x.device)
-        noise = denoiser(x, timestep).to(x.dtype)
-        x = (step.x_scale * x).add(noise, alpha=step.noise_scale)
+        noise = denoiser(x, step.timestep).to(x.dtype)
+        x = (step.x_scale * x).add_(noise, alpha=step.noise_scale)
     return x
 
 

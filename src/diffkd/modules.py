@@ -83,7 +83,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` plus its bottleneck."""
-        x = x + self.block(x)
+        x = self.block(x).add_(x)  # in place: nothing keeps what a batch normalisation returns
         return F.relu(x) if self.activate else x
 
 
@@ -132,14 +132,14 @@ class Denoiser(nn.Module):
 
         Args:
             noisy: (B, C, H, W) or (B, C), z_t.
-            timesteps: (B,) or (1,) int64 in 0..T-1.
+            timesteps: (B,) or (1,) int64 in 0..T-1; or their embeddings, (B, C) or (1, C), looked up before.
             linears: what to call in place of the linear layers, in their order (see :mod:`diffkd.shared_gradients`);
                 empty: the layers themselves.
 
         Returns:
             The predicted noise, same shape.
         """
-        time = self.time_embedding(timesteps)  # (B, C)
+        time = timesteps if timesteps.is_floating_point() else self.time_embedding(timesteps)  # (B, C)
         time = time.reshape(*time.shape, *[1] * (noisy.ndim - 2))
         x: Tensor = noisy.to(time.dtype) + time
         instead = iter(linears)

@@ -1,6 +1,6 @@
-"""The passes of one forward through a denoiser: weight gradients in common, and activations recomputed if asked."""
+"""The passes of one forward through a denoiser: gradients in common, and activations recomputed if asked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -12,40 +12,50 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from diffkd.modules import Denoiser
 from diffkd.shared_gradients import LinearPass, linear_passes
 
-Predict = Callable[[Tensor, Tensor], Tensor]
 
-
-def denoiser_passes(denoiser: Denoiser, passes: int, rows: int, *, checkpoint: bool = False) -> Predict:
-    """Return `denoiser` for exactly `passes` calls, which together cost less than as many on their own.
+def denoiser_passes(
+    denoiser: Denoiser, timesteps: Sequence[Tensor], rows: int, *, checkpoint: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """Return `denoiser` for one call per entry of `timesteps`, which together cost less than as many on their own.
 
     Args:
         denoiser: predicts the noise from `(noisy, timesteps)`.
-        passes: how often it will be called.
+        timesteps: of each call, in their order, (B,) or (1,) int64.
         rows: samples in each call.
         checkpoint: keep none of a pass's activations, and compute them again in its backward. The results are equal to
             the last bit; the running statistics are updated once.
 
     Returns:
-        A function `(noisy, timesteps) -> predicted noise`.
+        A function `noisy -> predicted noise`.
     """
     layers = [layer for layer in denoiser.pred if isinstance(layer, nn.Linear)]
-    per_layer = [linear_passes(layer, passes, rows) for layer in layers]
-    turns: Iterator[tuple[LinearPass, ...]] = iter(zip(*per_layer, strict=True) if layers else [()] * passes)
+    per_layer = [linear_passes(layer, len(timesteps), rows) for layer in layers]
+    linears: list[tuple[LinearPass, ...]] = list(zip(*per_layer, strict=True)) if layers else [()] * len(timesteps)
+    turns: Iterator[tuple[Tensor, tuple[LinearPass, ...]]] = iter(
+        zip(_looked_up(denoiser.time_embedding, timesteps), linears, strict=True)
+    )
 
-    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        linears = next(turns, None)
-        if linears is None:
-            raise RuntimeError(f"the denoiser was planned for {passes} passes, and this is one more")
+    def predict(noisy: Tensor) -> Tensor:
+        turn = next(turns, None)
+        if turn is None:
+            raise RuntimeError(f"the denoiser was planned for {len(timesteps)} passes, and this is one more")
         if not (checkpoint and torch.is_grad_enabled()):
-            result: Tensor = denoiser(noisy, timesteps, linears)
+            result: Tensor = denoiser(noisy, *turn)
             return result
         # A compiler plans the recomputation itself, statistics aside, and takes no contexts.
         extra: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": partial(_contexts, denoiser)}
         # No random numbers are drawn inside, so that there is no state of a generator to keep.
-        result = recomputed(denoiser, noisy, timesteps, linears, use_reentrant=False, preserve_rng_state=False, **extra)
+        result = recomputed(denoiser, noisy, *turn, use_reentrant=False, preserve_rng_state=False, **extra)
         return result
 
     return predict
+
+
+def _looked_up(table: nn.Embedding, timesteps: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Look all timesteps up at once: the gradient of each lookup is as large as the table. Sharded tables: none."""
+    if type(table.weight) is not nn.Parameter:
+        return timesteps
+    return table(torch.cat(list(timesteps))).split([len(one) for one in timesteps])  # type: ignore[no-any-return]
 
 
 def _contexts(denoiser: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

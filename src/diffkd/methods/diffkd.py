@@ -77,6 +77,7 @@ class DiffKD(nn.Module):
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature", "logits"})
     alphas_cumprod_bits: Tensor
+    visited: Tensor
 
     def __init__(
         self,
@@ -148,6 +149,7 @@ class DiffKD(nn.Module):
         )
         abar = alphas_cumprod(num_train_timesteps, beta_schedule)
         self.steps = ddim_steps(abar, inference_steps, None if start_timestep == -1 else start_timestep)
+        self.register_buffer("visited", torch.tensor([step.timestep for step in self.steps]), persistent=False)
         # Kept as the bits of float32 numbers: `.half()` and `.bfloat16()` round floating-point buffers, and a rounded
         # schedule divides by zero. Not in the state dict: it follows from the arguments.
         self.register_buffer("alphas_cumprod_bits", abar.view(torch.int32), persistent=False)
@@ -204,18 +206,21 @@ class DiffKD(nn.Module):
             gamma = self.noise_adapter(projected)
             share = gamma.reshape(-1, *[1] * (latent.ndim - 1))
             noisy_student = share * latent + (1 - share) * noise  # Eq. 8
-        predict_noise = denoiser_passes(self.denoiser, len(self.steps) + 1, shape[0], checkpoint=self.checkpoint)
-        clean_student = ddim_denoise(predict_noise, noisy_student, self.steps)
-        denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
-        target = at_least_float32(target)
-
         diffusion_noise = drawn(latent) if diffusion_noise is None else diffusion_noise
         diffusion_noise = _shaped("diffusion_noise", diffusion_noise, shape).to(memory_format=layout)
         if timesteps is None:
             timesteps = torch.randint(self.num_train_timesteps, (shape[0],), device=latent.device)
         timesteps = _shaped("timesteps", timesteps, shape[:1])
+        predict_noise = denoiser_passes(
+            self.denoiser, [*self.visited[:, None], timesteps], shape[0], checkpoint=self.checkpoint
+        )
+
+        clean_student = ddim_denoise(lambda x, _: predict_noise(x), noisy_student, self.steps)
+        denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
+        target = at_least_float32(target)
+
         abar = self.alphas_cumprod_bits.view(torch.float32)[timesteps].to(latent.dtype)
-        predicted = predict_noise(add_noise(target, diffusion_noise, abar), timesteps)
+        predicted = predict_noise(add_noise(target, diffusion_noise, abar))
 
         losses = {
             "kd": self.distance(denoised, target),  # Eq. 7
