@@ -123,7 +123,7 @@ class CRD(nn.Module):
     def _contrast(self, embeddings: Tensor, memory: Tensor, candidates: Tensor, side: int) -> Tensor:
         # A copy, for the memory changes before the backward pass. The scores of all samples are far smaller than the
         # (B, 1 + M, dim) entries of the drawn ones.
-        scores = embeddings @ memory.to(embeddings.dtype, copy=True).T / self.temperature
+        scores = embeddings / self.temperature @ memory.to(embeddings.dtype, copy=True).T
         scores = scores.gather(1, candidates)
         first = scores.detach().logsumexp(dim=(0, 1)) - log(scores.numel()) + log(self.samples)
         if self.training:
