@@ -157,15 +157,14 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
     score = first["score"]
     costs = json.loads((out / COSTS).read_text(encoding="utf-8")) if (out / COSTS).is_file() else None
     rows = summarize(results, score, costs)
-    if rows:
-        facts = {"device": first["device"], "versions": first["versions"], "metric": score, "rows": as_json(rows)}
-        if costs is not None:
-            facts["step_cost"] = costs
-        texts = {"json": json.dumps(facts, indent=2) + "\n", "md": as_markdown(rows), "tex": as_latex(rows)}
-        for suffix, text in texts.items():
-            write_text(out / f"comparison.{suffix}", text)
-        write_all_measurements(out, results)
-        draw_results(out / "comparison.png", curves, ylabel=f"{score} (%)")
+    facts = {"device": first["device"], "versions": first["versions"], "metric": score, "rows": as_json(rows)}
+    if costs is not None:
+        facts["step_cost"] = costs
+    texts = {"json": json.dumps(facts, indent=2) + "\n", "md": as_markdown(rows), "tex": as_latex(rows)}
+    for suffix, text in texts.items():
+        write_text(out / f"comparison.{suffix}", text)
+    write_all_measurements(out, results)
+    draw_results(out / "comparison.png", curves, ylabel=f"{score} (%)")
     return rows
 
 
