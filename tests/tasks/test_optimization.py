@@ -1,5 +1,6 @@
 """Learning rates by epoch, and what the optimiser decays."""
 
+import copy
 import math
 from functools import partial
 
@@ -116,3 +117,78 @@ def test_rates_are_set_from_the_peak_again_and_again():
     for factor in (0.5, 0.5, 0.1):
         set_learning_rate(optimizer, factor)
         assert optimizer.param_groups[0]["lr"] == 0.5 * factor
+
+
+class TestOneKernelPerParameter:
+    """On a CPU, PyTorch's optimisers step each parameter in one kernel, which looks at memory and not at strides."""
+
+    FACTORIES = (
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+        partial(torch.optim.SGD, lr=0.1),
+        partial(torch.optim.Adam, lr=0.01, weight_decay=0.01),
+        partial(torch.optim.AdamW, lr=0.01, amsgrad=True),
+    )
+
+    @staticmethod
+    def train(model, optimizer, steps, layout=torch.contiguous_format):
+        x = torch.linspace(-1, 1, 2 * 3 * 6 * 6).reshape(2, 3, 6, 6).contiguous(memory_format=layout)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+
+    @staticmethod
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 3))
+
+    @pytest.mark.parametrize("factory", FACTORIES)
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_it_steps_as_the_separate_operations_do(self, factory, layout):
+        ours, plain = self.net().to(memory_format=layout), self.net()
+        optimizer = build_optimizer(ours, factory)
+        assert all(group["fused"] for group in optimizer.param_groups)
+        self.train(ours, optimizer, 5, layout)
+        self.train(plain, factory(plain.parameters()), 5)
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_a_state_of_another_layout_is_taken_over(self):
+        factory = self.FACTORIES[0]
+        plain, ours = self.net(), self.net().to(memory_format=torch.channels_last)
+        first = build_optimizer(plain, factory)
+        self.train(plain, first, 3)
+        ours.load_state_dict(plain.state_dict())
+        second = build_optimizer(ours, factory)
+        second.load_state_dict(copy.deepcopy(first.state_dict()))
+        self.train(plain, first, 3)
+        self.train(ours, second, 3)
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+    def test_a_gradient_of_another_layout_is_taken_as_it_is_meant(self):
+        weight = nn.Parameter(torch.zeros(2, 3, 2, 2))
+        optimizer = build_optimizer(nn.ParameterList([weight]), partial(torch.optim.SGD, lr=1.0))
+        gradient = torch.arange(24.0).reshape(2, 3, 2, 2)
+        weight.grad = gradient.clone(memory_format=torch.contiguous_format).to(memory_format=torch.channels_last)
+        optimizer.step()
+        assert torch.equal(weight, -gradient)
+
+    def test_sparse_gradients_are_stepped_one_operation_at_a_time(self):
+        table = nn.Embedding(4, 2, sparse=True)
+        before = table.weight.detach().clone()
+        optimizer = build_optimizer(table, partial(torch.optim.SGD, lr=1.0))
+        table(torch.tensor([1])).sum().backward()
+        optimizer.step()
+        assert (table.weight - before).nonzero()[:, 0].unique().tolist() == [1]
+
+    @pytest.mark.parametrize("option", [{"fused": False}, {"foreach": True}, {"differentiable": True}])
+    def test_what_was_asked_for_is_left_alone(self, option):
+        optimizer = build_optimizer(self.net(), partial(torch.optim.SGD, lr=0.1, **option))
+        assert not any(group["fused"] for group in optimizer.param_groups)
+
+    def test_other_optimisers_are_left_alone(self):
+        model = self.net()
+        before = [p.detach().clone() for p in model.parameters()]
+        self.train(model, build_optimizer(model, partial(torch.optim.RMSprop, lr=0.01)), 1)
+        assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
+
+# Whose parameter groups have an entry "fused" that has a kernel on CPUs.
+_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,52 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory, *, decay_all: b
     optimizer = factory([group for group in groups if group["params"]])
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    _fuse(optimizer)
     return optimizer
+
+
+def _fuse(optimizer: Optimizer) -> None:
+    """On a CPU, step each parameter in one kernel, unless something else was asked for. Equal up to rounding.
+
+    The separate operations make a new tensor as large as the parameter for the weight decay alone.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if type(optimizer) not in _FUSED or not all(
+        type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.is_cpu
+        for parameter in parameters
+    ):
+        return
+    for group in optimizer.param_groups:
+        if group["fused"] is None and not any(
+            group.get(other) for other in ("foreach", "differentiable", "capturable")
+        ):
+            group["fused"] = True
+    optimizer.register_step_pre_hook(_align)
+
+
+def _align(optimizer: Optimizer, *_: object) -> None:
+    """Lay gradients and state out as their parameters are: the kernels go through memory, whatever the strides.
+
+    Autograd's gradients are; a state that was loaded may be of a run with another layout. Sparse gradients are left to
+    the separate operations.
+    """
+    for group in optimizer.param_groups:
+        if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in group["params"]):
+            group["fused"] = False
+            continue
+        for parameter in group["params"]:
+            order = _order(parameter)
+            if parameter.grad is not None and _order(parameter.grad) != order:
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and _order(value) != order:
+                    state[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor, those aside that no entry is reached by."""
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
