@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffkd.folding import fold_batchnorm
+from diffkd.memory_layout import try_channels_last
 from diffkd.recorder import split_selector
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -26,7 +27,7 @@ class TeacherOptions:
         precision: "same" as it was given, or "bf16" or "fp16" for weights and activations; methods then get its
             features in float32. It saves memory and, on hardware that has such arithmetic, time.
         channels_last: lay out its weights, and so its activations, with the channels last in memory, for hardware whose
-            convolutions are faster then.
+            convolutions are faster then; a teacher that does not run like that stays as it is.
 
     Raises:
         ValueError: if `precision` is none of these.
@@ -71,9 +72,9 @@ def prepare_teacher(teacher: nn.Module, example: Any, keep: Collection[str], opt
         made = copy.deepcopy(teacher)
     else:
         made, _ = fold_batchnorm(teacher, example, keep={split_selector(name)[0] for name in keep})
+    if options.channels_last:
+        try_channels_last(made, example)
     if options.lowers:
         # Afterwards: folded weights are rounded once.
         made = made.to(_TYPES[options.precision])
-    if options.channels_last:
-        made = made.to(memory_format=torch.channels_last)
     return made

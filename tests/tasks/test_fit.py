@@ -14,6 +14,7 @@ from tiny_models import large, small
 from diffkd import DIST, KD, DiffKD, Distiller, FitNet, Pair, load_weights, read_weights
 from diffkd.data import Arrays, Augmentation
 from diffkd.models import load_model
+from diffkd.tasks.build_training import build_training
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.fit import fit
@@ -208,3 +209,32 @@ def test_the_report_warns_of_an_ignorant_teacher():
     assert "output/kd" in good
     assert "warning" not in good
     assert "warning: the teacher is hardly better than chance" in bad
+
+
+class TestLayout:
+    @pytest.mark.parametrize(("asked", "expected"), [(None, True), (True, True), (False, False)])
+    def test_on_a_cpu_all_that_is_trained_and_the_teacher_have_the_channels_last(
+        self, image_files, model_file, asked, expected
+    ):
+        training = build_training(
+            f"{model_file}:small",
+            arrays(image_files),
+            teacher=f"{model_file}:large",
+            method=DiffKD,
+            channels_last=asked,
+            accelerator="cpu",
+        )
+        models = (training.student, training.distiller.methods, training.distiller.teacher)
+        for model in models:
+            maps = [p for p in model.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+            assert maps
+            assert all(p.is_contiguous(memory_format=torch.channels_last) == expected for p in maps)
+
+    def test_it_changes_the_numbers_by_rounding_only(self, tmp_path, image_files, model_file):
+        weights = []
+        for asked in (True, False):
+            folder = tmp_path / str(asked)
+            train(arrays(image_files), folder, model_file, method=METHODS["diffkd"], channels_last=asked, max_steps=4)
+            weights.append(read_weights(folder / "student.safetensors"))
+        for name, value in weights[0].items():
+            torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)

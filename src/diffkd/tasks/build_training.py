@@ -1,6 +1,7 @@
 """What is trained, put together from the values of a run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.optimization import OptimizerFactory, Schedule
 from diffkd.tasks.segmentation import SegmentationOptions
-from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching
+from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching, lay_out
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.training import Training
 from diffkd.teacher_cache import Storage
@@ -57,7 +58,9 @@ def build_training(
     ema: float | None = None,
     seed: int = 0,
     log_every: int = 50,
+    channels_last: bool | None = None,
     compile: bool = False,
+    accelerator: str = "auto",
     precision: str = "32-true",
     num_nodes: int = 1,
     **others: Any,
@@ -84,6 +87,7 @@ def build_training(
         seed=seed,
     )
     trained: nn.Module = model
+    channels_last = lay_out(model, facts, channels_last, accelerator)
     teaching, whole, cached = [], None, None
     if teacher is not None:
         whole, view = build_teacher(
@@ -108,8 +112,10 @@ def build_training(
             pairs=pairs,
             method=method,
             seed=seed,
-            teacher_options=teacher_options,
+            teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
+        if channels_last:
+            trained.to(memory_format=torch.channels_last)
     training = Training(
         trained,
         build_task(facts, label_smoothing=label_smoothing, segmentation=segmentation, models=[model, *teaching]),

@@ -33,6 +33,7 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
         "data": config.get("data"),
         "detection": config.get("detection") if data.task == "detection" else None,
         "segmentation": config.get("segmentation") if data.task == "segmentation" else None,
+        "channels_last": config.get("channels_last"),
         "precision": config.get("precision", "32-true"),
         "teacher": config.get("teacher"),
         "method": config.get("method"),

@@ -14,6 +14,7 @@ from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.plain_student import named_model
 from diffkd.tasks.quiet import quiet_trainer
 from diffkd.tasks.segmentation import SegmentationOptions
+from diffkd.tasks.setup import lay_out
 from diffkd.tasks.student_file import Which, find_student, read_card
 from diffkd.tasks.task_of_data import build_task, load
 from diffkd.tasks.training import Training
@@ -77,6 +78,7 @@ def evaluate(
         auxiliary=options.auxiliary,
         detection=DetectionOptions(**(card.get("detection") or {})),
     )
+    lay_out(built, facts, card.get("channels_last"), accelerator)
     training = Training(
         _renormalised(built, card, facts),
         build_task(facts, segmentation=options if segmentation is None else segmentation),

@@ -20,7 +20,7 @@ from diffkd.tasks.checkpointing import Saver, WholeFiles
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.describe import describe
 from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.memory import peak_memory, reset_peak
+from diffkd.tasks.memory import freed_memory_kept, peak_memory, reset_peak
 from diffkd.tasks.optimization import OptimizerFactory, Schedule
 from diffkd.tasks.progress import TrainingProgress
 from diffkd.tasks.quiet import quiet_trainer
@@ -71,6 +71,7 @@ def fit(
     max_steps: int | None = None,
     log_every: int = 50,
     save_every_steps: int | None = None,
+    channels_last: bool | None = None,
     compile: bool = False,
     accelerator: str = "auto",
     devices: list[int] | int | str = 1,
@@ -116,6 +117,7 @@ def fit(
         max_steps: stop after so many steps and write the results, to try a recipe out.
         log_every: steps between two entries in the log.
         save_every_steps: save within the epochs too, every so many steps.
+        channels_last: lay student and teacher out with the channels last in memory; by default on a CPU.
         compile: compile the training step with torch.compile.
         accelerator: cpu, gpu, mps, or auto.
         devices: how many, or which; the batch size is per device.
@@ -169,7 +171,7 @@ def fit(
     if resume and not resumes:
         console.print(f"nothing to resume in {folder.path}; starting at the beginning", soft_wrap=True)
     reset_peak()
-    with quiet_trainer():
+    with quiet_trainer(), freed_memory_kept():
         trainer = Trainer(
             accelerator=accelerator,
             devices=devices,

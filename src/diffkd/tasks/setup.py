@@ -14,6 +14,7 @@ from diffkd.distiller import Distiller
 from diffkd.layers import list_layers
 from diffkd.layout import Layout
 from diffkd.matching import Pair, wants_of
+from diffkd.memory_layout import try_channels_last
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
 from diffkd.models.detector_teacher import DetectorTeacher
@@ -237,6 +238,17 @@ def _detector_view(student: nn.Module, teacher: nn.Module, *, heads: bool) -> De
     return DetectorView(
         None if _close(ours, theirs) else TeacherInput(*ours, *theirs), proposals=heads and two_stage[1]
     )
+
+
+def lay_out(model: nn.Module, data: DataFacts, channels_last: bool | None, accelerator: str) -> bool:
+    """Lay a model out with the channels last, if that is wanted and it runs like that; None: on a CPU.
+
+    Returns:
+        Whether it was.
+    """
+    if channels_last is None:
+        channels_last = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    return channels_last and try_channels_last(model, padded_example(data, model))
 
 
 def find_weights(weights: str | Path) -> Path:
