@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Case
 from benchmarks.plain_transcription import PlainDiffKD
-from diffkd import KD, DiffKD, Distiller, FitNet, Pair
+from diffkd import KD, DiffKD, Distiller, FitNet, Pair, TeacherOptions
+from diffkd.memory_layout import try_channels_last
+from diffkd.tasks.optimization import build_optimizer
 
 WITH_NETWORKS = ("alone", "kd", "fitnet", "diffkd", "plain")
 FEATURE_ALONE = ("fitnet", "diffkd", "plain")
@@ -26,14 +28,16 @@ class Settings:
         precision: "float32", "bf16" (autocast) or "bf16-true" (parameters too).
         compile: run the distiller through torch.compile, no graph break allowed. The plain one never is: it breaks.
         checkpoint: DiffKD(checkpoint=True): keep no activations of the denoising steps.
-        channels_last: networks and images in channels-last layout, for every contestant.
+        plain_networks: the networks and the optimiser of all contestants as the plain transcription has them; otherwise
+            all others have them as `diffkd fit` makes them: the teacher's BatchNorms folded and, on a CPU, channels
+            last and an optimiser of one kernel.
     """
 
     device: str = "cpu"
     precision: str = "float32"
     compile: bool = False
     checkpoint: bool = False
-    channels_last: bool = False
+    plain_networks: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,19 +65,23 @@ def make_step(case: Case, contestant: str, settings: Settings) -> Step:
 def _network_step(case: Case, contestant: str, settings: Settings) -> Step:
     if case.student is None or case.teacher is None or isinstance(case.size, tuple):
         raise ValueError(f"case {case.title!r} has no networks")
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    images = _placed(torch.randn(case.batch, 3, case.size, case.size), settings).contiguous(memory_format=layout)
+    images = _placed(torch.randn(case.batch, 3, case.size, case.size), settings)
     labels = torch.randint(case.classes, (case.batch,), device=settings.device)
-    student = case.student().to(settings.device).to(memory_format=layout)
+    student = case.student().to(settings.device)
+    as_fit = contestant != "plain" and not settings.plain_networks
+    channels_last = as_fit and settings.device == "cpu" and try_channels_last(student, images[:2].float())
     if contestant == "alone":
         model = student
     else:
-        teacher = case.teacher().to(settings.device).to(memory_format=layout)
+        teacher = case.teacher().to(settings.device)
         feature = Pair(case.layer, method=_method(contestant, case, settings))
         output = Pair("output", method=_method(contestant, replace(case, ae_channels=None), settings))
         pairs = {"kd": [Pair("output", method=KD)], "fitnet": [feature]}.get(contestant, [feature, output])
-        model = Distiller(student, teacher, pairs, example=images[:2].float())
+        options = TeacherOptions(fold=as_fit, channels_last=channels_last)
+        model = Distiller(student, teacher, pairs, example=images[:2].float(), teacher_options=options)
     model = model.to(_parameter_type(settings))
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
     forward: Callable[..., Any] = model
     if settings.compile and contestant != "plain":
         forward = torch.compile(model, fullgraph=True)
@@ -84,7 +92,7 @@ def _network_step(case: Case, contestant: str, settings: Settings) -> Step:
         task = F.cross_entropy(output.float(), labels)
         return sum(losses.values(), start=task)
 
-    return _training(total, model, settings)
+    return _training(total, model, settings, as_fit=as_fit)
 
 
 def _feature_step(case: Case, contestant: str, settings: Settings) -> Step:
@@ -108,11 +116,12 @@ def _feature_step(case: Case, contestant: str, settings: Settings) -> Step:
             loss = loss + sum(losses.values())
         return loss
 
-    return _training(total, methods, settings)
+    return _training(total, methods, settings, as_fit=contestant != "plain" and not settings.plain_networks)
 
 
-def _training(total: Callable[[], Tensor], model: nn.Module, settings: Settings) -> Step:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+def _training(total: Callable[[], Tensor], model: nn.Module, settings: Settings, *, as_fit: bool) -> Step:
+    factory = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=1e-4)
+    optimizer = build_optimizer(model, factory) if as_fit else factory(model.parameters())
     mixed = settings.precision == "bf16"
 
     def run() -> None:

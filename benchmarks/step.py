@@ -19,6 +19,7 @@ from benchmarks.counting import kernel_launches, multiply_adds
 from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.timing import ratios, spread, take_turns
+from diffkd.tasks.memory import freed_memory_kept
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -98,7 +99,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", action="store_true")
-    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--plain-networks", action="store_true", help="networks and optimiser of all alike")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument(
@@ -110,16 +111,17 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     chosen = parser.parse_args(words)
     if chosen.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {chosen.rounds}")
-    settings = Settings(chosen.device, chosen.precision, chosen.compile, chosen.checkpoint, chosen.channels_last)
+    settings = Settings(chosen.device, chosen.precision, chosen.compile, chosen.checkpoint, chosen.plain_networks)
     print(facts := machine(chosen.device))
     results = {}
     for name in chosen.case:
         case = CASES[name].smaller() if chosen.small else CASES[name]
         known = WITH_NETWORKS if case.has_networks else FEATURE_ALONE
         contestants = [each for each in known if chosen.contestants is None or each in chosen.contestants]
-        results[name] = measure(case, settings, contestants, chosen.rounds, chosen.clock)
+        with freed_memory_kept():
+            results[name] = measure(case, settings, contestants, chosen.rounds, chosen.clock)
         print(f"\n{case.title}; {chosen.precision}, n = {chosen.rounds}\n{describe(results[name])}")
-    options = [word for word in ("compile", "checkpoint", "channels_last") if getattr(chosen, word)]
+    options = [word for word in ("compile", "checkpoint", "plain_networks") if getattr(chosen, word)]
     file = chosen.name or "-".join(["step", chosen.device, chosen.precision, *options])
     record = {
         "machine": facts,
