@@ -1,8 +1,10 @@
 """`fit` from Python: what it leaves, and what it refuses."""
 
 import csv
+import gc
 import io
 import json
+import weakref
 from functools import partial
 
 import pytest
@@ -238,3 +240,16 @@ class TestLayout:
             weights.append(read_weights(folder / "student.safetensors"))
         for name, value in weights[0].items():
             torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_run_held_is_free_when_the_next_begins(tmp_path, image_files, model_file):
+    gc.disable()  # which otherwise comes at some time or other
+    try:
+        data = arrays(image_files)
+        held = weakref.ref(data)
+        train(data, tmp_path / "first", model_file, max_steps=1)
+        del data
+        train(arrays(image_files), tmp_path / "second", model_file, max_steps=1)
+        assert held() is None
+    finally:
+        gc.enable()

@@ -1,6 +1,7 @@
 """The memory of a training: its peak, and what the process does with what is freed."""
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -15,7 +16,11 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's mall
 
 
 def reset_peak() -> None:
-    """Forget the peak so far, of all GPUs and, on Linux, of this process."""
+    """Forget the peak so far, of all GPUs and, on Linux, of this process, and free what an earlier training left.
+
+    Trainer, model and data refer to one another, and Python seldom looks for such rings where few objects hold much.
+    """
+    gc.collect()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
