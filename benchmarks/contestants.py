@@ -26,7 +26,8 @@ class Settings:
     Attributes:
         device: "cpu" or "cuda".
         precision: "float32", "bf16" (autocast) or "bf16-true" (parameters too).
-        compile: run the distiller through torch.compile, no graph break allowed. The plain one never is: it breaks.
+        compile: run the distiller through torch.compile in this mode ("default"; "reduce-overhead" records CUDA
+            graphs), no graph break allowed. The plain one never is: it breaks.
         checkpoint: DiffKD(checkpoint=True): keep no activations of the denoising steps.
         plain_networks: the networks and the optimiser of all contestants as the plain transcription has them; otherwise
             all others have them as `diffkd fit` makes them: the teacher's BatchNorms folded and, on a CPU, channels
@@ -35,7 +36,7 @@ class Settings:
 
     device: str = "cpu"
     precision: str = "float32"
-    compile: bool = False
+    compile: str | None = None
     checkpoint: bool = False
     plain_networks: bool = False
 
@@ -84,7 +85,7 @@ def _network_step(case: Case, contestant: str, settings: Settings) -> Step:
         model = model.to(memory_format=torch.channels_last)
     forward: Callable[..., Any] = model
     if settings.compile and contestant != "plain":
-        forward = torch.compile(model, fullgraph=True)
+        forward = torch.compile(model, fullgraph=True, mode=settings.compile)
 
     def total() -> Tensor:
         output = forward(images)
@@ -105,7 +106,7 @@ def _feature_step(case: Case, contestant: str, settings: Settings) -> Step:
     ]
     forwards: list[Callable[..., Any]] = list(methods)
     if settings.compile and contestant != "plain":
-        forwards = [torch.compile(method, fullgraph=True) for method in methods]
+        forwards = [torch.compile(method, fullgraph=True, mode=settings.compile) for method in methods]
 
     def total() -> Tensor:
         loss = torch.zeros((), device=settings.device)

@@ -33,7 +33,7 @@ def measure(
         By contestant: "milliseconds" and, over each other one, "over" (median, quartiles, n); "parameters";
         "multiply_adds"; "peak_bytes"; "kernels" (None on a CPU).
     """
-    eager = replace(settings, compile=False)
+    eager = replace(settings, compile=None)
     counted: dict[str, dict[str, Any]] = {}
     for name in contestants:
         counted[name] = {
@@ -97,7 +97,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--case", nargs="+", default=["imagenet", "cifar"], choices=list(CASES))
     parser.add_argument("--contestants", nargs="+", choices=WITH_NETWORKS)
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--compile", nargs="?", const="default", choices=["default", "reduce-overhead", "max-autotune"], help="and how"
+    )
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--plain-networks", action="store_true", help="networks and optimiser of all alike")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])

@@ -253,3 +253,14 @@ def test_what_a_run_held_is_free_when_the_next_begins(tmp_path, image_files, mod
         assert held() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("how", [True, "reduce-overhead"])
+def test_the_step_can_be_compiled_in_different_ways(image_files, model_file, how):
+    training = build_training(f"{model_file}:small", arrays(image_files), compile=how, accelerator="cpu")
+    assert training.model._compiled_call_impl is not None
+
+
+def test_an_unknown_way_to_compile_is_refused_at_once(image_files, model_file):
+    with pytest.raises(RuntimeError, match="mode=fast"):
+        build_training(f"{model_file}:small", arrays(image_files), compile="fast", accelerator="cpu")

@@ -24,6 +24,8 @@ from diffkd.tasks.training import Training
 from diffkd.teacher_cache import Storage
 from diffkd.teacher_options import TeacherOptions
 
+Compile = bool | Literal["reduce-overhead", "max-autotune"]
+
 DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
 DEFAULT_SCHEDULE = Schedule("cosine")
 FOLDED = TeacherOptions(fold=True)
@@ -59,7 +61,7 @@ def build_training(
     seed: int = 0,
     log_every: int = 50,
     channels_last: bool | None = None,
-    compile: bool = False,
+    compile: Compile = False,
     accelerator: str = "auto",
     precision: str = "32-true",
     num_nodes: int = 1,
@@ -133,5 +135,5 @@ def build_training(
     )
     training.cached_teacher = cached
     if compile:
-        training.model.compile()
+        training.model.compile(mode=None if compile is True else compile)
     return training

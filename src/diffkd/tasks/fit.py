@@ -14,7 +14,7 @@ from rich.console import Console
 from diffkd.matching import Pair
 from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
-from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, FOLDED, build_training
+from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, FOLDED, Compile, build_training
 from diffkd.tasks.card import make_card, versions, with_metrics
 from diffkd.tasks.checkpointing import Saver, WholeFiles
 from diffkd.tasks.data_facts import facts_of
@@ -72,7 +72,7 @@ def fit(
     log_every: int = 50,
     save_every_steps: int | None = None,
     channels_last: bool | None = None,
-    compile: bool = False,
+    compile: Compile = False,
     accelerator: str = "auto",
     devices: list[int] | int | str = 1,
     num_nodes: int = 1,
@@ -118,7 +118,7 @@ def fit(
         log_every: steps between two entries in the log.
         save_every_steps: save within the epochs too, every so many steps.
         channels_last: lay student and teacher out with the channels last in memory; by default on a CPU.
-        compile: compile the training step with torch.compile.
+        compile: compile the training step with torch.compile; reduce-overhead and max-autotune record CUDA graphs.
         accelerator: cpu, gpu, mps, or auto.
         devices: how many, or which; the batch size is per device.
         num_nodes: machines, each with as many devices.
