@@ -19,7 +19,7 @@ def layer(bias=True, inputs=8, outputs=12):
 
 def chain(linear, back, x, passes, *, shared):
     """The layer, `passes` times, each on what the last made of it; returns what each pass gives."""
-    runs = linear_passes(linear, passes, len(x)) if shared else [linear] * passes
+    runs = linear_passes(linear, [len(x)] * passes) if shared else [linear] * passes
     assert (runs[0] is linear) is not shared
     outputs = []
     for run in runs:
@@ -47,7 +47,7 @@ def test_outputs_and_gradients_are_the_layers_own(passes, rows, inputs, outputs,
     torch.manual_seed(seed)
     linear, back = layer(bias, inputs, outputs), torch.randn(outputs, inputs, dtype=torch.float64)
     x = torch.randn(rows, inputs, dtype=torch.float64, requires_grad=True)
-    runs = linear_passes(linear, passes, rows)
+    runs = linear_passes(linear, [rows] * passes)
     pays = rows * (inputs + outputs) < inputs * outputs
     assert (runs[0] is not linear) is pays
     found = []
@@ -77,8 +77,8 @@ def test_passes_outside_a_backward_leave_nothing_behind(reached):
 
 def test_a_forward_without_backward_leaves_nothing_behind():
     linear, x, _ = both()
-    linear_passes(linear, 3, ROWS)[0](x)
-    runs = linear_passes(linear, 3, ROWS)
+    linear_passes(linear, [ROWS] * 3)[0](x)
+    runs = linear_passes(linear, [ROWS] * 3)
     sum(run(x).sum() for run in runs).backward()
     torch.testing.assert_close(linear.weight.grad, 3 * x.detach().sum(dim=0).expand(12, 8), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(linear.bias.grad, torch.full((12,), 3.0 * ROWS, dtype=torch.float64))
@@ -134,7 +134,7 @@ def test_autocast_computes_as_the_layer_does(dtype):
     for shared in (True, False):
         linear.zero_grad()
         with torch.autocast("cpu", dtype=dtype):
-            runs = linear_passes(linear, 3, 4) if shared else [linear] * 3
+            runs = linear_passes(linear, [4] * 3) if shared else [linear] * 3
             outputs = [run(x) for run in runs]
         assert all(out.dtype == dtype for out in outputs)
         sum(out.float().square().sum() for out in outputs).backward()
@@ -158,11 +158,11 @@ def frozen(linear):
 @pytest.mark.parametrize("change", [hooked, frozen, weight_norm], ids=["hook", "frozen", "parametrised"])
 def test_more_than_a_plain_layer_is_left_as_it_is(change):
     linear = change(layer())
-    assert linear_passes(linear, 3, 1) == [linear] * 3
+    assert linear_passes(linear, [1] * 3) == [linear] * 3
 
 
 def test_without_gradients_or_with_one_pass_the_layer_is_left_as_it_is():
     linear = layer()
-    assert linear_passes(linear, 1, 1) == [linear]
+    assert linear_passes(linear, [1]) == [linear]
     with torch.no_grad():
-        assert linear_passes(linear, 3, 1) == [linear] * 3
+        assert linear_passes(linear, [1] * 3) == [linear] * 3

@@ -127,7 +127,9 @@ class Denoiser(nn.Module):
                 nn.Linear(4 * channels, channels),
             )
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, linears: Sequence[Callable[[Tensor], Tensor]] = ()) -> Tensor:
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, linears: Sequence[Callable[[Tensor], Tensor]] = (), batches: int = 1
+    ) -> Tensor:
         """Predict the noise in `noisy`.
 
         Args:
@@ -135,6 +137,8 @@ class Denoiser(nn.Module):
             timesteps: (B,) or (1,) int64 in 0..T-1; or their embeddings, (B, C) or (1, C), looked up before.
             linears: what to call in place of the linear layers, in their order (see :mod:`diffkd.shared_gradients`);
                 empty: the layers themselves.
+            batches: how many batches of the same size `noisy` holds one after the other, each with statistics of its
+                own (vectors only).
 
         Returns:
             The predicted noise, same shape.
@@ -144,6 +148,9 @@ class Denoiser(nn.Module):
         x: Tensor = noisy.to(time.dtype) + time
         instead = iter(linears)
         for layer in self.pred:
+            if batches > 1 and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                x = torch.cat([layer(one) for one in x.chunk(batches)])
+                continue
             run = next(instead, layer) if isinstance(layer, nn.Linear) else layer
             x = run(x)
         return x

@@ -1,6 +1,6 @@
 """The passes of one forward through a denoiser: gradients in common, and activations recomputed if asked."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,45 +10,78 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from diffkd.modules import Denoiser
-from diffkd.shared_gradients import LinearPass, linear_passes
+from diffkd.shared_gradients import LinearPass, is_wide, linear_passes
 
 
-def denoiser_passes(
-    denoiser: Denoiser, timesteps: Sequence[Tensor], rows: int, *, checkpoint: bool = False
-) -> Callable[[Tensor], Tensor]:
-    """Return `denoiser` for one call per entry of `timesteps`, which together cost less than as many on their own.
+class DenoiserPasses:
+    """The passes of one forward: a chain of denoising steps, and one pass beside it that does not depend on them.
+
+    Where weights are what a pass costs (logits), the pass beside goes through the layers together with the last step,
+    each with its own batch statistics: every weight is read once less, and running statistics are updated in the order
+    of the passes.
 
     Args:
         denoiser: predicts the noise from `(noisy, timesteps)`.
-        timesteps: of each call, in their order, (B,) or (1,) int64.
-        rows: samples in each call.
+        chain: timesteps of the denoising steps, in their order, (n,) int64.
+        noisy: input of the pass beside, (B, C, H, W) or (B, C), as many samples as in the steps.
+        timesteps: its timesteps, (B,) int64.
         checkpoint: keep none of a pass's activations, and compute them again in its backward. The results are equal to
             the last bit; the running statistics are updated once.
-
-    Returns:
-        A function `noisy -> predicted noise`.
     """
-    layers = [layer for layer in denoiser.pred if isinstance(layer, nn.Linear)]
-    per_layer = [linear_passes(layer, len(timesteps), rows) for layer in layers]
-    linears: list[tuple[LinearPass, ...]] = list(zip(*per_layer, strict=True)) if layers else [()] * len(timesteps)
-    turns: Iterator[tuple[Tensor, tuple[LinearPass, ...]]] = iter(
-        zip(_looked_up(denoiser.time_embedding, timesteps), linears, strict=True)
-    )
 
-    def predict(noisy: Tensor) -> Tensor:
-        turn = next(turns, None)
-        if turn is None:
-            raise RuntimeError(f"the denoiser was planned for {len(timesteps)} passes, and this is one more")
-        if not (checkpoint and torch.is_grad_enabled()):
-            result: Tensor = denoiser(noisy, *turn)
+    def __init__(
+        self, denoiser: Denoiser, chain: Tensor, noisy: Tensor, timesteps: Tensor, *, checkpoint: bool = False
+    ) -> None:
+        layers = [layer for layer in denoiser.pred if isinstance(layer, nn.Linear)]
+        rows = len(noisy)
+        self.denoiser, self.checkpoint, self.noisy = denoiser, checkpoint, noisy
+        self.together = bool(layers) and all(is_wide(layer, 2 * rows) for layer in layers)
+        counts = [rows] * len(chain) + [rows]
+        if self.together:
+            counts = [*counts[:-2], 2 * rows]
+        per_layer = [linear_passes(layer, counts) for layer in layers]
+        self.linears: list[tuple[LinearPass, ...]] = (
+            list(zip(*per_layer, strict=True)) if layers else [()] * len(counts)
+        )
+        *self.times, self.time_beside = _looked_up(denoiser.time_embedding, [*chain[:, None], timesteps])
+        self.steps = 0
+        self._beside: Tensor | None = None
+
+    def step(self, noisy: Tensor) -> Tensor:
+        """Predict the noise in the input of the next step of the chain.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        if self.steps == len(self.times):
+            raise RuntimeError(f"{self.steps} denoising steps were planned, and this is one more")
+        time, linears = self.times[self.steps], self.linears[self.steps]
+        self.steps += 1
+        if not (self.together and self.steps == len(self.times)):
+            return self._run(noisy, time, linears)
+        ours, theirs = len(noisy), len(self.time_beside)
+        both = torch.cat([noisy, self.noisy.to(noisy.dtype)])
+        times = torch.cat([time.expand(ours, *time.shape[1:]), self.time_beside.expand(theirs, *time.shape[1:])])
+        predicted, self._beside = self._run(both, times, linears, 2).chunk(2)
+        return predicted
+
+    def beside(self) -> Tensor:
+        """Predict the noise in the input of the pass beside, after the last step."""
+        if self._beside is None:
+            self._beside = self._run(self.noisy, self.time_beside, self.linears[-1])
+        return self._beside
+
+    def _run(self, noisy: Tensor, time: Tensor, linears: tuple[LinearPass, ...], batches: int = 1) -> Tensor:
+        turn = (noisy, time, linears, batches)
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            result: Tensor = self.denoiser(*turn)
             return result
         # A compiler plans the recomputation itself, statistics aside, and takes no contexts.
-        extra: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": partial(_contexts, denoiser)}
+        context = partial(_contexts, self.denoiser)
+        extra: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": context}
         # No random numbers are drawn inside, so that there is no state of a generator to keep.
-        result = recomputed(denoiser, noisy, *turn, use_reentrant=False, preserve_rng_state=False, **extra)
+        result = recomputed(self.denoiser, *turn, use_reentrant=False, preserve_rng_state=False, **extra)
         return result
-
-    return predict
 
 
 def _looked_up(table: nn.Embedding, timesteps: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ the layer, and as the tokens' gradients it returns the two factors x and g thems
 :class:`_HandOut` once, after all the passes that take part in a backward have had theirs, with exactly their factors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 LinearPass = Callable[[Tensor], Tensor]
 
 
-def linear_passes(layer: nn.Linear, passes: int, rows: int) -> list[LinearPass]:
-    """Return `layer` once for each of its passes, to be called at most once each, with (rows, in) each.
+def linear_passes(layer: nn.Linear, rows: Sequence[int]) -> list[LinearPass]:
+    """Return `layer` once for each of its passes, to be called at most once each, with (rows[i], in).
 
     Outputs and gradients are the layer's own up to rounding. The layer itself is returned where one product would not
     pay, or would not be the same: small weights, no gradients, while compiling (which plans the backward itself), and
     layers that are more than a plain nn.Linear with plain parameters (hooks, parametrisations, sharded weights).
     """
-    if not _pays(layer, passes, rows):
-        return [layer] * passes
+    if not _pays(layer, rows):
+        return [layer] * len(rows)
     weight: Tensor = layer.weight
     bias: Tensor | None = layer.bias
     device = weight.device.type
@@ -36,7 +36,7 @@ def linear_passes(layer: nn.Linear, passes: int, rows: int) -> list[LinearPass]:
     if autocast and weight.dtype == torch.float32:
         half = torch.get_autocast_dtype(device)
         weight, bias = weight.to(half), None if bias is None else bias.to(half)
-    tokens: tuple[Tensor, ...] = _HandOut.apply(weight, bias, passes, rows)
+    tokens: tuple[Tensor, ...] = _HandOut.apply(weight, bias, tuple(rows))
 
     def one(index: int) -> LinearPass:
         def run(x: Tensor) -> Tensor:
@@ -45,17 +45,22 @@ def linear_passes(layer: nn.Linear, passes: int, rows: int) -> list[LinearPass]:
 
         return run
 
-    return [one(index) for index in range(passes)]
+    return [one(index) for index in range(len(rows))]
 
 
-def _pays(layer: nn.Linear, passes: int, rows: int) -> bool:
+def is_wide(layer: nn.Linear, rows: int) -> bool:
+    """Whether the weight is larger than what passes through it, so that it is what a pass costs."""
+    return rows * (layer.in_features + layer.out_features) < layer.weight.numel()
+
+
+def _pays(layer: nn.Linear, rows: Sequence[int]) -> bool:
     weights = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and passes > 1
-        and rows * (layer.in_features + layer.out_features) < layer.weight.numel()
+        and len(rows) > 1
+        and is_wide(layer, max(rows))
         and type(layer) is nn.Linear
         and not hooked
         and all(type(weight) is nn.Parameter and weight.requires_grad for weight in weights)
@@ -66,10 +71,9 @@ class _HandOut(torch.autograd.Function):
     """(weight, bias) to an input and an output token per pass; the backward makes the one product."""
 
     @staticmethod
-    def forward(weight: Tensor, bias: Tensor | None, passes: int, rows: int) -> tuple[Tensor, ...]:
+    def forward(weight: Tensor, bias: Tensor | None, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
         out_features, in_features = weight.shape
-        sizes = (in_features, out_features) * passes
-        return tuple(weight.new_zeros(()).expand(rows, size) for size in sizes)
+        return tuple(weight.new_zeros(()).expand(count, size) for count in rows for size in (in_features, out_features))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -77,13 +81,13 @@ class _HandOut(torch.autograd.Function):
         ctx.has_bias = inputs[1] is not None
 
     @staticmethod
-    def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         x = [factor for factor in factors[0::2] if factor is not None]
         g = [factor for factor in factors[1::2] if factor is not None]
         if not g:
-            return None, None, None, None
-        every_g = torch.cat(g)  # (passes * rows, out)
-        return every_g.t() @ torch.cat(x), every_g.sum(dim=0) if ctx.has_bias else None, None, None
+            return None, None, None
+        every_g = torch.cat(g)  # (sum of rows, out)
+        return every_g.t() @ torch.cat(x), every_g.sum(dim=0) if ctx.has_bias else None, None
 
 
 class _Pass(torch.autograd.Function):

@@ -10,7 +10,7 @@ from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoi
 from diffkd.losses import Distance, at_least_float32, attention_mse, dist, kl_by_position, kl_divergence, mse
 from diffkd.memory_layout import drawn, fast_layout
 from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
-from diffkd.passes import denoiser_passes
+from diffkd.passes import DenoiserPasses
 from diffkd.shape import FeatureShape, Want, channels_of
 
 DistanceName = Literal["mse", "kl", "dist", "attention_mse"]
@@ -211,16 +211,14 @@ class DiffKD(nn.Module):
         if timesteps is None:
             timesteps = torch.randint(self.num_train_timesteps, (shape[0],), device=latent.device)
         timesteps = _shaped("timesteps", timesteps, shape[:1])
-        predict_noise = denoiser_passes(
-            self.denoiser, [*self.visited[:, None], timesteps], shape[0], checkpoint=self.checkpoint
-        )
-
-        clean_student = ddim_denoise(lambda x, _: predict_noise(x), noisy_student, self.steps)
-        denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
         target = at_least_float32(target)
-
         abar = self.alphas_cumprod_bits.view(torch.float32)[timesteps].to(latent.dtype)
-        predicted = predict_noise(add_noise(target, diffusion_noise, abar))
+        noisy_target = add_noise(target, diffusion_noise, abar)
+
+        passes = DenoiserPasses(self.denoiser, self.visited, noisy_target, timesteps, checkpoint=self.checkpoint)
+        clean_student = ddim_denoise(lambda x, _: passes.step(x), noisy_student, self.steps)
+        denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
+        predicted = passes.beside()
 
         losses = {
             "kd": self.distance(denoised, target),  # Eq. 7
