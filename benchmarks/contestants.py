@@ -69,7 +69,7 @@ def _network_step(case: Case, contestant: str, settings: Settings) -> Step:
     images = _placed(torch.randn(case.batch, 3, case.size, case.size), settings)
     labels = torch.randint(case.classes, (case.batch,), device=settings.device)
     student = case.student().to(settings.device)
-    as_fit = contestant != "plain" and not settings.plain_networks
+    as_fit = _runs_as_fit(contestant, settings)
     channels_last = as_fit and settings.device == "cpu" and try_channels_last(student, images[:2].float())
     if contestant == "alone":
         model = student
@@ -117,7 +117,11 @@ def _feature_step(case: Case, contestant: str, settings: Settings) -> Step:
             loss = loss + sum(losses.values())
         return loss
 
-    return _training(total, methods, settings, as_fit=contestant != "plain" and not settings.plain_networks)
+    return _training(total, methods, settings, as_fit=_runs_as_fit(contestant, settings))
+
+
+def _runs_as_fit(contestant: str, settings: Settings) -> bool:
+    return contestant != "plain" and not settings.plain_networks
 
 
 def _training(total: Callable[[], Tensor], model: nn.Module, settings: Settings, *, as_fit: bool) -> Step:

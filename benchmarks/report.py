@@ -45,6 +45,11 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def with_quartiles(facts: Mapping[str, float], digits: int) -> str:
+    """Return a spread as a cell of a table, such as "1.20 [1.10, 1.30]"."""
+    return f"{facts['median']:.{digits}f} [{facts['low']:.{digits}f}, {facts['high']:.{digits}f}]"
+
+
 def save(folder: Path, name: str, facts: Mapping[str, Any], figure: Figure | None = None) -> None:
     """Write `facts` as JSON and the figure as PNG into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)

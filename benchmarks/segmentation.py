@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import peak_bytes
-from benchmarks.report import RESULTS, machine, save, table
+from benchmarks.report import RESULTS, machine, save, table, with_quartiles
 from benchmarks.timing import ratios, spread, take_turns
 from diffkd import CWD, DIST, KD, DiffKD, Distiller
 from diffkd.models import load_segmenter
@@ -97,13 +97,12 @@ def describe(measured: dict[str, Any]) -> str:
     bases = [base for base in ("alone", "cwd") if base in measured]
     rows = [["step", "ms", *(f"over {base}" for base in bases), "peak MB"]]
     for name, facts in measured.items():
-        cells = [_show(facts["milliseconds"], 0), *(_show(facts[f"over_{base}"], 2) for base in bases)]
+        cells = [
+            with_quartiles(facts["milliseconds"], 0),
+            *(with_quartiles(facts[f"over_{base}"], 2) for base in bases),
+        ]
         rows.append([name, *cells, f"{facts['peak_bytes'] / 1e6:.0f}"])
     return table(rows)
-
-
-def _show(facts: dict[str, float], digits: int) -> str:
-    return f"{facts['median']:.{digits}f} [{facts['low']:.{digits}f}, {facts['high']:.{digits}f}]"
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.contestants import FEATURE_ALONE, WITH_NETWORKS, Settings, Step, make_step
 from benchmarks.counting import kernel_launches, multiply_adds
 from benchmarks.memory import peak_bytes
-from benchmarks.report import RESULTS, machine, save, table
+from benchmarks.report import RESULTS, machine, save, table, with_quartiles
 from benchmarks.timing import ratios, spread, take_turns
 from diffkd.tasks.memory import freed_memory_kept
 
@@ -67,8 +67,8 @@ def describe(measured: dict[str, Any]) -> str:
     head = ["contestant", "ms", *(f"over {base}" for base in bases), "G multiply-adds", "peak MB", "M parameters"]
     rows = [head]
     for name, facts in measured.items():
-        cells = [name, _show(facts["milliseconds"], 1)]
-        cells += ["1" if base == name else _show(facts["over"][base], 2) for base in bases]
+        cells = [name, with_quartiles(facts["milliseconds"], 1)]
+        cells += ["1" if base == name else with_quartiles(facts["over"][base], 2) for base in bases]
         cells += [f"{facts['multiply_adds'] / 1e9:.2f}", f"{facts['peak_bytes'] / 1e6:.0f}"]
         rows.append([*cells, f"{facts['parameters'] / 1e6:.2f}"])
     return table(rows)
@@ -85,10 +85,6 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
         axes.set_title(name)
         axes.set_ylabel("ms per step")
     return figure
-
-
-def _show(facts: dict[str, float], digits: int) -> str:
-    return f"{facts['median']:.{digits}f} [{facts['low']:.{digits}f}, {facts['high']:.{digits}f}]"
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
