@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffkd.teacher_cache import TeacherCache, differences
+from diffkd.differences import differences
+from diffkd.teacher_cache import TeacherCache
 
 SHAPES = {"layer4": (3, 2, 2), "output": (5,)}
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffkd.differences import differences
 from diffkd.weights import write_text, write_whole
 
 Storage = Literal["float16", "float32"]
@@ -226,14 +227,6 @@ def _check(folder: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str, st
             there = f"{layers[name]} there" if name in layers else f"not there, only {', '.join(layers)}"
             found.append(f"layer '{name}' is {there}, {shape} here")
     if found:
-        raise ValueError(f"the teacher cache {folder} is of another training: {'; '.join(found)}; give another folder")
+        text = "; ".join(one.removeprefix("identity.") for one in found)
+        raise ValueError(f"the teacher cache {folder} is of another training: {text}; give another folder")
     return {name: f"layer-{number}.bin" for number, name in enumerate(layers)}
-
-
-def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
-    """Name the values in which two nested mappings differ, as "data.seed is 0 there, 1 here"."""
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        keys = [*stored, *(key for key in wanted if key not in stored)]
-        parts = [differences(stored.get(key), wanted.get(key), f"{name}.{key}" if name else key) for key in keys]
-        return [one for part in parts for one in part]
-    return [] if stored == wanted else [f"{name.removeprefix('identity.')} is {stored!r} there, {wanted!r} here"]

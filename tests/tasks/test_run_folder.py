@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffkd.tasks.run_folder import RunFolder, differences, plain
+from diffkd.tasks.run_folder import RunFolder, changed_values, plain
 
 CONFIG = {"student": "cifar/resnet20", "epochs": 3, "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}}
 
@@ -69,12 +69,12 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 def test_differences_by_value_not_by_type():
-    assert differences({"milestones": [1, 2]}, {"milestones": (1, 2)}) == []
-    assert differences({}, {"ema": None}) == []
-    assert differences({"data": {"init_args": {"root": "a"}}}, {"data": {"init_args": {"root": "b"}}}) == [
+    assert changed_values({"milestones": [1, 2]}, {"milestones": (1, 2)}) == []
+    assert changed_values({}, {"ema": None}) == []
+    assert changed_values({"data": {"init_args": {"root": "a"}}}, {"data": {"init_args": {"root": "b"}}}) == [
         "data.root is 'a' there, 'b' here"
     ]
-    assert differences({"method": "KD"}, {}) == ["method is 'KD' there, None here"]
+    assert changed_values({"method": "KD"}, {}) == ["method is 'KD' there, None here"]
 
 
 def test_plain_values_survive_yaml(tmp_path):

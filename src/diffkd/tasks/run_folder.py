@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from diffkd.differences import differences
 from diffkd.weights import write_text
 
 # What may change between the parts of one run without changing what is trained.
@@ -62,7 +63,7 @@ class RunFolder:
         if not self.config.is_file():
             raise FileExistsError(f"{self.path} is not empty and holds no run to resume; give another --out")
         stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
-        if changed := differences(stored, config):
+        if changed := changed_values(stored, config):
             raise ValueError(
                 f"{self.path} was started with other values: {'; '.join(changed)}; give the same ones, or another --out"
             )
@@ -94,21 +95,13 @@ class RunFolder:
         )
 
 
-def differences(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
+def changed_values(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Name the values in which two configurations differ, as "lr is 0.1 there, 0.2 here".
 
     What does not change the training, such as the device, is left out.
     """
-    found = []
-    for key in [*stored, *(key for key in given if key not in stored)]:
-        if not prefix and key in _FREE:
-            continue
-        there, here = stored.get(key), given.get(key)
-        name = f"{prefix}{key}"
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
-            found += differences(there, here, f"{name}.")
-        elif plain(there) != plain(here):
-            found.append(f"{name} is {there!r} there, {here!r} here")
+    there, here = ({key: value for key, value in one.items() if key not in _FREE} for one in (stored, given))
+    found = differences(there, here, same=lambda one, other: plain(one) == plain(other))
     return [one.replace(".init_args.", ".") for one in found]
 
 
