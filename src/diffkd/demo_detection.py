@@ -1,9 +1,7 @@
 """The demo of detection: the packaged detector distilled into a smaller one, and a picture of what each finds."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,11 +9,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from diffkd.compare import compare, cores
-from diffkd.data import DetectionScenes
 from diffkd.pictures import draw_boxes
 from diffkd.tables import Row
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.detection import DetectionOptions
+from diffkd.tasks.evaluation import data_of
 from diffkd.tasks.setup import build_teacher, find_weights
 from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import load
@@ -60,7 +58,7 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
 def draw_what_is_found(out: Path) -> Path:
     """Draw what the student alone, the distilled students and the teacher find in evaluation scenes, and the truth."""
     card = read_card(out / "student.safetensors")
-    data = DetectionScenes(**_arguments(card["data"]["init_args"]))
+    data = data_of(card)
     facts = facts_of(data)
     teacher, _ = build_teacher(read_card(find_weights(TEACHER))["model"], facts, weights=TEACHER, pretrained=False)
     options = DetectionOptions(**card["detection"])
@@ -80,7 +78,7 @@ def draw_what_is_found(out: Path) -> Path:
     images, targets = _first(data, SHOWN)
     with torch.no_grad():
         columns = {title: detector.eval()(images) for title, detector in detectors.items()}
-    return draw_boxes(out / "boxes.png", images, {**columns, "truth": targets}, data.classes)
+    return draw_boxes(out / "boxes.png", images, {**columns, "truth": targets}, facts.classes)
 
 
 def _first(data: LightningDataModule, count: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -92,7 +90,3 @@ def _first(data: LightningDataModule, count: int) -> tuple[list[Tensor], list[di
         if len(images) >= count:
             break
     return images[:count], targets[:count]
-
-
-def _arguments(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}

@@ -57,7 +57,7 @@ def evaluate(
     """
     path = find_student(student, which)
     card = read_card(path)
-    data = _data_of(card) if data is None else data
+    data = data_of(card) if data is None else data
     facts = facts_of(data)
     name = model or named_model(card, path)
     classes, channels = card.get("num_classes", facts.num_classes), card.get("in_channels", facts.in_channels)
@@ -118,7 +118,7 @@ def _shown(metric: str, value: float) -> str:
     return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
 
 
-def _data_of(card: dict[str, Any]) -> LightningDataModule:
+def data_of(card: dict[str, Any]) -> LightningDataModule:
     """Build the data module that a card names, if it is one of this package's."""
     description = card.get("data") or {}
     module, _, name = str(description.get("class_path", "")).rpartition(".")
