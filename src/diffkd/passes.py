@@ -36,9 +36,7 @@ class DenoiserPasses:
         rows = len(noisy)
         self.denoiser, self.checkpoint, self.noisy = denoiser, checkpoint, noisy
         self.together = bool(layers) and all(is_wide(layer, 2 * rows) for layer in layers)
-        counts = [rows] * len(chain) + [rows]
-        if self.together:
-            counts = [*counts[:-2], 2 * rows]
+        counts = [rows] * (len(chain) - 1) + ([2 * rows] if self.together else [rows, rows])
         per_layer = [linear_passes(layer, counts) for layer in layers]
         self.linears: list[tuple[LinearPass, ...]] = (
             list(zip(*per_layer, strict=True)) if layers else [()] * len(counts)
@@ -59,9 +57,8 @@ class DenoiserPasses:
         self.steps += 1
         if not (self.together and self.steps == len(self.times)):
             return self._run(noisy, time, linears)
-        ours, theirs = len(noisy), len(self.time_beside)
-        both = torch.cat([noisy, self.noisy.to(noisy.dtype)])
-        times = torch.cat([time.expand(ours, *time.shape[1:]), self.time_beside.expand(theirs, *time.shape[1:])])
+        both = torch.cat([noisy, self.noisy])
+        times = torch.cat([time.expand_as(self.time_beside), self.time_beside])
         predicted, self._beside = self._run(both, times, linears, 2).chunk(2)
         return predicted
 
