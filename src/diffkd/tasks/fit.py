@@ -89,10 +89,10 @@ def fit(
         teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
         teacher_weights: file of its weights, or the folder of the run that trained it.
         teacher_pretrained: use its published weights.
-        teacher_options: how it runs: BatchNorm folded into convolutions, in lower precision, with the channels last.
-        teacher_cache: folder that keeps its features, so that it runs once for all epochs and for all students.
+        teacher_options: how it runs: BatchNorms folded, lower precision, channels last.
+        teacher_cache: folder that keeps its features for all epochs and students.
         teacher_cache_storage: type of the numbers there.
-        teacher_views: with augmentation: repeat the images of the first so many epochs thereafter.
+        teacher_views: with augmentation: repeat the images of so many epochs.
         student_weights: file, or folder of a run, to start the student from.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
@@ -103,22 +103,22 @@ def fit(
         method_weight: factor of all distillation losses.
         method_ramp: when in the training they count: start, warm-up and stop, in epochs.
         epochs: length of the training.
-        optimizer: any optimiser, such as torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop.
+        optimizer: any optimiser, such as torch.optim.SGD or torch.optim.AdamW.
         schedule: how the learning rate changes over the epochs.
         decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
         label_smoothing: share of the label that is spread over all classes, for classification.
         detection: how detectors are built by name.
         segmentation: windows of the evaluation, auxiliary head, for segmentation.
-        ema: decay of a running average of the student, such as 0.9999, which is then measured and saved.
+        ema: decay of a running average of the student, which is then measured and saved.
         gradient_clip: largest norm of the gradient.
         precision: 32-true, bf16-mixed, 16-mixed, or another of Lightning's.
         seed: of initial weights, order, augmentation and noise.
         resume: go on with the run in `out`, if there is one.
-        max_steps: stop after so many steps and write the results, to try a recipe out.
+        max_steps: stop after so many steps, to try a recipe out.
         log_every: steps between two entries in the log.
         save_every_steps: save within the epochs too, every so many steps.
-        channels_last: lay student and teacher out with the channels last in memory; by default on a CPU.
-        compile: compile the training step with torch.compile; reduce-overhead and max-autotune record CUDA graphs.
+        channels_last: memory layout of student and teacher; by default on a CPU.
+        compile: compile the training step; reduce-overhead and max-autotune record CUDA graphs.
         accelerator: cpu, gpu, mps, or auto.
         devices: how many, or which; the batch size is per device.
         num_nodes: machines, each with as many devices.
