@@ -20,7 +20,7 @@ from diffkd.arguments import fit_with
 from diffkd.data import MaskFolder, SegmentationAugmentation, SegmentationScenes
 from diffkd.models import load_segmenter
 from diffkd.recipes import find_recipe, recipe_names
-from diffkd.tasks.evaluation import _data_of, evaluate
+from diffkd.tasks.evaluation import data_of, evaluate
 from diffkd.tasks.fit import fit
 from diffkd.tasks.interruption import Interrupted
 from diffkd.tasks.segmentation import SegmentationOptions
@@ -231,7 +231,7 @@ def test_scenes_are_drawn_again_from_the_seed_of_the_run(tmp_path):
     data = SegmentationScenes(train_count=2, val_count=2, size=(32, 32), seed=5)
     card = {"seed": 5, "data": {"class_path": "diffkd.data.SegmentationScenes"}}
     card["data"]["init_args"] = {"train_count": 2, "val_count": 2, "size": [32, 32]}
-    masks = [next(iter(one.val_dataloader()))[1] for one in (data, _data_of(card))]
+    masks = [next(iter(one.val_dataloader()))[1] for one in (data, data_of(card))]
     assert torch.equal(*masks)
     card["seed"] = 6
-    assert not torch.equal(masks[0], next(iter(_data_of(card).val_dataloader()))[1])
+    assert not torch.equal(masks[0], next(iter(data_of(card).val_dataloader()))[1])
