@@ -5,7 +5,6 @@ uv run python -m benchmarks.detection --case paper --rounds 3
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table
-from benchmarks.timing import ratios, spread, take_turns
+from benchmarks.timing import ratios, spread, take_turns, usual_clock
 from diffkd import FGD, DiffKD, FitNet
 from diffkd.methods import MethodFactory
 from diffkd.methods.box_kd import BoxKD
@@ -117,8 +116,8 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
     """Return by method the milliseconds of a step, its time over that of each other method, parameters and peak."""
     peaks = {method: peak_bytes(lambda method=method: make_step(case, method, device)[0], device) for method in METHODS}
     made = {method: make_step(case, method, device) for method in METHODS}
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    times = take_turns({name: step for name, (step, _) in made.items()}, rounds, warm_up=1, device=device, clock=clock)
+    steps = {name: step for name, (step, _) in made.items()}
+    times = take_turns(steps, rounds, warm_up=1, device=device, clock=usual_clock(device))
     over = {base: ratios(times, base) for base in METHODS}
     return {
         name: {
@@ -153,8 +152,8 @@ def main(words: Sequence[str] | None = None) -> None:
             for method, one in found.items()
         ]
         print(f"{CASES[name].title}, {arguments.device}\n\n{table(rows)}\n")
-        clock = "wall" if arguments.device == "cuda" else "cpu"
-        facts = {"case": CASES[name].title, "clock": clock, "machine": machine(arguments.device), "methods": found}
+        measuring = {"clock": usual_clock(arguments.device), "machine": machine(arguments.device)}
+        facts = {"case": CASES[name].title, **measuring, "methods": found}
         save(RESULTS, f"detection-{name}", facts)
 
 

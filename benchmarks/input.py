@@ -2,18 +2,13 @@
 
     uv run python -m benchmarks.input --images 300 --workers 0
 
-Times are the process's own, so that a busy machine does not count, where no worker processes share the work; the
-median of several passes is reported, as benchmarks/results/input.json holds it.
+Without worker processes the clock is the process's own, so that a busy machine does not count.
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +19,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from benchmarks.report import RESULTS, machine, save, table, with_quartiles
+from benchmarks.timing import ratios, spread, take_turns
 from diffkd.data import ImageFolder
 from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
-
-RESULT = Path(__file__).parent / "results" / "input.json"
 
 
 def make_folder(root: Path, images: int, size: tuple[int, int] = (500, 375)) -> None:
@@ -60,38 +55,39 @@ def plain(root: Path, workers: int) -> Iterable[Any]:
     return DataLoader(data, 32, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
 
-def main() -> None:
-    """Measure both, in turn, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """Let both read all images in turn, print, and write JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.input", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--passes", type=int, default=5)
-    given = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args(words)
     torch.set_num_threads(1)
-    clock: Callable[[], float] = time.perf_counter if given.workers else time.process_time
+    clock = "wall" if chosen.workers else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        make_folder(Path(folder), given.images)
-        loaders = {"diffkd": ours(Path(folder), given.workers), "torchvision": plain(Path(folder), given.workers)}
-        rates: dict[str, list[float]] = {name: [] for name in loaders}
-        for _ in range(given.passes + 1):  # the first one starts the workers and fills the caches
-            for name, loader in loaders.items():
-                start = clock()
-                count = sum(len(batch[1]) for batch in loader)
-                rates[name].append(count / (clock() - start))
-    result = {
+        make_folder(Path(folder), chosen.images)
+        loaders = {"diffkd": ours(Path(folder), chosen.workers), "torchvision": plain(Path(folder), chosen.workers)}
+        runs = {name: lambda loader=loader: sum(len(batch[1]) for batch in loader) for name, loader in loaders.items()}
+        # The first round starts the workers and fills the caches.
+        times = take_turns(runs, chosen.rounds, warm_up=1, device="cpu", clock=clock)
+    rates = {name: asdict(spread([chosen.images / one for one in seconds])) for name, seconds in times.items()}
+    over = asdict(ratios(times, "torchvision")["diffkd"])
+    record = {
         "what": "images per second, 500x375 JPEG to 224x224, random resized crop and flip, batches of 32",
-        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread",
-        "clock": "wall" if given.workers else "the process's own",
-        "images": given.images,
-        "n": given.passes,
-        "workers": given.workers,
-        "median": {name: round(statistics.median(values[1:]), 1) for name, values in rates.items()},
-        "all": {name: [round(value, 1) for value in values[1:]] for name, values in rates.items()},
-        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+        "machine": machine("cpu"),
+        "clock": clock,
+        "images": chosen.images,
+        "workers": chosen.workers,
+        "rounds": chosen.rounds,
+        "images_per_second": rates,
+        "time_over_torchvision": over,
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result["median"]))
+    save(chosen.out, "input", record)
+    rows = [(name, with_quartiles(facts, 1)) for name, facts in rates.items()]
+    print(table([("loader", "images per second"), *rows]))
+    print(f"time of diffkd over torchvision: {with_quartiles(over, 2)}, n = {chosen.rounds}")
+    return record
 
 
 if __name__ == "__main__":

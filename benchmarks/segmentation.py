@@ -4,7 +4,6 @@ uv run python -m benchmarks.segmentation --case short
 """
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from torch import nn
 
 from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
-from benchmarks.timing import ratios, spread, take_turns
+from benchmarks.timing import ratios, spread, take_turns, usual_clock
 from diffkd import CWD, DIST, KD, DiffKD, Distiller
 from diffkd.models import load_segmenter
 from diffkd.tasks.segmentation import Segmentation
@@ -78,9 +77,7 @@ def measure(case: Case, methods: Sequence[str], rounds: int, device: str) -> dic
     """Return by method: "milliseconds", "over_alone" and "over_cwd" (median, quartiles, n), and "peak_bytes"."""
     peaks = {name: peak_bytes(partial(make_step, case, name, device), device) for name in methods}
     steps = {name: make_step(case, name, device) for name in methods}
-    # On a CPU the process's own time: other processes on a busy machine do not count.
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    times = take_turns(steps, rounds, device=device, clock=clock)
+    times = take_turns(steps, rounds, device=device, clock=usual_clock(device))
     over = {base: ratios(times, base) for base in ("alone", "cwd") if base in methods}
     return {
         name: {
@@ -124,8 +121,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         results[name] = {"case": asdict(CASES[name])}
         results[name] |= {"steps": measure(CASES[name], chosen.methods, chosen.rounds, chosen.device)}
         print(f"\n{name}: {CASES[name]}, n = {chosen.rounds}\n{describe(results[name]['steps'])}")
-    clock = "process time" if chosen.device == "cpu" else "wall clock"
-    save(chosen.out, "segmentation", {"machine": facts, "rounds": chosen.rounds, "clock": clock, "cases": results})
+    measuring = {"machine": facts, "rounds": chosen.rounds, "clock": usual_clock(chosen.device)}
+    save(chosen.out, "segmentation", {**measuring, "cases": results})
     return results
 
 

@@ -4,7 +4,6 @@ uv run --group bench python -m benchmarks.step --case imagenet cifar
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,10 +17,8 @@ from benchmarks.contestants import FEATURE_ALONE, WITH_NETWORKS, Settings, Step,
 from benchmarks.counting import kernel_launches, multiply_adds
 from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
-from benchmarks.timing import ratios, spread, take_turns
+from benchmarks.timing import CLOCKS, ratios, spread, take_turns
 from diffkd.tasks.memory import freed_memory_kept
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def measure(
@@ -42,7 +39,7 @@ def measure(
         }
     steps: dict[str, Step] = {name: make_step(case, name, settings) for name in contestants}
     runs = {name: step.run for name, step in steps.items()}
-    times = take_turns(runs, rounds, device=settings.device, clock=CLOCKS[clock])
+    times = take_turns(runs, rounds, device=settings.device, clock=clock)
     over = {base: ratios(times, base) for base in contestants}
     return {
         name: {

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -34,29 +36,30 @@ def spread(values: list[float]) -> Spread:
 
 
 def take_turns(
-    steps: Mapping[str, Callable[[], None]],
+    steps: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
     warm_up: int = 3,
     device: str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Run every step once per round, in turns, and return its times in seconds.
 
-    The order is reversed every other round, so that none always follows the same one. With `time.process_time` for a
-    clock, the time that other processes take on a busy machine is left out; their use of caches and memory is not.
+    The order is reversed every other round, so that none always follows the same one. By the clock "cpu", which is
+    this process's own, the time that others take on a busy machine is left out; their use of caches and memory is not.
     """
     for step in steps.values():
         for _ in range(warm_up):
             step()
+    now = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
         for name in list(steps) if turn % 2 == 0 else reversed(list(steps)):
             _wait(device)
-            start = clock()
+            start = now()
             steps[name]()
             _wait(device)
-            times[name].append(clock() - start)
+            times[name].append(now() - start)
     return times
 
 
@@ -66,6 +69,11 @@ def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, Spread]:
         name: spread([ours / theirs for ours, theirs in zip(values, times[base], strict=True)])
         for name, values in times.items()
     }
+
+
+def usual_clock(device: str) -> str:
+    """Return the clock for steps that run in this process: its own on a CPU, the wall's on a GPU."""
+    return "cpu" if device == "cpu" else "wall"
 
 
 def _wait(device: str) -> None:
