@@ -6,9 +6,15 @@ from benchmarks.memory import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffkd import DiffKD
+from diffkd import DiffKD, shared_gradients
 from diffkd.modules import Denoiser
 from diffkd.passes import DenoiserPasses
+
+
+@pytest.fixture
+def no_caches(monkeypatch):
+    """Layers of a test's size count as large."""
+    monkeypatch.setattr(shared_gradients, "CACHED", 0)
 
 
 def outcome(model, student, teacher, given, autocast=None):
@@ -78,6 +84,7 @@ def test_checkpointing_a_second_backward_repeats_the_first():
 @pytest.mark.parametrize(("size", "rows"), [((), 1), ((), 2), ((), 6), ((), 40), ((2, 3), 4)])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.usefixtures("no_caches")
 def test_passes_equal_the_denoiser_called_as_often(size, rows, training, steps):
     denoiser = Denoiser(30, is_map=bool(size)).double().train(training)
     plain = copy.deepcopy(denoiser)

@@ -8,9 +8,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from diffkd.shared_gradients import linear_passes
+from diffkd import shared_gradients
+from diffkd.shared_gradients import is_wide, linear_passes
 
 ROWS = 2
+
+
+@pytest.fixture(autouse=True)
+def no_caches(monkeypatch):
+    """Layers of a test's size count as large."""
+    monkeypatch.setattr(shared_gradients, "CACHED", 0)
 
 
 def layer(bias=True, inputs=8, outputs=12):
@@ -166,3 +173,11 @@ def test_without_gradients_or_with_one_pass_the_layer_is_left_as_it_is():
     assert linear_passes(linear, [1]) == [linear]
     with torch.no_grad():
         assert linear_passes(linear, [1] * 3) == [linear] * 3
+
+
+def test_a_layer_is_wide_if_neither_a_cache_nor_what_passes_through_it_is_as_large(monkeypatch):
+    linear = nn.Linear(8, 12)  # 96 entries, 20 per row
+    assert is_wide(linear, 4)
+    assert not is_wide(linear, 5)
+    monkeypatch.setattr(shared_gradients, "CACHED", 96)
+    assert not is_wide(linear, 4)

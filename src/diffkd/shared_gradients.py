@@ -19,6 +19,10 @@ from torch import Tensor, nn
 
 LinearPass = Callable[[Tensor], Tensor]
 
+# Entries of a weight, 1 MiB in float32, that the caches next to a processor hold: for smaller ones the bookkeeping
+# costs more than the products.
+CACHED = 2**18
+
 
 def linear_passes(layer: nn.Linear, rows: Sequence[int]) -> list[LinearPass]:
     """Return `layer` once for each of its passes, to be called at most once each, with (rows[i], in).
@@ -49,8 +53,8 @@ def linear_passes(layer: nn.Linear, rows: Sequence[int]) -> list[LinearPass]:
 
 
 def is_wide(layer: nn.Linear, rows: int) -> bool:
-    """Whether the weight is larger than what passes through it, so that it is what a pass costs."""
-    return rows * (layer.in_features + layer.out_features) < layer.weight.numel()
+    """Whether the weight is what a pass costs: larger than what passes through it, and than what a cache holds."""
+    return max(CACHED, rows * (layer.in_features + layer.out_features)) < layer.weight.numel()
 
 
 def _pays(layer: nn.Linear, rows: Sequence[int]) -> bool:
