@@ -59,6 +59,17 @@ class TestInPlaceTrap:
         with pytest.raises(ValueError, match="take a layer around it"):
             find_layer(layers, "conv", "student Net")
 
+    def test_a_dropout_that_overwrites_its_input_in_training_only(self):
+        def net(*, inplace):
+            return nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5, inplace))
+
+        model = net(inplace=True)
+        kept = copy.deepcopy(model.state_dict())
+        layers = by_name(model)
+        assert {name: layer.instead for name, layer in layers.items() if layer.instead} == {"1": "3", "2": "3"}
+        assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+        assert not any(layer.instead for layer in by_name(net(inplace=False)).values())
+
 
 def test_shapes_layouts_and_order():
     layers = list_layers(ConvNet(4), torch.randn(2, 3, 16, 24))

@@ -99,3 +99,26 @@ def test_layers_that_leave_nothing(model, name):
     recorder = recorder_on(model, name)
     with pytest.raises(ValueError, match="returned no tensor to record"):
         recorder.record(model, IMAGES)
+
+
+class DropsInPlace(nn.Module):
+    """Overwrites the output of `bn` in place, in training only, where no module shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return nn.functional.dropout(self.bn(x), 0.5, self.training, inplace=True).mean(dim=(2, 3))
+
+
+def test_a_feature_that_is_overwritten_after_it_was_recorded():
+    model = DropsInPlace()
+    recorder = recorder_on(model, "bn")
+    recorder.record(model.eval(), IMAGES)
+    with pytest.raises(
+        ValueError, match=r"'bn' of DropsInPlace is overwritten in place by a later layer.*inplace=False"
+    ):
+        recorder.record(model.train(), IMAGES)
+    with torch.inference_mode():  # where changes are not counted
+        recorder.record(model.eval(), IMAGES)

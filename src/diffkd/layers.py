@@ -192,6 +192,8 @@ def _probe_hook(name: str, seen: list[_Seen]) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         tensor = select_tensor(output)
         if tensor is not None:
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.inplace:
+                tensor.mul_(1)  # it overwrites its input in training, and does nothing in evaluation
             seen.append(_Seen(name, type(module).__name__, tensor, tensor._version, _elements(name, output)))
 
     return hook

@@ -54,6 +54,7 @@ class Recorder:
     stops: bool = False
     stopped: bool = False
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -96,7 +97,7 @@ class Recorder:
                 the output is not among the recorded, the model is not wrapped, and not being compiled.
 
         Raises:
-            ValueError: if a layer left nothing to record.
+            ValueError: if a layer left nothing to record, or its output was overwritten in place afterwards.
         """
         wants_output = any(split_selector(name)[0] == OUTPUT for name in self.names)
         self.stops = not (whole or wants_output or unwrap(model) is not model)
@@ -111,6 +112,14 @@ class Recorder:
         finally:
             # Nothing is held on to: activations would live until the next batch.
             outputs, self.outputs, calls, self.calls, self.active = self.outputs, {}, self.calls, {}, False
+            versions, self.versions = self.versions, {}
+        for name, version in versions.items():
+            if _version(outputs[name]) != version:
+                raise ValueError(
+                    f"the output of layer '{name}' of {type(unwrap(model)).__name__} is overwritten in place by a "
+                    "later layer, so that another feature would be distilled; take that layer instead, or construct it "
+                    "with inplace=False"
+                )
         for name in self.names:
             path, key = split_selector(name)
             if path == OUTPUT and (tensor := select_tensor(output, key)) is not None:
@@ -147,11 +156,17 @@ class _Tap:
             tensor = select_tensor(output, self.key)
             if tensor is not None:
                 self.recorder.outputs[self.name] = tensor
+                self.recorder.versions[self.name] = _version(tensor)
         self.recorder.stop_if_complete()
 
 
 class _Enough(Exception):  # noqa: N818  # no error: it ends a forward of which all that is wanted has been recorded
     """Raised inside a model's forward, and caught around it."""
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place, where that is counted."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def split_selector(name: str) -> tuple[str, str | None]:
