@@ -37,3 +37,8 @@ def test_curves_and_maps_are_drawn(tmp_path: Path, suffix: str) -> None:
 def test_curves_alone_need_no_maps(tmp_path: Path) -> None:
     with Image.open(draw_results(tmp_path / "a.png", {"kd": [[1.0, 2.0]]})) as picture:
         assert picture.format == "PNG"
+
+
+def test_curves_of_unequal_length_are_drawn_as_far_as_they_go(tmp_path: Path) -> None:
+    path = draw_results(tmp_path / "a.svg", {"kd": [[1.0, 2.0, 3.0], [1.0, 2.0], [1.5]], "dist": [[1.0] * 5]})
+    assert "<path" in path.read_text(encoding="utf-8")

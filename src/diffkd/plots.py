@@ -1,6 +1,7 @@
 """Pictures: learning curves, and where student, denoised student and teacher look."""
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def draw_results(
 
     Args:
         path: PNG or SVG file to write.
-        curves: for each method, one sequence of values per seed, an entry per epoch.
+        curves: for each method, one sequence of values per seed, an entry per epoch; they may differ in length, and
+            each epoch then shows those that reach it.
         images: (B, C, H, W) the pictures that the maps belong to, in any range.
         maps: for each title ("student", "denoised", "teacher"), (B, H, W) from :func:`saliency`.
         ylabel: what the curves show.
@@ -53,12 +55,12 @@ def draw_results(
     panels: list[Any] = list(np.asarray(figure.subfigures(1, 2), dtype=object)) if maps else [figure]
     axes = panels[0].subplots()
     for color, (method, runs) in zip(matplotlib.color_sequences["tab10"] * 2, curves.items(), strict=False):
-        epochs = range(1, len(runs[0]) + 1)
-        values = np.array(runs, dtype=float)
-        mean = values.mean(axis=0)
+        by_epoch = [[value for value in values if value is not None] for values in zip_longest(*runs)]
+        mean = np.array([np.mean(values) for values in by_epoch])
+        epochs = range(1, len(mean) + 1)
         axes.plot(epochs, mean, color=color, label=method, marker="." if len(mean) < 30 else None)
         if len(runs) > 1:
-            std = values.std(axis=0, ddof=1)
+            std = np.array([np.std(values, ddof=1) if len(values) > 1 else np.nan for values in by_epoch])
             axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="epoch", ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
