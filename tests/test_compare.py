@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffkd.arguments import fit_with
 from diffkd.compare import compare, find_method, report
 from diffkd.step_cost import step_costs
 
@@ -64,6 +65,19 @@ def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: P
     assert (out / "step_cost.json").read_bytes() == costs
     assert lost.read_bytes() == trained
     assert [row.last for row in again] == [row.last for row in rows]
+
+
+def test_a_run_with_other_values_is_refused_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:
+    values = {"methods": ["alone"], "cost": False}
+    folder = tmp_path / "out" / "alone" / "seed-0"
+    trained = fit_with([str(recipe), f"--config={find_method('alone')}", f"--out={folder}", "--progress=false"])
+    with pytest.raises(ValueError, match=r"alone.seed-0 was started with other values: .*optimizer\.lr is 0\.05 there"):
+        compare(str(recipe), tmp_path / "out", seeds=2, options=["--optimizer.lr=0.00001"], **values)
+    assert not (tmp_path / "out" / "alone" / "seed-1").exists()
+    # What does not change the numbers may change, and a finished run needs no data.
+    (tmp_path / "train.npz").unlink()
+    (row,) = compare(str(recipe), tmp_path / "out", seeds=1, options=["--log_every=3"], **values)
+    assert row.last == 100 * trained["last"]["top1"]
 
 
 def test_costs_are_of_the_same_step_for_all(recipe: Path, tmp_path: Path) -> None:

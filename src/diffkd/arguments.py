@@ -22,13 +22,25 @@ def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
         Misuse: if the words do not fit.
         FileNotFoundError: if there is no such recipe.
     """
-    import diffkd.data  # noqa: F401  (its modules can then be named without their package)
-    from diffkd.recipes import find_recipe
     from diffkd.tasks.fit import fit
 
-    if words and not words[0].startswith("-"):
-        words = [f"--config={find_recipe(words[0])}", *words[1:]]
-    return call(fit, words, "fit", skip={"config"}, configurable=True, use=use)
+    return call(fit, _with_recipe(words), "fit", skip={"config"}, configurable=True, use=use)
+
+
+def values_of_fit(words: list[str]) -> dict[str, Any]:
+    """Return the values that :func:`fit_with` would record as those of the run, building nothing.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        Misuse: if the words do not fit.
+        FileNotFoundError: if there is no such recipe.
+    """
+    from diffkd.tasks.fit import fit
+
+    parser = _parser(fit, "fit", skip={"config"}, configurable=True)
+    return _recorded(parser, _parsed(parser, fit, _with_recipe(words)))
 
 
 def call(
@@ -61,37 +73,66 @@ def call(
     Raises:
         Misuse: if the words do not fit.
     """
-    import yaml
-    from jsonargparse import ArgumentError, ArgumentParser
-
     if positional is not None and words and not words[0].startswith("-"):
         words = [f"--{positional}={words[0]}", *words[1:]]
+    parser = _parser(function, command, skip={*(skip or ()), *(fixed or ())}, configurable=configurable)
+    if {"-h", "--help"} & set(words):
+        # The parser lists every known subclass of Module, pages of them.
+        print(re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", parser.format_help()), end="")  # noqa: T201
+        return None
+    values = _parsed(parser, function, words)
+    arguments = parser.instantiate(values).as_dict()
+    arguments.pop("config", None)
+    if configurable:
+        arguments["config"] = _recorded(parser, values)
+    return (use or function)(**arguments, **(fixed or {}))
+
+
+def _with_recipe(words: list[str]) -> list[str]:
+    """Let `RECIPE` stand for `--config=FILE`."""
+    import diffkd.data  # noqa: F401  (its modules can then be named without their package)
+    from diffkd.recipes import find_recipe
+
+    if words and not words[0].startswith("-"):
+        return [f"--config={find_recipe(words[0])}", *words[1:]]
+    return words
+
+
+def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int], configurable: bool) -> Any:
+    """Return a parser whose options are the arguments of a function."""
+    from jsonargparse import ArgumentParser
+
     parameters = inspect.signature(function).parameters
     parser = ArgumentParser(prog=f"diffkd {command}", exit_on_error=False)
     if configurable:
         parser.add_argument("--config", action="config", help="recipe: a file of values for these options")
-    parser.add_function_arguments(function, skip={*(skip or ()), *(fixed or ())})
+    parser.add_function_arguments(function, skip=skip)
     if "seed" in parameters and "data" in parameters:
         parser.link_arguments("seed", "data.init_args.seed")
     if "optimizer" in parameters:
         from diffkd.tasks.describe import describe
 
         parser.set_defaults({"optimizer": describe(parameters["optimizer"].default)})
-    if {"-h", "--help"} & set(words):
-        # The parser lists every known subclass of Module, pages of them.
-        print(re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", parser.format_help()), end="")  # noqa: T201
-        return None
+    return parser
+
+
+def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
+    from jsonargparse import ArgumentError
+
+    parameters = inspect.signature(function).parameters
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
     try:
-        values = parser.parse_args(_with_lists(_with_values(words, flags), parameters))
+        return parser.parse_args(_with_lists(_with_values(words, flags), parameters))
     except ArgumentError as error:
         raise Misuse(" ".join(str(error).split())) from error
-    arguments = parser.instantiate(values).as_dict()
-    arguments.pop("config", None)
-    if configurable:
-        dumped = parser.dump(values, skip_validation=True)
-        arguments["config"] = {k: v for k, v in yaml.safe_load(dumped).items() if k != "config"}
-    return (use or function)(**arguments, **(fixed or {}))
+
+
+def _recorded(parser: Any, values: Any) -> dict[str, Any]:
+    """Return parsed values in plain numbers, text, lists and mappings."""
+    import yaml
+
+    dumped = parser.dump(values, skip_validation=True)
+    return {k: v for k, v in yaml.safe_load(dumped).items() if k != "config"}
 
 
 def _with_values(words: list[str], flags: set[str]) -> list[str]:

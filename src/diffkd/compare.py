@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd.all_measurements import write_all_measurements
-from diffkd.arguments import fit_with
+from diffkd.arguments import fit_with, values_of_fit
 from diffkd.plots import draw_results
 from diffkd.recipes import find_recipe
 from diffkd.step_cost import step_costs
 from diffkd.tables import REFERENCES, Row, as_json, as_latex, as_markdown, cells, summarize
 from diffkd.tasks.history import read_csv
 from diffkd.tasks.interruption import Interrupted
+from diffkd.tasks.run_folder import RunFolder
 from diffkd.weights import write_text
 
 COSTS = "step_cost.json"
@@ -79,7 +80,8 @@ def compare(
         A row per method.
 
     Raises:
-        ValueError: if there are no methods, seeds or jobs, or a name is given twice.
+        ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
+            other values; nothing is trained then.
         RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
     """
     methods = list(DEFAULT_METHODS) if methods is None else methods
@@ -99,6 +101,9 @@ def compare(
         ]
         for index, run in enumerate(runs)
     }
+    for run, words in commands.items():
+        if run.folder.is_dir():
+            RunFolder(run.folder).check(values_of_fit(words), resume=True)
     failed = train_all(commands, jobs, console)
     if cost:
         write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
