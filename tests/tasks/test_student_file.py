@@ -122,7 +122,19 @@ def test_an_unfinished_run_is_exported(tmp_path, image_files, model_file):
     content = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     weights = read_weights(out)
     assert torch.equal(weights["4.bias"], content["state_dict"]["model.student.4.bias"])
-    assert read_card(out)["epoch"] == 1
+    card = read_card(out)  # these weights are of mid-epoch, and nobody has measured them
+    assert (card["which"], card["epoch"], card["metrics"]) == ("step 9", None, {})
+    best = export(str(tmp_path / "run"), tmp_path / "best.safetensors", which="best")
+    assert same_weights(best, tmp_path / "run" / "best.safetensors")
+    assert not same_weights(best, out)
+    assert (read_card(best)["which"], read_card(best)["epoch"]) == ("best epoch", 1)
+
+
+def test_the_best_epoch_of_a_run_without_one_is_missing(tmp_path, image_files, model_file):
+    with pytest.raises(Interrupted):
+        train(arrays(image_files, 2, signal_self(15)), tmp_path / "run", model_file)
+    with pytest.raises(FileNotFoundError, match=r"holds no best\.safetensors: resume it first"):
+        export(str(tmp_path / "run"), tmp_path / "best.safetensors", which="best")
 
 
 def test_a_checkpoint_of_the_authors_is_exported(tmp_path):

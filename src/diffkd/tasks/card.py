@@ -44,7 +44,10 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
 
 
 def with_metrics(card: Mapping[str, Any], row: Row | None, which: str) -> dict[str, Any]:
-    """Return the card of the weights of one epoch: its number, its metrics, and whether it was the last or the best."""
+    """Return the card of the weights of one epoch: its number, its metrics, and whether it was the last or the best.
+
+    Weights of mid-epoch have no row, and `which` names their step.
+    """
     return {
         **card,
         "metrics": {} if row is None else measurements(row),

@@ -86,7 +86,8 @@ def export(
     Args:
         source: folder of a run, a last.ckpt, a student's file, or a checkpoint of the DiffKD authors' code.
         out: file to write, ends in .safetensors, .onnx or .pt2; None: student.safetensors here.
-        which: of a run, the student of the last or of the best epoch.
+        which: of a run, the student of the last or of the best epoch; of one that still goes on, the last checkpoint's
+            or that of the best epoch so far.
         model: for .onnx and .pt2, name of the model; needed where the card names none, or code of one's own.
         image_size: for these, [H, W] in pixels, or one side of a square; None: as in training.
         normalize: for these, let the program take images in [0, 1] and normalise them itself. Detectors always do.
@@ -109,8 +110,9 @@ def export(
         raise ValueError(f"a student is exported as {', '.join(_SUFFIXES)}; got --out {target}")
     if opset is not None and (opset < 18 or target.suffix != ".onnx"):
         raise ValueError(f"opset {opset} is for .onnx, and must be at least 18; leave --opset out")
-    if Path(source).is_dir() and not RunFolder(source).result.is_file() and RunFolder(source).checkpoint.is_file():
-        source = str(RunFolder(source).checkpoint)  # of a run that is still going on, the last checkpoint
+    run = RunFolder(source)
+    if which == "last" and not run.result.is_file() and run.checkpoint.is_file():
+        source = str(run.checkpoint)  # of a run that is still going on, the last checkpoint
     if Path(source).suffix == ".ckpt":
         weights, card = _from_checkpoint(read_checkpoint(source))
     else:

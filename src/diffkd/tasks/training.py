@@ -215,12 +215,14 @@ class Training(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the state dict does not hold: average, history, and the sums of an unfinished epoch."""
+        # In mid-epoch these weights have not been measured.
+        measured = (None, f"step {self.global_step}") if self.ledger.count else (self.history.last, "checkpoint")
         checkpoint["diffkd"] = {
             "student": "model.student." if self.distiller is not None else "model.",
             "average": None if self.average is None else self.average.state_dict(),
             "history": self.history.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "card": with_metrics(self.card, self.history.last, "checkpoint"),
+            "card": with_metrics(self.card, *measured),
             "seconds": self._seconds + time.monotonic() - self._since,
         }
 
