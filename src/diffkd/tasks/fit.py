@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from diffkd.tasks.checkpointing import Saver, WholeFiles
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.describe import describe
 from diffkd.tasks.detection import DetectionOptions
+from diffkd.tasks.lock import held
 from diffkd.tasks.memory import freed_memory_kept, peak_memory, reset_peak
 from diffkd.tasks.optimization import OptimizerFactory, Schedule
 from diffkd.tasks.progress import TrainingProgress
@@ -130,7 +132,7 @@ def fit(
         The result, as `result.json` in `out` holds it: "last" and "best" epoch with their accuracies, and more.
 
     Raises:
-        FileExistsError: if `out` holds something and `resume` is off.
+        FileExistsError: if `out` holds something and `resume` is off, or another run is working there.
         ValueError: if the arguments do not fit together.
         FloatingPointError: if the training diverges; names loss and step.
         Interrupted: if it was asked to stop by SIGINT or SIGTERM, after saving.
@@ -142,85 +144,86 @@ def fit(
     folder = RunFolder(out)
     first = is_first_process()
     console = Console(stderr=True, quiet=not (progress and first))
-    if (finished := folder.check(config, resume=resume)) is not None:
-        console.print(f"{folder.path} is finished", soft_wrap=True)
-        console.print(summary(finished), highlight=False, soft_wrap=True)
-        return finished
+    with held(folder.path) if first else nullcontext():
+        if (finished := folder.check(config, resume=resume)) is not None:
+            console.print(f"{folder.path} is finished", soft_wrap=True)
+            console.print(summary(finished), highlight=False, soft_wrap=True)
+            return finished
 
-    training = build_training(**{name: value for name, value in values.items() if name != "config"})
-    parameters = sum(parameter.numel() for parameter in training.student.parameters())
-    score = training.task.headlines[0]
-    card = training.card = make_card(student, facts_of(data), config)
-    if first:
-        folder.start(config)
+        training = build_training(**{name: value for name, value in values.items() if name != "config"})
+        parameters = sum(parameter.numel() for parameter in training.student.parameters())
+        score = training.task.headlines[0]
+        card = training.card = make_card(student, facts_of(data), config)
+        if first:
+            folder.start(config)
 
-    def on_epoch(training: Training) -> None:
-        row = training.history.rows[-1]
-        if row[score] > read_card(folder.best).get("metrics", {}).get(score, -1.0):
-            save_student(training.result, folder.best, with_metrics(card, row, "best epoch"))
-        training.history.write_csv(folder.metrics)
+        def on_epoch(training: Training) -> None:
+            row = training.history.rows[-1]
+            if row[score] > read_card(folder.best).get("metrics", {}).get(score, -1.0):
+                save_student(training.result, folder.best, with_metrics(card, row, "best epoch"))
+            training.history.write_csv(folder.metrics)
 
-    saver = Saver(
-        folder.checkpoint,
-        every_steps=save_every_steps,
-        max_steps=max_steps,
-        on_epoch=on_epoch,
-        how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume",
-    )
-    resumes = resume and folder.checkpoint.is_file()
-    if resume and not resumes:
-        console.print(f"nothing to resume in {folder.path}; starting at the beginning", soft_wrap=True)
-    reset_peak()
-    with quiet_trainer(), freed_memory_kept():
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
-            strategy=strategy_for(strategy, devices, num_nodes),
-            precision=precision,  # type: ignore[arg-type]  # checked by the trainer
-            max_epochs=epochs,
-            gradient_clip_val=gradient_clip,
-            logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
-            callbacks=[
-                StartReport(console),
-                TrainingProgress(console),
-                *filter(None, [training.cached_teacher]),
-                saver,
-            ],
-            plugins=[WholeFiles()],
-            default_root_dir=folder.path,
-            use_distributed_sampler=False,
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+        saver = Saver(
+            folder.checkpoint,
+            every_steps=save_every_steps,
+            max_steps=max_steps,
+            on_epoch=on_epoch,
+            how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume",
         )
-        try:
-            trainer.fit(training, datamodule=data, ckpt_path=folder.checkpoint if resumes else None)
-        except SystemExit as leaving:  # how the trainer answers a second Ctrl-C
-            raise KeyboardInterrupt from leaving
+        resumes = resume and folder.checkpoint.is_file()
+        if resume and not resumes:
+            console.print(f"nothing to resume in {folder.path}; starting at the beginning", soft_wrap=True)
+        reset_peak()
+        with quiet_trainer(), freed_memory_kept():
+            trainer = Trainer(
+                accelerator=accelerator,
+                devices=devices,
+                num_nodes=num_nodes,
+                strategy=strategy_for(strategy, devices, num_nodes),
+                precision=precision,  # type: ignore[arg-type]  # checked by the trainer
+                max_epochs=epochs,
+                gradient_clip_val=gradient_clip,
+                logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
+                callbacks=[
+                    StartReport(console),
+                    TrainingProgress(console),
+                    *filter(None, [training.cached_teacher]),
+                    saver,
+                ],
+                plugins=[WholeFiles()],
+                default_root_dir=folder.path,
+                use_distributed_sampler=False,
+                num_sanity_val_steps=0,
+                log_every_n_steps=1,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            try:
+                trainer.fit(training, datamodule=data, ckpt_path=folder.checkpoint if resumes else None)
+            except SystemExit as leaving:  # how the trainer answers a second Ctrl-C
+                raise KeyboardInterrupt from leaving
 
-    last = training.history.rows[-1]
-    best = read_card(folder.best) or with_metrics({}, training.history.best, "best epoch")
-    result = {
-        "task": training.task.name,
-        "score": score,
-        "last": last,
-        "best": {"epoch": best["epoch"], **best["metrics"]},
-        "parameters": parameters,
-        "method_parameters": sum(p.numel() for p in training.model.parameters()) - parameters,
-        "peak_memory": peak_memory(trainer.strategy.root_device),
-        "device": device_name(trainer),
-        "seed": seed,
-        "command": shlex.join(sys.argv),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": versions(),
-    }
-    if first:
-        save_student(training.result, folder.student, with_metrics(card, last, "last epoch"))
-        folder.finish(result)
-        console.print(summary(result), highlight=False, soft_wrap=True)
-    return result
+        last = training.history.rows[-1]
+        best = read_card(folder.best) or with_metrics({}, training.history.best, "best epoch")
+        result = {
+            "task": training.task.name,
+            "score": score,
+            "last": last,
+            "best": {"epoch": best["epoch"], **best["metrics"]},
+            "parameters": parameters,
+            "method_parameters": sum(p.numel() for p in training.model.parameters()) - parameters,
+            "peak_memory": peak_memory(trainer.strategy.root_device),
+            "device": device_name(trainer),
+            "seed": seed,
+            "command": shlex.join(sys.argv),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "versions": versions(),
+        }
+        if first:
+            save_student(training.result, folder.student, with_metrics(card, last, "last epoch"))
+            folder.finish(result)
+            console.print(summary(result), highlight=False, soft_wrap=True)
+        return result
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from diffkd.differences import differences
+from diffkd.tasks.lock import LOCK
 from diffkd.weights import write_text
 
 # What may change between the parts of one run without changing what is trained.
@@ -89,7 +90,7 @@ class RunFolder:
     def _holds_work(self) -> bool:
         if self.path.is_file():
             raise FileExistsError(f"{self.path} is a file; give a folder as --out")
-        remains = {self.config, self.path / "tensorboard"}
+        remains = {self.config, self.path / "tensorboard", self.path / LOCK}
         return self.path.is_dir() and any(
             path not in remains and (not path.is_dir() or any(path.iterdir())) for path in self.path.iterdir()
         )
