@@ -1,5 +1,6 @@
 """Small images in files, and small classifiers, for whole trainings in seconds."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,3 +28,17 @@ def image_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def model_file() -> str:
     """The file whose functions build the models of these tests."""
     return str(Path(__file__).parents[1] / "tiny_models.py")
+
+
+@pytest.fixture
+def named_files(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Write files of 8x8 images whose classes have names, over those of an earlier call."""
+
+    def write(names: Sequence[str], count: int = 60, shift: int = 0) -> dict[str, str]:
+        files = {"train": str(tmp_path / "train.npz"), "test": str(tmp_path / "test.npz")}
+        for file, images in zip(files.values(), (count, 36), strict=True):
+            pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
+            np.savez(file, images=pixels, labels=(np.arange(images) + shift) % len(names), classes=np.array(names))
+        return files
+
+    return write

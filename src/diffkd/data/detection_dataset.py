@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from diffkd.data.box_augmentation import BoxAugmentation, augment_boxes
 from diffkd.data.boxes import Annotations
+from diffkd.data.digest import digest_of
 from diffkd.data.seeding import mix_seed
 
 Target = dict[str, Tensor]
@@ -42,6 +43,11 @@ class DetectionDataset(Dataset[tuple[Tensor, Target, int]]):
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.annotations)
+
+    @property
+    def digest(self) -> str:
+        """A digest of images and boxes."""
+        return digest_of(self.annotations.image_ids, self.annotations.starts, *self.annotations.boxes)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target, int]:
         """Return the image (3, H, W) float32 in [0, 1], its target and its index.

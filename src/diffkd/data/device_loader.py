@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffkd.data.augment import augment, normalise, to_float
 from diffkd.data.augmentation import Augmentation
+from diffkd.data.digest import digest_of
 from diffkd.data.sampler import EpochSampler, drops_last
 from diffkd.data.seeding import mix_seed
 
@@ -75,6 +76,11 @@ class DeviceLoader:
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (counted from 0) that the next iteration runs."""
         self.sampler.set_epoch(epoch)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the labels."""
+        return digest_of(self.labels)
 
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch."""

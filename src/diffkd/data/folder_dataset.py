@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 
 from diffkd.data.augmentation import Augmentation
 from diffkd.data.decode import read_rgb
+from diffkd.data.digest import digest_of
 from diffkd.data.folder_scan import FolderSamples
 from diffkd.data.seeding import mix_seed
 
@@ -33,6 +34,11 @@ class FolderDataset(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.samples.paths)
+
+    @property
+    def digest(self) -> str:
+        """A digest of files and labels."""
+        return digest_of(*self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         """Return the image (C, H, W) float32, its label and its index; raise ValueError if the file is broken."""

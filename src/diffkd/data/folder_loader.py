@@ -90,6 +90,11 @@ class FolderLoader:
         """Choose the epoch (counted from 0) that the next iteration runs."""
         self.sampler.set_epoch(epoch)
 
+    @property
+    def digest(self) -> str | None:
+        """That of the data set, None if it gives none."""
+        return getattr(self._loader.dataset, "digest", None)
+
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch."""
         return len(self._loader)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffkd.data.digest import digest_of
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.mask_file import read_image
 from diffkd.data.pair_scan import Pairs
@@ -55,6 +56,11 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.pairs.images)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the files."""
+        return digest_of(self.pairs.images, self.pairs.masks)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         """Return image (3, H, W) float32, mask (H, W) int64 and index; raise ValueError if a file is broken."""

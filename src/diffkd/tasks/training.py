@@ -20,6 +20,7 @@ from diffkd.tasks.history import History, Row
 from diffkd.tasks.ledger import Ledger
 from diffkd.tasks.optimization import OptimizerFactory, Schedule, build_optimizer, set_learning_rate
 from diffkd.tasks.replicas import broadcast_buffers
+from diffkd.tasks.same_data import check_classes, check_samples, describe_samples
 from diffkd.tasks.task import Meter, Step, Task
 
 
@@ -79,6 +80,7 @@ class Training(LightningModule):
         self.average = None if ema is None else StudentAverage(self.student, ema)
         self.ledger, self.history = Ledger(), History(task.headlines[0])
         self.card: dict[str, Any] = {}
+        self._samples: dict[str, Any] = {}
         self.cached_teacher: CachedTeacher | None = None
         self._meters: dict[str, Meter] = {}
         self._measured: Row = {}
@@ -118,6 +120,12 @@ class Training(LightningModule):
         if self.average is not None:
             self.average.model.to(self.device)
         self._since = time.monotonic()
+
+    def on_train_start(self) -> None:
+        """Refuse to go on with other samples than the training began with."""
+        samples = describe_samples(self.trainer.train_dataloader)
+        check_samples(self._samples, samples)
+        self._samples = samples
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate and the random generators, both from the step alone."""
@@ -223,12 +231,16 @@ class Training(LightningModule):
             "history": self.history.state_dict(),
             "ledger": self.ledger.state_dict(),
             "card": with_metrics(self.card, *measured),
+            "samples": self._samples,
             "seconds": self._seconds + time.monotonic() - self._since,
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take over what :meth:`on_save_checkpoint` added."""
+        """Take over what :meth:`on_save_checkpoint` added; raise ValueError if the data have other classes."""
         state = checkpoint["diffkd"]
+        if self.card and "classes" in state["card"]:
+            check_classes(state["card"]["classes"], self.card["classes"])
+        self._samples = state.get("samples", {})
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.history.load_state_dict(state["history"])
