@@ -20,6 +20,7 @@ from diffkd.tasks.optimization import OptimizerFactory, Schedule
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching, lay_out
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
+from diffkd.tasks.teacher_classes import check_teacher_classes
 from diffkd.tasks.training import Training
 from diffkd.teacher_cache import Storage
 from diffkd.teacher_options import TeacherOptions
@@ -116,6 +117,8 @@ def build_training(
             seed=seed,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
+        if teacher_weights is not None:
+            check_teacher_classes(trained, teacher_weights, facts)
         if channels_last:
             trained.to(memory_format=torch.channels_last)
     training = Training(
