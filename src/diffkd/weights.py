@@ -99,12 +99,13 @@ def save_student(student: nn.Module, path: str | Path, card: Mapping[str, Any] |
         The path of the weights.
 
     Raises:
-        ValueError: if `path` does not end in `.safetensors`.
+        ValueError: if `path` does not end in `.safetensors`, or the student's state holds more than tensors.
         OSError: if the file cannot be written; an earlier file of that name is then still whole.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"a student is saved as .safetensors, got {path.name!r}; load_weights reads it back")
+    check_savable(student)
     # Cloned, since safetensors refuses entries that share memory (tied weights) and strides other than contiguous ones.
     state = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -115,6 +116,21 @@ def save_student(student: nn.Module, path: str | Path, card: Mapping[str, Any] |
     write_whole(path, lambda file: save_file(state, file, metadata={"format": "pt"}))
     write_text(path.with_suffix(".json"), text)
     return path
+
+
+def check_savable(student: nn.Module) -> None:
+    """Raise ValueError, naming the first, if entries of a model's state are no dense tensors, as safetensors holds."""
+    for name, value in unwrap(student).state_dict().items():
+        if not isinstance(value, Tensor):
+            what, mend = f"a {type(value).__name__}", "let get_extra_state return a tensor, or keep it out of the state"
+        elif value.layout is not torch.strided:
+            what, mend = "a sparse tensor", "make it dense, or register it with persistent=False"
+        else:
+            continue
+        raise ValueError(
+            f"entry {name!r} of the state of {type(unwrap(student)).__name__} is {what}, and a student is saved as "
+            f"safetensors, which hold dense tensors alone: {mend}"
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from short_trainings import METHODS, arrays, signal_self, train
 
+from diffkd import KD
 from diffkd.tasks.checkpointing import Saver, WholeFiles, read_checkpoint
 from diffkd.tasks.interruption import Interrupted
 
@@ -104,6 +105,34 @@ def test_broken_weights_are_not_saved(tmp_path, image_files, model_file):
     finally:
         patch.undo()
     assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 6
+
+
+class Counting(KD):
+    """Keeps something beside its tensors, as modules may."""
+
+    def __init__(self, student, teacher):
+        super().__init__(student, teacher)
+        self.calls = 0
+        self.register_buffer("graph", torch.eye(3).to_sparse())
+
+    def forward(self, *features, **context):
+        self.calls += 1
+        return super().forward(*features, **context)
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_methods_may_keep_more_than_dense_tensors(tmp_path, image_files, model_file):
+    with pytest.raises(Interrupted):
+        train(arrays(image_files, 8, signal_self(signal.SIGTERM)), tmp_path, model_file, method=Counting)
+    train(arrays(image_files), tmp_path, model_file, method=Counting, resume=True)
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert state["model.methods.0._extra_state"] == {"calls": 18}
 
 
 def test_signals_are_given_back(tmp_path, image_files, model_file):

@@ -83,6 +83,26 @@ def test_the_seed_decides_about_student_and_methods(weights):
     assert not torch.equal(first[projections[0]], other[projections[0]])
 
 
+def test_a_student_that_cannot_be_saved_is_refused_at_the_start(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Extra(nn.Linear):\n"
+        "    def get_extra_state(self): return {'version': 1}\n"
+        "    def set_extra_state(self, state): pass\n"
+        "def extra(): return nn.Sequential(nn.Flatten(), Extra(32 * 32, 5))\n"
+        "def sparse():\n"
+        "    model = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 5))\n"
+        "    model.register_buffer('graph', torch.eye(3).to_sparse())\n"
+        "    return model\n",
+        encoding="utf-8",
+    )
+    for name, message in {"extra": "'1._extra_state' .* is a dict", "sparse": "'graph' .* is a sparse tensor"}.items():
+        with pytest.raises(ValueError, match=f"{message}.*dense tensors alone: "):
+            build_student(f"{file}:{name}", FACTS, weights=None, pretrained=False, seed=0)
+
+
 def test_functions_without_arguments_build_students(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

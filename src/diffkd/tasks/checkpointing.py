@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import nn
+from torch import Tensor, nn
 
 from diffkd.tasks.interruption import Interrupted, StopRequest
 from diffkd.tasks.training import Training
@@ -154,9 +154,11 @@ def check_weights(training: Training) -> None:
         )
         parts.update(zip(names, training.distiller.methods, strict=True))
     for owner, part in parts.items():
-        tensors = [t for t in part.state_dict().values() if t.is_floating_point()]
+        # Not what `get_extra_state` returned, nor what is sparse.
+        state = {n: t for n, t in part.state_dict().items() if isinstance(t, Tensor) and t.layout is torch.strided}
+        tensors = [t for t in state.values() if t.is_floating_point()]
         if tensors and not torch.stack([t.isfinite().all() for t in tensors]).all():
-            name = next(n for n, t in part.state_dict().items() if not t.isfinite().all())
+            name = next(n for n, t in state.items() if not t.isfinite().all())
             raise FloatingPointError(
                 f"weight '{name}' of {owner} was not finite after step {training.global_step}, though the losses were; "
                 "lower the learning rate or clip gradients. The earlier checkpoint is whole."

@@ -26,7 +26,7 @@ from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, load, padded_example
 from diffkd.teacher_input import TeacherInput
 from diffkd.teacher_options import AS_GIVEN, TeacherOptions
-from diffkd.weights import read_weights
+from diffkd.weights import check_savable, read_weights
 
 
 def check_teaching(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
@@ -62,7 +62,7 @@ def build_student(
         detection: how a detector is built.
 
     Raises:
-        ValueError: if the model cannot take the images, or does not score as many classes as there are.
+        ValueError: if the model cannot take the images or be saved, or does not score as many classes as there are.
     """
     torch.manual_seed(seed)
     student = load(
@@ -76,6 +76,7 @@ def build_student(
         auxiliary=auxiliary,
         detection=detection,
     )
+    check_savable(student)
     output = list_layers(student, padded_example(data, student))[-1].shape
     expected, rank = f"(2, {data.num_classes})", 2
     if data.task == "segmentation":
