@@ -172,6 +172,13 @@ def test_teaching_needs_both_sides(tmp_path, image_files, model_file):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("clip", [-3.0, 0.0, float("nan")])
+def test_a_norm_that_would_not_clip_is_refused(tmp_path, image_files, model_file, clip):
+    with pytest.raises(ValueError, match=f"gradient_clip={clip} .* above 0, or leave it out"):
+        train(arrays(image_files), tmp_path / "run", model_file, gradient_clip=clip)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_failed_start_leaves_no_obstacle(tmp_path, image_files, model_file):
     with pytest.raises(FloatingPointError):
         train(arrays(image_files), tmp_path, model_file, optimizer=partial(torch.optim.SGD, lr=1e30))

@@ -139,6 +139,8 @@ def fit(
         KeyboardInterrupt: if it was asked twice.
     """
     values = dict(locals())
+    if gradient_clip is not None and not gradient_clip > 0:
+        raise ValueError(f"gradient_clip={gradient_clip} is no norm of a gradient: give one above 0, or leave it out")
     config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
     config = {name: value for name, value in config.items() if name != "resume"}
     folder = RunFolder(out)
