@@ -6,7 +6,8 @@ losses, or a tuple with a field `losses` as :class:`DiffKD` does. Two class attr
 
 - `wants`: what automatic pairing gives it, a set of the words in :mod:`diffkd.shape`;
 - `needs` (may be missing): names of further things that its forward takes by keyword, such as `("labels",)`; the caller
-  of the distiller hands them over.
+  of the distiller hands them over. One that needs "indices" and takes `samples=None` is told by `diffkd fit` how many
+  training images there are.
 """
 
 from collections.abc import Callable

@@ -32,7 +32,8 @@ class CRD(nn.Module):
     Args:
         student: the student's shape; maps are averaged over positions.
         teacher: the teacher's shape.
-        samples: n, number of training samples, whose indices are 0..n-1; 50000 in CIFAR-100.
+        samples: n, number of training samples, whose indices are 0..n-1; None: as many as the data have, which
+            `diffkd fit` tells, and 50000, those of CIFAR-100, in a loop of one's own.
         negatives: M.
         dim: length of the projected embeddings.
         temperature: tau > 0.
@@ -56,7 +57,7 @@ class CRD(nn.Module):
         student: FeatureShape,
         teacher: FeatureShape,
         *,
-        samples: int = 50_000,
+        samples: int | None = None,
         negatives: int = 16_384,
         dim: int = 128,
         temperature: float = 0.07,
@@ -64,6 +65,7 @@ class CRD(nn.Module):
         weight: float = 0.8,
     ) -> None:
         super().__init__()
+        samples = 50_000 if samples is None else samples
         if samples < 2 or negatives < 1 or temperature <= 0:
             raise ValueError(
                 f"samples must be 2 or more, negatives 1 or more and temperature above 0, got {samples}, {negatives}, "

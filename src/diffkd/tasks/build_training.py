@@ -21,6 +21,7 @@ from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching, lay_out
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.teacher_classes import check_teacher_classes
+from diffkd.tasks.told_samples import tell_samples
 from diffkd.tasks.training import Training
 from diffkd.teacher_cache import Storage
 from diffkd.teacher_options import TeacherOptions
@@ -107,13 +108,16 @@ def build_training(
                 storage=teacher_cache_storage,
                 num_nodes=num_nodes,
             )
+        if not isinstance(pairs, str):
+            pairs = [replace(pair, method=tell_samples(pair.method, data)) for pair in pairs]
+        methods = method if isinstance(method, Sequence) else [] if method is None else [method]
         trained = build_distiller(
             model,
             whole,
             view,
             data=facts,
             pairs=pairs,
-            method=method,
+            method=[tell_samples(one, data) for one in methods] or None,
             seed=seed,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
