@@ -92,6 +92,15 @@ class TestReading:
         torch.save({wrapper: state, "epoch": 3, "optimizer": {"lr": 0.1}} if wrapper else state, tmp_path / "model.pt")
         assert equal_states(read_weights(tmp_path / "model.pt"), net.state_dict())
 
+    def test_a_model_whose_entries_all_lie_under_module_is_read_back(self, tmp_path):
+        net, other = (nn.ModuleDict({"module": ConvNet()}) for _ in range(2))
+        load_weights(other, save_student(net, tmp_path / "net.safetensors"))
+        assert equal_states(other.state_dict(), net.state_dict())
+        torch.save({f"module.{name}": value for name, value in net.state_dict().items()}, tmp_path / "wrapped.pt")
+        for model in (nn.ModuleDict({"module": ConvNet()}), ConvNet()):
+            load_weights(model, tmp_path / "wrapped.pt")
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), net.parameters(), strict=True))
+
     def test_a_prefix_that_only_some_have_stays(self, tmp_path):
         torch.save({"module.w": torch.ones(1), "v": torch.ones(1)}, tmp_path / "model.pt")
         assert sorted(read_weights(tmp_path / "model.pt")) == ["module.w", "v"]

@@ -123,12 +123,15 @@ def split_checkpoint(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
         state_dict: as the authors' training saves it, with or without the "module." prefix of DistributedDataParallel.
 
     Returns:
-        `(student, modules)`: the student's own entries, and a DiffKD by teacher layer name.
+        `(student, modules)`: the student's own entries, and a DiffKD by teacher layer name. Without such modules all
+        entries are the student's, as they are.
 
     Raises:
         ValueError: if the entries of a module are incomplete, or not of a DiffKD module.
     """
     plain = {re.sub(r"^(module\.)+", "", name): value for name, value in state_dict.items()}
+    if not any(name.startswith("_diff.") for name in plain):
+        return dict(state_dict), {}
     student = {name: value for name, value in plain.items() if not name.startswith(("_diff.", "_align."))}
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in plain.items():

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, *, as_saved: bool = False) -> dict[str, Tensor]:
     """Read a file of tensors: safetensors, or a PyTorch file without running any code in it.
 
     Args:
         path: `.safetensors`, or anything `torch.load(weights_only=True)` reads: a state dict, bare or under one of the
             keys "state_dict", "model", "model_state_dict". The prefixes "module." (DistributedDataParallel) and
             "_orig_mod." (`torch.compile`) are taken off if every name has them.
+        as_saved: leave the names as they are.
 
     Returns:
         Tensors by name, on the CPU.
@@ -53,8 +54,13 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); save model.state_dict()")
     weights = {str(name): value for name, value in content.items()}
+    return weights if as_saved else _without_wrappers(weights)
+
+
+def _without_wrappers(weights: dict[str, Tensor], own: Collection[str] = ()) -> dict[str, Tensor]:
+    """Take the wrappers' prefixes off, until a name is one of the model's own: those may begin with "module." too."""
     for prefix in ("module.", "_orig_mod.", "module."):
-        if weights and all(name.startswith(prefix) for name in weights):
+        if weights and all(name.startswith(prefix) and name not in own for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
 
@@ -70,7 +76,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError, ValueError: as :func:`read_weights`; ValueError also if entries are missing, unexpected or of
             another shape. The message lists them.
     """
-    weights, own = read_weights(path), model.state_dict()
+    own = model.state_dict()
+    weights = _without_wrappers(read_weights(path, as_saved=True), own)
     problems = [f"missing {name}" for name in own if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in own]
     problems += [

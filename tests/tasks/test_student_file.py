@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from short_trainings import METHODS, arrays, same_weights, signal_self, train
+from torch import nn
 
-from diffkd import DiffKD, read_weights
+from diffkd import DiffKD, read_weights, save_student
 from diffkd.data import Arrays, DetectionScenes, SegmentationScenes
 from diffkd.models import load_detector, load_model, load_segmenter
 from diffkd.official import to_official_state
@@ -144,6 +145,17 @@ def test_a_checkpoint_of_the_authors_is_exported(tmp_path):
     torch.save({"model": state}, tmp_path / "theirs.pth")
     out = export(str(tmp_path / "theirs.pth"), tmp_path / "plain.safetensors")
     assert read_weights(out).keys() == student.state_dict().keys()
+
+
+def test_names_of_a_student_are_exported_as_they_are(tmp_path):
+    student = nn.ModuleDict({"module": nn.Linear(2, 3)})
+    student["module"].add_module("_align", nn.Linear(1, 1))
+    saved = save_student(student, tmp_path / "student.safetensors")
+    out = export(str(saved), tmp_path / "again.safetensors")
+    assert read_weights(out, as_saved=True).keys() == student.state_dict().keys()
+    torch.save({"_align.weight": torch.ones(1), "fc.weight": torch.ones(1)}, tmp_path / "foreign.pt")
+    out = export(str(tmp_path / "foreign.pt"), tmp_path / "foreign.safetensors")
+    assert sorted(read_weights(out)) == ["_align.weight", "fc.weight"]
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -117,7 +117,9 @@ def export(
         weights, card = _from_checkpoint(read_checkpoint(source))
     else:
         path = find_student(source, which)
-        weights, card = split_checkpoint(read_weights(path))[0], read_card(path)
+        card = read_card(path)
+        # Only files from elsewhere can hold more than a student, or names that a wrapper has changed.
+        weights = read_weights(path, as_saved=True) if card else split_checkpoint(read_weights(path))[0]
     tensors = {name: value.clone().contiguous() for name, value in weights.items()}
     note = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} values"
     if target.suffix == ".safetensors":
