@@ -63,6 +63,20 @@ def test_what_is_in_a_file(read, tmp_path):
     assert third.boxes.shape == (0, 4)
 
 
+@pytest.mark.parametrize(
+    ("said", "crowd"), [(0, 0), ("0", 0), (False, 0), (None, 0), ("false", 0), (1, 1), ("1", 1), (True, 1), (1.0, 1)]
+)
+def test_crowds_are_said_by_numbers_texts_or_truth_values(read, said, crowd):
+    content = changed("annotations", 0, "iscrowd", to=said)
+    assert read(content).annotations.of(1).iscrowd.tolist() == [crowd, 0]
+
+
+@pytest.mark.parametrize("said", ["no", 2, -1, [0], {}])
+def test_other_crowds_are_refused(read, said):
+    with pytest.raises(ValueError, match=r"boxes\.json: annotation 0 has iscrowd .*; write 0 or 1"):
+        read(changed("annotations", 0, "iscrowd", to=said))
+
+
 def test_boxes_without_extent_inside_the_image_are_dropped_and_named(read):
     content = copy.deepcopy(CONTENT)
     bad = [[1, 1, 0, 2], [1, 1, -3, 2], [float("nan"), 1, 2, 2], [8, 0, 4, 4], [-5, 0, 5, 4], [1, 1, float("inf"), 1]]

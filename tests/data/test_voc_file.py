@@ -36,6 +36,18 @@ def read(root, split="train", **options):
     return read_voc(find_voc_split(root, split), **options)
 
 
+@pytest.mark.parametrize(("said", "crowd"), [("False", 0), (" 0 ", 0), ("", 0), ("true", 1), ("1", 1)])
+def test_difficult_objects(root, said, crowd):
+    (root / "Annotations/c.xml").write_text(text(one("dog", 3, 3, 8, 9, difficult=said)))
+    assert read(root).annotations.of(2).iscrowd.tolist() == [crowd]
+
+
+def test_other_words_for_difficult_are_refused(root):
+    (root / "Annotations/c.xml").write_text(text(one("dog", 3, 3, 8, 9, difficult="hard")))
+    with pytest.raises(ValueError, match=r"c\.xml: object .* has difficult 'hard'; write 0 or 1"):
+        read(root)
+
+
 def test_what_is_in_the_official_folders(root):
     files = read(root)
     assert (files.classes, files.category_ids) == (("cat", "dog"), (1, 2))

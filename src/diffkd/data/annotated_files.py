@@ -95,6 +95,19 @@ class AnnotatedFiles:
         return pixels
 
 
+def flag(value: object, name: str, where: str) -> bool:
+    """Return what a file says by 0 or 1, true or false, as a number or a text; empty: no.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    known = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+    text = str("" if value is None else value).strip().lower()
+    if text not in known:
+        raise ValueError(f"{where} has {name} {value!r}; write 0 or 1.")
+    return known[text]
+
+
 def annotated_files(
     source: str, images: Sequence[ReadImage], classes: Sequence[str], category_ids: Sequence[int]
 ) -> AnnotatedFiles:

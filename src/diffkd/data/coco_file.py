@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files
+from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files, flag
 from diffkd.data.enclosed import enclosed_files
 
 
@@ -59,7 +59,7 @@ def read_coco(
             labels[category],
             name=entry.get("id", index),
             area=_float(area) if _is_number(area) else None,
-            crowd=bool(entry.get("iscrowd", 0)),
+            crowd=flag(entry.get("iscrowd"), "iscrowd", where),
         )
         by_id[image_id].boxes.append(box)
     return annotated_files(source, listed, [categories[number] for number in ids], ids)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files
+from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files, flag
 from diffkd.data.decode import upright_size
 from diffkd.data.enclosed import enclosed_files, enclosed_folder
 from diffkd.data.folder_scan import EXTENSIONS
@@ -131,7 +131,7 @@ def _box(one: ElementTree.Element, number: int, labels: dict[str, int], file: st
     left, top, right, bottom = (
         _number(_text(one, f"bndbox/{side}", where), where) for side in ("xmin", "ymin", "xmax", "ymax")
     )
-    difficult = (one.findtext("difficult") or "0").strip() not in ("0", "")
+    difficult = flag(one.findtext("difficult"), "difficult", where)
     return ReadBox((left - first_pixel, top - first_pixel, right, bottom), labels[name], number, crowd=difficult)
 
 
