@@ -1,4 +1,5 @@
 import copy
+from collections import namedtuple
 
 import pytest
 import torch
@@ -117,6 +118,10 @@ class TestExamples:
         )
         assert positional == named
         assert positional["image.stage"].feature_shape.size == (4, 6)
+
+    def test_named_tuples(self):
+        inputs = namedtuple("inputs", ["pixels", "extra"])(torch.randn(2, 3, 16, 24), torch.randn(2, 5))
+        assert by_name(TwoInputs().double(), inputs) == by_name(TwoInputs().double(), tuple(inputs))
 
     def test_are_moved_to_the_models_type(self):
         assert by_name(ConvNet().double(), IMAGES)["output"].shape == (2, 10)

@@ -267,7 +267,8 @@ def on_device_of(model: nn.Module, example: Any) -> Any:
     if isinstance(example, Mapping):
         return {key: on_device_of(model, value) for key, value in example.items()}
     if isinstance(example, (tuple, list)):
-        return type(example)(on_device_of(model, value) for value in example)
+        values = [on_device_of(model, value) for value in example]
+        return type(example)(*values) if hasattr(example, "_fields") else type(example)(values)
     return example
 
 
