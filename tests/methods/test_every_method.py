@@ -137,6 +137,14 @@ def test_half_precision_under_autocast(case, dtype):
 
 
 @every
+def test_float64(case):
+    method = case.build().double()
+    losses = train_step(case, method, *case.features(dtype=torch.float64))
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(p.grad.isfinite().all() for p in method.parameters())
+
+
+@every
 def test_pure_bfloat16(case):
     method = case.build().bfloat16()
     student, teacher = case.features(dtype=torch.bfloat16)

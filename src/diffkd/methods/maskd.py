@@ -103,7 +103,7 @@ class MasKD(nn.Module):
         ours = at_least_float32(self.student_projection(like_parameters(student, self)))
         theirs = at_least_float32(teacher)
         with full_precision(student):
-            masks = (at_least_float32(self.tokens) @ theirs.flatten(2)).sigmoid()  # (B, tokens, H * W)
+            masks = (self.tokens.to(theirs.dtype) @ theirs.flatten(2)).sigmoid()  # (B, tokens, H * W)
         if self.weighting is None:
             shares, importance = masks.new_ones(masks.shape[:2]), masks.new_full(masks.shape[:2], 1 / masks.shape[1])
         else:
