@@ -1,10 +1,13 @@
 """What all tests share: one thread and a fixed seed."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: results depend on the number of threads
 
 # The first example may import half of torch, and a test that fails must fail again.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
