@@ -84,13 +84,9 @@ def _resnet56() -> nn.Module:
 _IMAGENET = Case("", 16, 64, _resnet18, _resnet34, "layer4", 1000, ae_channels=1024)
 
 CASES = {
-    "imagenet": replace(_IMAGENET, title="ResNet-34 -> ResNet-18, 64 px, batch 16, AE 1024 + logits 1000"),
-    "imagenet224": replace(
-        _IMAGENET, title="ResNet-34 -> ResNet-18, 224 px, batch 4, AE 1024 + logits 1000", size=224, batch=4
-    ),
-    "cifar": Case(
-        "ResNet-56 -> ResNet-20, 32 px, batch 64, feature + logits 100", 64, 32, _resnet20, _resnet56, "layer3", 100
-    ),
-    "fpn": Case("one FPN level, 256 x 80 x 124, batch 2", 2, (80, 124), channels=256),
-    "segmentation": Case("class map of a segmenter, 19 x 65 x 129, batch 4", 4, (65, 129), channels=19),
+    "imagenet": replace(_IMAGENET, title="ResNet-34 -> ResNet-18, 64 px, AE 1024 + logits 1000"),
+    "imagenet224": replace(_IMAGENET, title="ResNet-34 -> ResNet-18, 224 px, AE 1024 + logits 1000", size=224, batch=4),
+    "cifar": Case("ResNet-56 -> ResNet-20, 32 px, feature + logits 100", 64, 32, _resnet20, _resnet56, "layer3", 100),
+    "fpn": Case("one FPN level, 256 x 80 x 124", 2, (80, 124), channels=256),
+    "segmentation": Case("class map of a segmenter, 19 x 65 x 129", 4, (65, 129), channels=19),
 }

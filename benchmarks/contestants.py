@@ -1,4 +1,7 @@
-"""Who takes part: a training step each of the student alone, KD, FitNet, DiffKD, and DiffKD written plainly."""
+"""Who takes part: a training step each of the student alone, KD, FitNet, DiffKD, and DiffKD written plainly.
+
+"checkpointed" is DiffKD that keeps no activations of its denoising steps.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,8 +18,8 @@ from diffkd import KD, DiffKD, Distiller, FitNet, Pair, TeacherOptions
 from diffkd.memory_layout import try_channels_last
 from diffkd.tasks.optimization import build_optimizer
 
-WITH_NETWORKS = ("alone", "kd", "fitnet", "diffkd", "plain")
-FEATURE_ALONE = ("fitnet", "diffkd", "plain")
+FEATURE_ALONE = ("fitnet", "diffkd", "checkpointed", "plain")
+WITH_NETWORKS = ("alone", "kd", *FEATURE_ALONE)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,6 @@ class Settings:
         precision: "float32", "bf16" (autocast) or "bf16-true" (parameters too).
         compile: run the distiller through torch.compile in this mode ("default"; "reduce-overhead" records CUDA
             graphs), no graph break allowed. The plain one never is: it breaks.
-        checkpoint: DiffKD(checkpoint=True): keep no activations of the denoising steps.
         plain_networks: the networks and the optimiser of all contestants as the plain transcription has them; otherwise
             all others have them as `diffkd fit` makes them: the teacher's BatchNorms folded and, on a CPU, channels
             last and an optimiser of one kernel.
@@ -37,7 +39,6 @@ class Settings:
     device: str = "cpu"
     precision: str = "float32"
     compile: str | None = None
-    checkpoint: bool = False
     plain_networks: bool = False
 
 
@@ -75,8 +76,8 @@ def _network_step(case: Case, contestant: str, settings: Settings) -> Step:
         model = student
     else:
         teacher = case.teacher().to(settings.device)
-        feature = Pair(case.layer, method=_method(contestant, case, settings))
-        output = Pair("output", method=_method(contestant, replace(case, ae_channels=None), settings))
+        feature = Pair(case.layer, method=_method(contestant, case))
+        output = Pair("output", method=_method(contestant, replace(case, ae_channels=None)))
         pairs = {"kd": [Pair("output", method=KD)], "fitnet": [feature]}.get(contestant, [feature, output])
         options = TeacherOptions(fold=as_fit, channels_last=channels_last)
         model = Distiller(student, teacher, pairs, example=images[:2].float(), teacher_options=options)
@@ -97,9 +98,9 @@ def _network_step(case: Case, contestant: str, settings: Settings) -> Step:
 
 
 def _feature_step(case: Case, contestant: str, settings: Settings) -> Step:
-    methods = nn.ModuleList(
-        _method(contestant, case, settings)(case.feature, case.feature) for _ in range(case.pairs)
-    ).to(device=settings.device, dtype=_parameter_type(settings))
+    methods = nn.ModuleList(_method(contestant, case)(case.feature, case.feature) for _ in range(case.pairs)).to(
+        device=settings.device, dtype=_parameter_type(settings)
+    )
     shape = (case.batch, case.channels, *case.feature.size)
     features = [
         (_placed(torch.randn(shape), settings).requires_grad_(), _placed(torch.randn(shape), settings)) for _ in methods
@@ -139,10 +140,10 @@ def _training(total: Callable[[], Tensor], model: nn.Module, settings: Settings,
     return Step(run, sum(p.numel() for p in model.parameters()))
 
 
-def _method(contestant: str, case: Case, settings: Settings) -> Callable[..., nn.Module]:
-    if contestant == "diffkd":
-        extra: dict[str, Any] = {"checkpoint": True} if settings.checkpoint else {}
-        return partial(DiffKD, ae_channels=case.ae_channels, inference_steps=case.steps, **extra)
+def _method(contestant: str, case: Case) -> Callable[..., nn.Module]:
+    if contestant in ("diffkd", "checkpointed"):
+        checkpoint = contestant == "checkpointed"
+        return partial(DiffKD, ae_channels=case.ae_channels, inference_steps=case.steps, checkpoint=checkpoint)
     if contestant == "plain":
         return partial(PlainDiffKD, ae_channels=case.ae_channels, inference_steps=case.steps)
     return FitNet

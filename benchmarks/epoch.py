@@ -11,17 +11,20 @@ import argparse
 import csv
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch import nn
 
 from benchmarks.cases import CASES
 from benchmarks.contestants import Settings, make_step
-from benchmarks.counting import multiply_adds
+from benchmarks.counting import bytes_moved, multiply_adds
 from benchmarks.report import RESULTS, machine, save
+from benchmarks.roofline import measured_rates
 from diffkd import save_student
 
 
@@ -32,22 +35,27 @@ def epoch_seconds(run: Path) -> list[float]:
     return [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
 
 
-def machine_peak(device: str, dtype: torch.dtype = torch.float32, size: int = 2048) -> dict[str, float]:
-    """Measure the roofline: multiply-adds per second of a large matrix product, bytes per second of a copy."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    block = torch.empty(64 * size * size // 4, device=device, dtype=torch.int8)
-    return {
-        "multiply_adds_per_second": size**3 / _best(lambda: a @ a, device),
-        "bytes_per_second": 2 * block.nbytes / _best(block.clone, device),
-    }
+def random_teacher(name: str, classes: int, pixels: int) -> nn.Module:
+    """Return a model by name with random weights and the statistics of noise, without which deep ones overflow."""
+    from diffkd.models import load_model
+
+    torch.manual_seed(0)
+    teacher = load_model(name, num_classes=classes).train()
+    for module in teacher.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        for _ in range(4):
+            teacher(torch.randn(32, 3, pixels, pixels))
+    return teacher
 
 
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, print, and write JSON.
 
     Returns:
-        "seconds_per_epoch", "images_per_second", and with a case the share of the machine's peak that its arithmetic
-        comes to.
+        "seconds_per_epoch", "images_per_second", and with a case its roofline: what the machine's rates of arithmetic
+        and memory would allow.
 
     Raises:
         RuntimeError: if the training failed.
@@ -61,20 +69,21 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--random-teacher", help="model whose random weights teach, such as cifar/resnet56")
     parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--pixels", type=int, default=32, help="edge of the images that it sees")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", help="of the file; by default from the device")
     parser.add_argument("options", nargs="*", help="after --: further options of diffkd fit")
     chosen = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
         options = list(chosen.options)
         if chosen.random_teacher:
-            from diffkd.models import load_model
-
-            teacher = load_model(chosen.random_teacher, num_classes=chosen.classes)
+            teacher = random_teacher(chosen.random_teacher, chosen.classes, chosen.pixels)
             options.append(f"--teacher_weights={save_student(teacher, Path(folder) / 'teacher.safetensors')}")
         run = Path(folder) / "run"
         _fit([chosen.recipe, f"--out={run}", f"--epochs={chosen.epochs}", *options])
         seconds = epoch_seconds(run)
+        half = "16" in yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["precision"]
     median = statistics.median(seconds[1:] or seconds)
     facts: dict[str, Any] = {
         "machine": machine(device),
@@ -86,15 +95,22 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     }
     if chosen.case:
         case = CASES[chosen.case]
-        per_image = multiply_adds(make_step(case, "diffkd", Settings(device)).run) / case.batch
-        peak = machine_peak(device)
+        step = make_step(case, "diffkd", Settings(device, "bf16" if half else "float32")).run
+        rates = measured_rates(device, torch.bfloat16 if half else torch.float32)
+        products, moved = multiply_adds(step), bytes_moved(step)
+        at_best = case.batch / rates.seconds(products, moved)
         facts["roofline"] = {
-            **peak,
-            "multiply_adds_per_image": per_image,
-            "share_of_peak": per_image * facts["images_per_second"] / peak["multiply_adds_per_second"],
+            **asdict(rates),
+            "multiply_adds_per_image": products / case.batch,
+            "bytes_per_image": moved / case.batch,
+            "images_per_second_at_best": at_best,
+            "share": facts["images_per_second"] / at_best,
         }
+        print(
+            f"at best {at_best:.0f} images per second by operations and bytes: {facts['roofline']['share']:.0%} of it"
+        )
     print(f"{median:.2f} s per epoch, {facts['images_per_second']:.0f} images per second, n = {len(seconds)} epochs")
-    save(chosen.out, f"epoch-{device}", facts)
+    save(chosen.out, chosen.name or f"epoch-{device}", facts)
     return facts
 
 
@@ -103,19 +119,6 @@ def _fit(words: list[str]) -> None:
 
     if code := diffkd(["fit", *words]):
         raise RuntimeError(f"diffkd fit {' '.join(words)} ended with exit status {code}; its message is above")
-
-
-def _best(run: Callable[[], object], device: str, times: int = 5) -> float:
-    best = float("inf")
-    for _ in range(times):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 if __name__ == "__main__":

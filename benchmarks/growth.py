@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.cases import Case
-from benchmarks.contestants import Settings, make_step
+from benchmarks.contestants import FEATURE_ALONE, Settings, make_step
 from benchmarks.counting import multiply_adds
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.step import measured_peak
@@ -36,12 +36,8 @@ GROWTH: dict[str, dict[int, Case]] = {
 def measure(
     case: Case, settings: Settings, contestants: Sequence[str], rounds: int, clock: str = "wall"
 ) -> dict[str, dict[str, Any]]:
-    """Return milliseconds (median, quartiles, n), multiply-adds and peak bytes by contestant; one more checkpoints."""
-    chosen = {name: replace(settings, checkpoint=False) for name in contestants}
-    if "diffkd" in chosen:
-        chosen["checkpointed"] = replace(settings, checkpoint=True)
-    methods = {name: "diffkd" if name == "checkpointed" else name for name in chosen}
-    steps = {name: make_step(case, methods[name], chosen[name]) for name in chosen}
+    """Return milliseconds (median, quartiles, n), multiply-adds and peak bytes by contestant."""
+    steps = {name: make_step(case, name, settings) for name in contestants}
     times = take_turns(
         {name: step.run for name, step in steps.items()}, rounds, warm_up=1, device=settings.device, clock=clock
     )
@@ -49,7 +45,7 @@ def measure(
         name: {
             "milliseconds": asdict(spread([1e3 * seconds for seconds in times[name]])),
             "multiply_adds": multiply_adds(step.run),
-            "peak_bytes": measured_peak(case, methods[name], chosen[name]),
+            "peak_bytes": measured_peak(case, name, settings),
         }
         for name, step in steps.items()
     }
@@ -78,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, di
     """Measure, print, and write JSON and a picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vary", nargs="+", default=list(GROWTH), choices=list(GROWTH))
-    parser.add_argument("--contestants", nargs="+", default=["diffkd", "plain"], choices=["fitnet", "diffkd", "plain"])
+    parser.add_argument("--contestants", nargs="+", default=FEATURE_ALONE[1:], choices=FEATURE_ALONE)
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9)

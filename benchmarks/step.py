@@ -14,28 +14,34 @@ from matplotlib.figure import Figure
 
 from benchmarks.cases import CASES, Case
 from benchmarks.contestants import FEATURE_ALONE, WITH_NETWORKS, Settings, Step, make_step
-from benchmarks.counting import kernel_launches, multiply_adds
+from benchmarks.counting import bytes_moved, kernel_launches, multiply_adds
 from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
+from benchmarks.roofline import Rates, measured_rates
 from benchmarks.timing import CLOCKS, ratios, spread, take_turns
 from diffkd.tasks.memory import freed_memory_kept
 
 
 def measure(
-    case: Case, settings: Settings, contestants: Sequence[str], rounds: int, clock: str = "wall"
+    case: Case, settings: Settings, contestants: Sequence[str], rounds: int, rates: Rates, clock: str = "wall"
 ) -> dict[str, Any]:
     """Measure the contestants of one case against each other.
 
     Returns:
         By contestant: "milliseconds" and, over each other one, "over" (median, quartiles, n); "parameters";
-        "multiply_adds"; "peak_bytes"; "kernels" (None on a CPU).
+        "multiply_adds"; "bytes_moved"; "bound_milliseconds", the least time for both at the machine's `rates`;
+        "peak_bytes"; "kernels" (None on a CPU).
     """
     eager = replace(settings, compile=None)
     counted: dict[str, dict[str, Any]] = {}
     for name in contestants:
+        peak, run = measured_peak(case, name, eager), make_step(case, name, eager).run
+        products, moved = multiply_adds(run), bytes_moved(run)
         counted[name] = {
-            "peak_bytes": measured_peak(case, name, eager),
-            "multiply_adds": multiply_adds(make_step(case, name, eager).run),
+            "peak_bytes": peak,
+            "multiply_adds": products,
+            "bytes_moved": moved,
+            "bound_milliseconds": 1e3 * rates.seconds(products, moved),
         }
     steps: dict[str, Step] = {name: make_step(case, name, settings) for name in contestants}
     runs = {name: step.run for name, step in steps.items()}
@@ -61,12 +67,14 @@ def measured_peak(case: Case, contestant: str, settings: Settings) -> int:
 def describe(measured: dict[str, Any]) -> str:
     """Return the table of one case."""
     bases = [base for base in ("kd" if "kd" in measured else "fitnet", "plain") if base in measured]
-    head = ["contestant", "ms", *(f"over {base}" for base in bases), "G multiply-adds", "peak MB", "M parameters"]
+    head = ["contestant", "ms", *(f"over {base}" for base in bases)]
+    head += ["G multiply-adds", "GB moved", "ms at best", "peak MB", "M parameters"]
     rows = [head]
     for name, facts in measured.items():
         cells = [name, with_quartiles(facts["milliseconds"], 1)]
         cells += ["1" if base == name else with_quartiles(facts["over"][base], 2) for base in bases]
-        cells += [f"{facts['multiply_adds'] / 1e9:.2f}", f"{facts['peak_bytes'] / 1e6:.0f}"]
+        cells += [f"{facts['multiply_adds'] / 1e9:.2f}", f"{facts['bytes_moved'] / 1e9:.2f}"]
+        cells += [f"{facts['bound_milliseconds']:.1f}", f"{facts['peak_bytes'] / 1e6:.0f}"]
         rows.append([*cells, f"{facts['parameters'] / 1e6:.2f}"])
     return table(rows)
 
@@ -89,11 +97,11 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", nargs="+", default=["imagenet", "cifar"], choices=list(CASES))
     parser.add_argument("--contestants", nargs="+", choices=WITH_NETWORKS)
+    parser.add_argument("--batch", type=int, help="images per step, instead of the case's own")
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
     parser.add_argument(
         "--compile", nargs="?", const="default", choices=["default", "reduce-overhead", "max-autotune"], help="and how"
     )
-    parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--plain-networks", action="store_true", help="networks and optimiser of all alike")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=20)
@@ -104,23 +112,28 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="of the files; by default from the options")
     chosen = parser.parse_args(words)
-    if chosen.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {chosen.rounds}")
-    settings = Settings(chosen.device, chosen.precision, chosen.compile, chosen.checkpoint, chosen.plain_networks)
+    for option in ("rounds", "batch"):
+        if (value := getattr(chosen, option)) is not None and value < 1:
+            parser.error(f"--{option} must be at least 1, got {value}")
+    settings = Settings(chosen.device, chosen.precision, chosen.compile, chosen.plain_networks)
     print(facts := machine(chosen.device))
+    rates = measured_rates(chosen.device, torch.float32 if chosen.precision == "float32" else torch.bfloat16)
     results = {}
     for name in chosen.case:
         case = CASES[name].smaller() if chosen.small else CASES[name]
+        case = case if chosen.batch is None else replace(case, batch=chosen.batch)
         known = WITH_NETWORKS if case.has_networks else FEATURE_ALONE
         contestants = [each for each in known if chosen.contestants is None or each in chosen.contestants]
         with freed_memory_kept():
-            results[name] = measure(case, settings, contestants, chosen.rounds, chosen.clock)
-        print(f"\n{case.title}; {chosen.precision}, n = {chosen.rounds}\n{describe(results[name])}")
-    options = [word for word in ("compile", "checkpoint", "plain_networks") if getattr(chosen, word)]
+            results[name] = measure(case, settings, contestants, chosen.rounds, rates, chosen.clock)
+        print(f"\n{case.title}; batch {case.batch}, {chosen.precision}, n = {chosen.rounds}\n{describe(results[name])}")
+    options = [word for word in ("compile", "plain_networks") if getattr(chosen, word)]
     file = chosen.name or "-".join(["step", chosen.device, chosen.precision, *options])
     record = {
         "machine": facts,
+        "rates": asdict(rates),
         "settings": asdict(settings),
+        "batch": chosen.batch,
         "rounds": chosen.rounds,
         "clock": chosen.clock,
         "small": chosen.small,

@@ -10,8 +10,9 @@ import torch
 from benchmarks import epoch, growth, step
 from benchmarks.cases import CASES
 from benchmarks.contestants import Settings, make_step
-from benchmarks.counting import multiply_adds
+from benchmarks.counting import bytes_moved, multiply_adds
 from benchmarks.memory import peak_bytes
+from benchmarks.roofline import Rates, measured_rates
 from benchmarks.timing import ratios, take_turns
 from torch import nn
 
@@ -65,12 +66,30 @@ def test_multiply_adds_of_a_linear_layer():
     assert multiply_adds(lambda: layer(x).sum().backward()) == 2 * 3 * 7 * 5
 
 
-@pytest.mark.parametrize(
-    "settings", [Settings(), Settings(precision="bf16"), Settings(precision="bf16-true", checkpoint=True)]
-)
-def test_steps_train_the_methods_parameters(settings):
+def test_bytes_moved_are_those_of_inputs_and_outputs():
+    x, y = torch.randn(10, 100), torch.randn(10, 100).bfloat16()
+    assert bytes_moved(lambda: x + 1) == 2 * 4000
+    assert bytes_moved(lambda: y * y) == 3 * 2000
+    assert bytes_moved(lambda: x.t().reshape(100, 10)[:5].unsqueeze(0)) <= 2 * 4000  # a copy at most: views are free
+    assert bytes_moved(lambda: x.view(1000)[:5].unsqueeze(0)) == 0
+    layer = nn.Linear(100, 7, bias=False)
+    assert bytes_moved(lambda: layer(x)) == 4 * (10 * 100 + 100 * 7 + 10 * 7)
+
+
+def test_a_step_takes_what_takes_longer_at_the_rates():
+    assert Rates(100, 10).seconds(500, 20) == 5
+    assert Rates(100, 10).seconds(500, 80) == 8
+    for dtype in (torch.float32, torch.bfloat16):
+        rates = measured_rates("cpu", dtype, size=64, block=2**12)
+        assert 0 < rates.seconds(1, 1) < 1
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("contestant", ["diffkd", "checkpointed"])
+@pytest.mark.parametrize("settings", [Settings(), Settings(precision="bf16"), Settings(precision="bf16-true")])
+def test_steps_train_the_methods_parameters(settings, contestant):
     case = CASES["segmentation"].smaller()
-    made = make_step(case, "diffkd", settings)
+    made = make_step(case, contestant, settings)
     made.run()
     assert made.parameters > 1000
     fitnet = make_step(case, "fitnet", settings)
@@ -87,14 +106,21 @@ def test_step_measures_and_reports(tmp_path, capsys):
         "--contestants",
         "fitnet",
         "diffkd",
+        "checkpointed",
         "--device",
         "cpu",
+        "--batch",
+        "4",
     ]
     results = step.main([*words, "--out", str(tmp_path)])
     measured = results["segmentation"]
     assert measured["diffkd"]["over"]["fitnet"]["n"] == 2
     assert measured["diffkd"]["multiply_adds"] > measured["fitnet"]["multiply_adds"] > 0
-    assert measured["diffkd"]["peak_bytes"] > measured["fitnet"]["peak_bytes"] > 0
+    assert (
+        measured["diffkd"]["peak_bytes"] > measured["checkpointed"]["peak_bytes"] > measured["fitnet"]["peak_bytes"] > 0
+    )
+    assert measured["checkpointed"]["multiply_adds"] > measured["diffkd"]["multiply_adds"]
+    assert measured["diffkd"]["bound_milliseconds"] > measured["fitnet"]["bound_milliseconds"] > 0
     written = json.loads((tmp_path / "step-cpu-float32.json").read_text(encoding="utf-8"))
     assert written["cases"] == json.loads(json.dumps(results))
     assert written["machine"]["torch"] == torch.__version__
@@ -103,12 +129,13 @@ def test_step_measures_and_reports(tmp_path, capsys):
 
 
 def test_who_cannot_take_part_is_refused():
-    with pytest.raises(ValueError, match="'kd' cannot take part here; choose from fitnet, diffkd, plain"):
+    with pytest.raises(ValueError, match="'kd' cannot take part here; choose from fitnet, diffkd, checkpointed, plain"):
         make_step(CASES["fpn"], "kd", Settings())
 
 
 def test_growth_varies_one_thing(tmp_path, capsys):
-    words = ["--vary", "pairs", "--small", "--rounds", "1", "--contestants", "diffkd", "--device", "cpu"]
+    words = ["--vary", "pairs", "--small", "--rounds", "1", "--device", "cpu"]
+    words += ["--contestants", "diffkd", "checkpointed"]
     points = growth.main([*words, "--out", str(tmp_path)])["pairs"]
     assert list(points) == [1, 2, 4]
     arithmetic = [point["diffkd"]["multiply_adds"] for point in points.values()]
