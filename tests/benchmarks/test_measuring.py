@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import epoch, growth, step
+from benchmarks import epoch, gradients, growth, step
 from benchmarks.cases import CASES
 from benchmarks.contestants import Settings, make_step
 from benchmarks.counting import bytes_moved, multiply_adds
@@ -17,6 +17,27 @@ from benchmarks.timing import ratios, take_turns
 from torch import nn
 
 MODELS = Path(__file__).parents[1] / "tiny_models.py"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images = generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(40) % 4)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+student: {MODELS}:small
+teacher: {MODELS}:large
+method: diffkd.DiffKD
+data:
+  class_path: diffkd.data.Arrays
+  init_args: {{train: {tmp_path}/train.npz, test: {tmp_path}/test.npz, batch_size: 10}}
+""",
+        encoding="utf-8",
+    )
+    return path
 
 
 def test_turns_alternate_and_ratios_compare_the_same_round():
@@ -145,23 +166,7 @@ def test_growth_varies_one_thing(tmp_path, capsys):
     assert "checkpointed, ms" in capsys.readouterr().out
 
 
-def test_epoch_runs_a_recipe_from_end_to_end(tmp_path):
-    generator = np.random.default_rng(0)
-    for split in ("train", "test"):
-        images = generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(40) % 4)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"""
-student: {MODELS}:small
-teacher: {MODELS}:large
-method: diffkd.DiffKD
-data:
-  class_path: diffkd.data.Arrays
-  init_args: {{train: {tmp_path}/train.npz, test: {tmp_path}/test.npz, batch_size: 10}}
-""",
-        encoding="utf-8",
-    )
+def test_epoch_runs_a_recipe_from_end_to_end(recipe, tmp_path):
     facts = epoch.main(["--recipe", str(recipe), "--epochs", "2", "--images", "40", "--out", str(tmp_path / "results")])
     assert len(facts["epochs"]) == 2
     assert facts["images_per_second"] == pytest.approx(40 / facts["seconds_per_epoch"])
@@ -173,3 +178,32 @@ def test_epoch_says_when_the_training_failed(tmp_path, capsys):
     with pytest.raises(RuntimeError, match=r"diffkd fit .* ended with exit status"):
         epoch.main(["--recipe", str(tmp_path / "none.yaml"), "--out", str(tmp_path)])
     assert "none.yaml" in capsys.readouterr().err
+
+
+def test_gradients_grow_with_the_weight_of_the_method(recipe, tmp_path, capsys):
+    words = [
+        "--recipe",
+        str(recipe),
+        "--methods",
+        "kd",
+        "diffkd",
+        "--steps",
+        "1",
+        "5",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
+    single = gradients.main([*words, "--", "--method_weight", "1"])["ratios"]
+    assert set(single) == {"kd", "diffkd"}
+    assert all(len(seeds) == 2 and min(seeds) > 0 for steps in single.values() for seeds in steps.values())
+    assert "diffkd" in capsys.readouterr().out
+    tenfold = gradients.main([*words, "--", "--method_weight", "10"])["ratios"]
+    assert tenfold["kd"][1] == pytest.approx([10 * ratio for ratio in single["kd"][1]], rel=1e-4)
+    assert not Path("unused").exists()
+
+
+def test_a_student_that_nobody_teaches_has_no_gradients_to_compare(recipe):
+    with pytest.raises(ValueError, match="no method teaches the student"):
+        gradients.main(["--recipe", str(recipe), "--methods", "alone"])
