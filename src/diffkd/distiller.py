@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffkd.gradient_flow import GradientFlow
 from diffkd.layers import find_layer, list_layers, on_device_of, run
 from diffkd.layout import resize
 from diffkd.matching import Pair, pair_layers
@@ -56,6 +57,9 @@ class Distiller(nn.Module):
 
     Raises:
         ValueError: if a layer is unknown or cannot be distilled, shapes are not understood, or nothing can be paired.
+
+    Warns:
+        GradientWarning: once for each pair whose student's feature carries no gradient in training.
 
     Example:
         >>> from torch import nn, randn
@@ -140,6 +144,7 @@ class Distiller(nn.Module):
         self.register_buffer("ramp_factors", torch.ones(len(self.pairs), device=device), persistent=False)
         self.set_epoch(0.0)
         self.gammas: dict[str, Tensor] = {}
+        self._flow = GradientFlow(self.names, self.pairs)
 
     @property
     def teacher(self) -> nn.Module:
@@ -231,6 +236,10 @@ class Distiller(nn.Module):
                 "never learn; build it with distiller.parameters()"
             )
 
+    def check_gradients(self) -> None:
+        """Raise ValueError if a pair had no gradient to the student at all in the last forward of the training."""
+        self._flow.check()
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the student and the methods; the teacher stays in evaluation mode."""
         super().train(mode)
@@ -249,6 +258,8 @@ class Distiller(nn.Module):
         self, inputs: Any, teacher_features: Mapping[str, Tensor] | None, context: dict[str, Any]
     ) -> tuple[Any, list[Observation]]:
         output, ours, calls = self._student_recorder.record(self.student, inputs)
+        if self.training and torch.is_grad_enabled():
+            self._flow.look(ours)
         theirs = self._teach(inputs, calls) if teacher_features is None else teacher_features
         if isinstance(self.teacher_input, StudentView):
             context = self.teacher_input.context(inputs, calls) | context

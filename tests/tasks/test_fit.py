@@ -15,6 +15,7 @@ from tiny_models import large, small
 
 from diffkd import DIST, KD, DiffKD, Distiller, FitNet, Pair, load_weights, read_weights
 from diffkd.data import Arrays, Augmentation
+from diffkd.gradient_flow import GradientWarning
 from diffkd.models import load_model
 from diffkd.tasks.build_training import build_training
 from diffkd.tasks.classification import Classification
@@ -177,6 +178,22 @@ def test_a_norm_that_would_not_clip_is_refused(tmp_path, image_files, model_file
     with pytest.raises(ValueError, match=f"gradient_clip={clip} .* above 0, or leave it out"):
         train(arrays(image_files), tmp_path / "run", model_file, gradient_clip=clip)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_pair_learns_nothing_is_refused(tmp_path, image_files):
+    file = tmp_path / "models.py"
+    file.write_text(
+        "from tiny_models import large, small as whole\n"
+        "def small(num_classes, in_channels):\n"
+        "    net = whole(num_classes, in_channels)\n"
+        "    net[0].requires_grad_(False)\n"
+        "    return net\n"
+    )
+    with (
+        pytest.warns(GradientWarning),
+        pytest.raises(ValueError, match=r"pair '0': the output of the student's '0' carries no gradient.*unfreeze"),
+    ):
+        train(arrays(image_files), tmp_path / "run", str(file), method=FitNet)
 
 
 def test_a_failed_start_leaves_no_obstacle(tmp_path, image_files, model_file):

@@ -140,6 +140,8 @@ class Training(LightningModule):
         """Return the weighted sum of all losses of a batch."""
         step = self.task.step(batch, mix_seed(self.seed, self.global_step, self.global_rank, 1))
         terms = self.terms(step)
+        if self.distiller is not None and self.global_step == 0:
+            self.distiller.check_gradients()
         total = torch.stack(list(terms.values())).sum()
         gammas = {} if self.distiller is None else self.distiller.gammas
         self.ledger.record(
