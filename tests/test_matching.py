@@ -3,9 +3,10 @@ from functools import partial
 import pytest
 import torch
 from small_nets import MLP, ChannelsLastNet, ConvNet, Pyramid, TokenNet, Wrapped
+from tiny_segmenters import Segmenter
 from torch import nn
 
-from diffkd import DIST, KD, DiffKD, FitNet, Pair, list_layers, match_layers
+from diffkd import CWD, DIST, DKD, KD, DiffKD, FitNet, Pair, list_layers, match_layers
 from diffkd.matching import DEFAULT_WANTS, last_feature, stages, wants_of
 
 IMAGES = torch.randn(2, 3, 16, 16)
@@ -84,6 +85,37 @@ def test_methods_get_what_they_want():
 def test_logits_methods_say_why_they_cannot_be_paired():
     with pytest.raises(ValueError, match=r"nothing to pair for KD, which wants logits: .* 10 and 7 classes.*give pair"):
         match_layers(ConvNet(classes=10), ConvNet(classes=7), IMAGES, method=KD)
+
+
+class Shaped(nn.Module):
+    """A method that says nothing of classes, so that it is given single logits too."""
+
+    wants = frozenset({"logits"})
+
+
+@pytest.mark.parametrize("method", [DiffKD, partial(DiffKD, ae_channels=4), None])
+def test_a_single_logit_is_left_out_with_a_warning(method):
+    with pytest.warns(UserWarning, match="not paired with the models' scores, which are of 1 class: .* from 2 or more"):
+        pairs = match_layers(ConvNet(classes=1), ConvNet(classes=1), IMAGES, method=method)
+    assert names(pairs) == [(("stage",), ("stage",))]
+
+
+def test_methods_of_logits_alone_say_that_they_need_several():
+    for method in (KD, DIST, DKD):
+        with pytest.raises(ValueError, match=r"wants logits of 2 or more classes: .* have 1 and 1 classes"):
+            match_layers(ConvNet(classes=1), ConvNet(classes=1), IMAGES, method=method)
+    assert names(match_layers(ConvNet(classes=1), ConvNet(classes=1), IMAGES, method=Shaped)) == [
+        (("output",), ("output",))
+    ]
+
+
+def test_a_class_map_of_a_single_class_is_for_methods_that_compare_positions():
+    models = Segmenter(1, 3, 6, 4), Segmenter(1, 3, 12, 4)
+    assert names(match_layers(*models, IMAGES, method=CWD)) == [(("scorer",), ("scorer",))]
+    with pytest.warns(UserWarning, match="DiffKD is not paired with the models' scores"):
+        assert names(match_layers(*models, IMAGES, method=DiffKD)) == [(("body",), ("body",))]
+    with pytest.raises(ValueError, match="wants logits of 2 or more classes"):
+        match_layers(*models, IMAGES, method=KD)
 
 
 def test_models_without_anything_say_so():

@@ -17,6 +17,17 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(promote_types(tensor.dtype, float32))
 
 
+def check_several_classes(who: str, classes: int) -> None:
+    """Raise ValueError if there is a single class: its softmax is 1 whatever its score is, and has no gradient."""
+    if classes < 2:
+        raise ValueError(
+            f"{who} compares softmax distributions and needs 2 or more classes, got {classes}: over a single one they "
+            "are constant, and nothing would be learned; let both models score two classes (of one logit z, "
+            "torch.cat([torch.zeros_like(z), z], dim=1) does), take a squared error (DiffKD(distance='mse')), or "
+            "distil features (FitNet or DiffKD on a feature pair)"
+        )
+
+
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared error over all entries (Eq. 7 of the DiffKD paper, for features)."""
     return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
@@ -35,7 +46,11 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
 
     Returns:
         A scalar; 0 where both distributions agree.
+
+    Raises:
+        ValueError: if there is a single class.
     """
+    check_several_classes("the divergence", student.shape[1])
     log_student = F.log_softmax(at_least_float32(student) / temperature, dim=1)
     log_teacher = F.log_softmax(at_least_float32(teacher.detach()) / temperature, dim=1)
     return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
@@ -72,7 +87,11 @@ def dist(
 
     Returns:
         A scalar in [0, 2 (beta + gamma) tau^2].
+
+    Raises:
+        ValueError: if there is a single class.
     """
+    check_several_classes("DIST", student.shape[1])
     student, teacher = ((at_least_float32(logits) / temperature).softmax(dim=1) for logits in (student, teacher))
     if pool_positions:
         student, teacher = (scores.movedim(1, -1).flatten(0, -2) for scores in (student, teacher))  # (B * H * W, K)

@@ -1,6 +1,7 @@
 """Which layer of the student goes with which layer of the teacher."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from diffkd.ramp import ALWAYS, Ramp
 from diffkd.shape import Want
 
 DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits"})
+DEFAULT_LEAST_CLASSES = 2
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ def match_layers(
     Depending on what the method wants: the last maps before pooling, the logits (where both have the same classes), or
     the last map of every resolution, deepest with deepest. Models without maps (plain MLPs) pair their last hidden
     vectors. Segmenters with the same classes pair their class maps before up-sampling, in the place of logits, and a
-    method that wants those gets nothing else of them. Detectors pair the levels of their feature pyramids (:func:`~
-    diffkd.dense_layers.common_levels`).
+    method that wants those gets nothing else of them. Scores of fewer classes than the method can learn from are left
+    out, with a warning. Detectors pair the levels of their feature pyramids
+    (:func:`~diffkd.dense_layers.common_levels`).
 
     Args:
         student, teacher: any two modules.
@@ -96,9 +99,12 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
     if (levels := _pyramid_pairs(student, teacher, method, wants)) is not None:
         return levels
     pairs = []
-    ours_map, theirs_map = class_map(student), class_map(teacher)
-    if ours_map and theirs_map and wants & {"logits", "class map"} and _same_channels(ours_map, theirs_map):
-        return [Pair(ours_map.name, theirs_map.name, method)]
+    maps = class_map(student), class_map(teacher)
+    classes, least = (_scored(student), _scored(teacher)), least_classes_of(method)
+    same_classes = classes[0] is not None and classes[0] == classes[1] and (maps[0] is None) == (maps[1] is None)
+    too_few = same_classes and (classes[0] or 0) < least
+    if maps[0] and maps[1] and same_classes and not too_few and wants & {"logits", "class map"}:
+        return [Pair(maps[0].name, maps[1].name, method)]
     if wants & {"stages", "levels"}:
         ours, theirs = stages(student), stages(teacher)
         count = min(len(ours), len(theirs))
@@ -111,17 +117,25 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
         ours_last, theirs_last = last_feature(student), last_feature(teacher)
         if ours_last and theirs_last:
             pairs.append(Pair(ours_last.name, theirs_last.name, method))
-    same_classes = _classes(student) == _classes(teacher) is not None
-    if "logits" in wants and same_classes:
+    if "logits" in wants and same_classes and not (too_few or maps[0]):
         pairs.append(Pair(OUTPUT, OUTPUT, method))
+    name = getattr(method, "__name__", None) or getattr(getattr(method, "func", None), "__name__", "this method")
     if not pairs:
-        name = getattr(method, "__name__", "this method")
-        classes = f"{_classes(student) or 'no'} and {_classes(teacher) or 'no'} classes"
+        scored = f"{classes[0] or 'no'} and {classes[1] or 'no'} classes"
+        wanted = " and ".join(
+            f"logits of {least} or more classes" if w == "logits" and too_few else w for w in sorted(wants)
+        )
         raise ValueError(
-            f"nothing to pair for {name}, which wants {' and '.join(sorted(wants))}: the outputs of student and "
-            f"teacher have {classes}, their last features are {_name(last_feature(student))} and "
+            f"nothing to pair for {name}, which wants {wanted}: the outputs of student and "
+            f"teacher have {scored}, their last features are {_name(last_feature(student))} and "
             f"{_name(last_feature(teacher))}; give pairs=[Pair(student_layer, teacher_layer)], `diffkd layers` "
             "lists the layers"
+        )
+    if too_few and wants & {"logits", "class map"}:
+        warnings.warn(
+            f"{name} is not paired with the models' scores, which are of {classes[0]} class: it learns from {least} or "
+            "more, such as two where there is one logit now; only features are distilled",
+            stacklevel=3,
         )
     return pairs
 
@@ -148,18 +162,25 @@ def _box_output_pair(student: Sequence[Layer], teacher: Sequence[Layer], method:
     return Pair(list(ours), list(theirs), method, name="boxes", student_layout=rows, teacher_layout=rows)
 
 
-def _same_channels(ours: Layer, theirs: Layer) -> bool:
-    return theirs.feature_shape is not None and _has(ours, theirs.feature_shape.channels)
-
-
 def wants_of(factory: Any) -> frozenset[Want]:
     """Return what a method's factory wants of automatic pairing: its own `wants`, or that of the class it wraps."""
+    wants: frozenset[Want] = attribute_of(factory, "wants", DEFAULT_WANTS)
+    return wants
+
+
+def least_classes_of(factory: Any) -> int:
+    """Return the fewest classes of logits that a method's factory, or the class it wraps, says it can learn from."""
+    return int(attribute_of(factory, "least_classes", DEFAULT_LEAST_CLASSES if factory is None else 1))
+
+
+def attribute_of(factory: Any, name: str, default: Any) -> Any:
+    """Return a class attribute of the method that a factory builds, through any partial calls around it."""
     while factory is not None:
-        wants: frozenset[Want] | None = getattr(factory, "wants", None)
-        if wants is not None:
-            return wants
+        found = getattr(factory, name, None)
+        if found is not None:
+            return found
         factory = getattr(factory, "func", None)
-    return DEFAULT_WANTS
+    return default
 
 
 def last_feature(layers: Sequence[Layer]) -> Layer | None:
@@ -247,6 +268,13 @@ def _area(layer: Layer) -> int:
 def _classes(layers: Sequence[Layer]) -> int | None:
     shape = layers[-1].feature_shape
     return shape.channels if shape is not None and not shape.is_map else None
+
+
+def _scored(layers: Sequence[Layer]) -> int | None:
+    """How many classes a model scores, at each position or once; None if it scores none."""
+    scores = class_map(layers)
+    shape = None if scores is None else scores.feature_shape
+    return _classes(layers) if shape is None else shape.channels
 
 
 def _name(layer: Layer | None) -> str:

@@ -135,11 +135,20 @@ def test_shapes_are_taken_for_channel_counts():
         (lambda: DiffKD(0, 8), "at least 1 channel, got 0"),
         (lambda: DiffKD(FeatureShape(6), FeatureShape(8, (7, 7))), "pool the map first"),
         (lambda: DiffKD(FeatureShape(6), FeatureShape(8), kind="map"), "mix maps and vectors"),
+        (lambda: DiffKD(1, FeatureShape(1, (), "logits")), r"DiffKD\(distance='kl'\).* 2 or more .*distance='mse'"),
+        (lambda: DiffKD(6, 8, ae_channels=1, distance="dist"), r"DiffKD\(distance='dist'\) compares softmax"),
     ],
 )
 def test_bad_options_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_single_logit_can_be_matched_by_its_squared_error():
+    logit = FeatureShape(1, (), "logits")
+    student = torch.randn(4, 1, requires_grad=True)
+    DiffKD(logit, logit, distance="mse")(student, torch.randn(4, 1)).losses["kd"].backward()
+    assert student.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

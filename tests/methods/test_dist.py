@@ -22,7 +22,12 @@ def test_defaults_are_those_for_imagenet():
 
 @pytest.mark.parametrize(
     ("build", "message"),
-    [(lambda: DIST(10, 7), "10 classes, the teacher's 7"), (lambda: DIST(temperature=-1), "above 0, got -1")],
+    [
+        (lambda: DIST(10, 7), "10 classes, the teacher's 7"),
+        (lambda: DIST(temperature=-1), "above 0, got -1"),
+        (lambda: DIST(1), "DIST compares softmax distributions and needs 2 or more classes, got 1"),
+        (lambda: DIST()(torch.randn(4, 1, 3, 3), torch.randn(4, 1, 3, 3)), "needs 2 or more classes, got 1"),
+    ],
 )
 def test_bad_arguments(build, message):
     with pytest.raises(ValueError, match=message):

@@ -28,6 +28,8 @@ def test_tau_is_four_and_there_is_nothing_to_train():
     [
         (lambda: KD(10, 7), "10 classes, the teacher's 7: .* distil features instead"),
         (lambda: KD(FeatureShape(10), FeatureShape(7)), "cannot be compared"),
+        (lambda: KD(1, 1), r"needs 2 or more classes, got 1.* let both models score two classes"),
+        (lambda: KD()(torch.randn(4, 1), torch.randn(4, 1)), "needs 2 or more classes, got 1"),
         (lambda: KD(temperature=0), "temperature must be above 0, got 0"),
     ],
 )

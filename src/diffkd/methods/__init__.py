@@ -2,9 +2,11 @@
 
 A method is an `nn.Module` built as `Method(student_shape, teacher_shape, **options)` from two
 :class:`~diffkd.FeatureShape`. Its forward takes the two features, (B, C, H, W) or (B, C), and returns a dict of scalar
-losses, or a tuple with a field `losses` as :class:`DiffKD` does. Two class attributes say what it wants:
+losses, or a tuple with a field `losses` as :class:`DiffKD` does. Class attributes say what it wants:
 
 - `wants`: what automatic pairing gives it, a set of the words in :mod:`diffkd.shape`;
+- `least_classes` (may be missing): the fewest classes of logits that it can learn from, which automatic pairing then
+  heeds;
 - `needs` (may be missing): names of further things that its forward takes by keyword, such as `("labels",)`; the caller
   of the distiller hands them over. One that needs "indices" and takes `samples=None` is told by `diffkd fit` how many
   training images there are.

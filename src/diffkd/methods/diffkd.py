@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
-from diffkd.losses import Distance, at_least_float32, attention_mse, dist, kl_by_position, kl_divergence, mse
+from diffkd.losses import (
+    Distance,
+    at_least_float32,
+    attention_mse,
+    check_several_classes,
+    dist,
+    kl_by_position,
+    kl_divergence,
+    mse,
+)
 from diffkd.memory_layout import drawn, fast_layout
 from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
 from diffkd.passes import DenoiserPasses
@@ -72,10 +81,12 @@ class DiffKD(nn.Module):
         output_projection, latent_norm, denoiser_norm, activate, error, start_timestep, detach_target: see above.
 
     Raises:
-        ValueError: if an option is out of its range, or one feature is a map and the other a vector.
+        ValueError: if an option is out of its range, one feature is a map and the other a vector, or a distance of
+            distributions gets a single channel.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature", "logits"})
+    least_classes: ClassVar[int] = 2
     alphas_cumprod_bits: Tensor
     visited: Tensor
 
@@ -130,6 +141,8 @@ class DiffKD(nn.Module):
         is_logits = isinstance(teacher_channels, FeatureShape) and teacher_channels.role == "logits"
         if is_logits:
             distance = logits_distance or distance or ("dist" if self.is_map else "kl")
+        if distance in ("kl", "dist"):
+            check_several_classes(f"DiffKD(distance={distance!r})", latent)
         self.distance = _distance(distance or "mse", temperature, class_map=is_logits and self.is_map)
 
         self.student_projection = pointwise(self.student_channels, latent, self.is_map)

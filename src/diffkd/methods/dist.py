@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from diffkd.losses import dist
-from diffkd.methods.kd import check_same_classes
+from diffkd.methods.kd import check_classes
 from diffkd.methods.standardization import standardize as standardized
 from diffkd.shape import FeatureShape, Want
 
@@ -26,10 +26,11 @@ class DIST(nn.Module):
         weight: factor of the loss.
 
     Raises:
-        ValueError: if the class counts differ or `temperature` is not positive.
+        ValueError: if the class counts differ or are below 2, or `temperature` is not positive.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"logits"})
+    least_classes: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class DIST(nn.Module):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_same_classes(student, teacher)
+        check_classes("DIST", student, teacher)
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.standardize, self.pool_positions = standardize, pool_positions

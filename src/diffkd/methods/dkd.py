@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffkd.losses import at_least_float32
 from diffkd.methods.inputs import check_labels
-from diffkd.methods.kd import check_same_classes
+from diffkd.methods.kd import check_classes
 from diffkd.methods.standardization import standardize as standardized
 from diffkd.shape import FeatureShape, Want
 
@@ -34,6 +34,7 @@ class DKD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"logits"})
+    least_classes: ClassVar[int] = 2
     needs: ClassVar[tuple[str, ...]] = ("labels",)
 
     def __init__(
@@ -48,9 +49,7 @@ class DKD(nn.Module):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_same_classes(student, teacher)
-        if teacher.channels < 2:
-            raise ValueError("DKD tells the target from the other classes and needs at least 2, got 1")
+        check_classes("DKD", student, teacher)
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.alpha, self.beta, self.temperature, self.weight = alpha, beta, temperature, weight

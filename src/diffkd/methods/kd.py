@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffkd.losses import kl_by_position, kl_divergence
+from diffkd.losses import check_several_classes, kl_by_position, kl_divergence
 from diffkd.methods.standardization import standardize as standardized
 from diffkd.shape import FeatureShape, Want, channels_of
 
@@ -24,10 +24,11 @@ class KD(nn.Module):
         weight: factor of the loss.
 
     Raises:
-        ValueError: if the class counts differ or `temperature` is not positive.
+        ValueError: if the class counts differ or are below 2, or `temperature` is not positive.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"logits"})
+    least_classes: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class KD(nn.Module):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_same_classes(student, teacher)
+        check_classes("KD", student, teacher)
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         self.temperature, self.weight = temperature, weight
@@ -54,8 +55,11 @@ class KD(nn.Module):
         return {"kd": self.weight * divergence(student, teacher, self.temperature)}
 
 
-def check_same_classes(student: int | FeatureShape | None, teacher: int | FeatureShape | None) -> None:
-    """Raise ValueError unless both logits have the same number of classes, where both are known."""
+def check_classes(who: str, student: int | FeatureShape | None, teacher: int | FeatureShape | None) -> None:
+    """Raise ValueError unless both logits have the same number of classes, 2 or more, where they are known."""
+    for side in (student, teacher):
+        if side is not None:
+            check_several_classes(who, channels_of(side))
     if student is None or teacher is None:
         return
     ours, theirs = channels_of(student), channels_of(teacher)
