@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from diffkd.tasks.optimization import Schedule, build_optimizer, set_learning_rate
+from diffkd.tasks.optimization import Schedule, build_optimizer, set_learning_rate, takes_channels_last
 
 SGD = partial(torch.optim.SGD, lr=0.5, weight_decay=0.1)
 
@@ -192,3 +192,17 @@ class TestOneKernelPerParameter:
         before = [p.detach().clone() for p in model.parameters()]
         self.train(model, build_optimizer(model, partial(torch.optim.RMSprop, lr=0.01)), 1)
         assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("factory", "takes"),
+    [
+        (SGD, True),
+        (torch.optim.AdamW, True),
+        (torch.optim.LBFGS, False),
+        (partial(torch.optim.LBFGS, line_search_fn="strong_wolfe"), False),
+        (partial(torch.optim.SGD, lr=-1.0), True),  # which fails for another reason
+    ],
+)
+def test_optimisers_that_view_parameters_as_rows_are_found_out(factory, takes):
+    assert takes_channels_last(factory) == takes

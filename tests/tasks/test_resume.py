@@ -3,10 +3,13 @@
 import csv
 import json
 import signal
+from functools import partial
 
 import pytest
+import torch
 from short_trainings import METHODS, arrays, same_weights, signal_self, train
 
+from diffkd import KD
 from diffkd.tasks.interruption import Interrupted
 
 
@@ -65,6 +68,16 @@ def test_killed(tmp_path, image_files, model_file, whole, every, trip):
     saved = max(trip // 6 * 6, 0 if every is None else trip // every * every)
     assert seen == [saved % 6]
     assert_same_run(whole("diffkd", 0.8), tmp_path / "killed")
+
+
+def test_an_optimiser_that_flattens_and_calls_the_step_back(tmp_path, image_files, model_file):
+    """L-BFGS views each parameter as one row, which those with the channels last are not."""
+    options = {"method": KD, "optimizer": partial(torch.optim.LBFGS, lr=0.1, max_iter=2), "epochs": 2}
+    train(arrays(image_files), tmp_path / "whole", model_file, **options)
+    with pytest.raises(ConnectionError):
+        train(arrays(image_files, 7), tmp_path / "killed", model_file, **options)
+    train(arrays(image_files), tmp_path / "killed", model_file, resume=True, **options)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_interrupted_again_and_again(tmp_path, image_files, model_file, whole):

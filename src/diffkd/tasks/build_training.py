@@ -16,7 +16,7 @@ from diffkd.ramp import ALWAYS, Ramp
 from diffkd.tasks.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.optimization import OptimizerFactory, Schedule
+from diffkd.tasks.optimization import OptimizerFactory, Schedule, takes_channels_last
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching, lay_out
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
@@ -91,7 +91,7 @@ def build_training(
         seed=seed,
     )
     trained: nn.Module = model
-    channels_last = lay_out(model, facts, channels_last, accelerator)
+    channels_last = takes_channels_last(optimizer) and lay_out(model, facts, channels_last, accelerator)
     teaching, whole, cached = [], None, None
     if teacher is not None:
         whole, view = build_teacher(
