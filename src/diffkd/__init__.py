@@ -28,6 +28,7 @@ from diffkd.methods import (
     MethodFactory,
     ReviewKD,
 )
+from diffkd.methods.shared import Shared
 from diffkd.ramp import Ramp
 from diffkd.shape import FeatureShape
 from diffkd.teacher_input import TeacherInput
@@ -66,6 +67,7 @@ __all__ = [
     "Pair",
     "Ramp",
     "ReviewKD",
+    "Shared",
     "TeacherInput",
     "TeacherOptions",
     "list_layers",

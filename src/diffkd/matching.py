@@ -122,13 +122,15 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
     name = getattr(method, "__name__", None) or getattr(getattr(method, "func", None), "__name__", "this method")
     if not pairs:
         scored = f"{classes[0] or 'no'} and {classes[1] or 'no'} classes"
+        detectors = len(common_levels(student, teacher)) > 0
+        hint = "detectors score boxes, which BoxKD compares; or " if detectors else ""
         wanted = " and ".join(
             f"logits of {least} or more classes" if w == "logits" and too_few else w for w in sorted(wants)
         )
         raise ValueError(
             f"nothing to pair for {name}, which wants {wanted}: the outputs of student and "
             f"teacher have {scored}, their last features are {_name(last_feature(student))} and "
-            f"{_name(last_feature(teacher))}; give pairs=[Pair(student_layer, teacher_layer)], `diffkd layers` "
+            f"{_name(last_feature(teacher))}; {hint}give pairs=[Pair(student_layer, teacher_layer)], `diffkd layers` "
             "lists the layers"
         )
     if too_few and wants & {"logits", "class map"}:

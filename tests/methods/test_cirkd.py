@@ -152,3 +152,5 @@ def test_errors():
     student, teacher, labels = batch(4)
     with pytest.raises(ValueError, match="more than the memory of 3"):
         method(student, teacher, labels=labels)
+    with pytest.raises(ValueError, match=r"CIRKD needs the class of every pixel, .* got torch.int64 of \(4,\)"):
+        method(student, teacher, labels=labels[:, 0, 0])

@@ -73,6 +73,14 @@ def test_standardized_logits():
     torch.testing.assert_close(standard(5 * student + 2, teacher, labels=labels)["kd"], expected)
 
 
+def test_labels_of_another_resolution_are_taken_at_the_nearest_position():
+    student, teacher = torch.randn(2, 2, 4, 3, 3)
+    labels = torch.randint(-1, 4, (2, 3, 3))
+    larger = labels.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    method = DKD(*shapes(4))
+    assert torch.equal(method(student, teacher, labels=larger)["kd"], method(student, teacher, labels=labels)["kd"])
+
+
 def test_sure_logits_stay_finite():
     student = torch.tensor([[200.0, -200.0, 0.0]], requires_grad=True)
     loss = DKD(*shapes(3))(student, -student.detach(), labels=torch.tensor([0]))["kd"]
@@ -88,5 +96,7 @@ def test_errors():
         DKD(*shapes(1))
     with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
         DKD(*shapes(3), temperature=0)
+    with pytest.raises(ValueError, match="needs the class of every pixel, whole numbers of shape"):
+        DKD(*shapes(3))(*torch.zeros(2, 2, 3, 4, 4), labels=torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="mixed labels"):
         DKD(*shapes(3))(torch.zeros(2, 3), torch.zeros(2, 3), labels=torch.zeros(2, 3))

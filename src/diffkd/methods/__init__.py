@@ -7,9 +7,11 @@ losses, or a tuple with a field `losses` as :class:`DiffKD` does. Class attribut
 - `wants`: what automatic pairing gives it, a set of the words in :mod:`diffkd.shape`;
 - `least_classes` (may be missing): the fewest classes of logits that it can learn from, which automatic pairing then
   heeds;
+- `tasks` (may be missing): what it is for, of "classification", "detection" and "segmentation"; `diffkd fit` refuses it
+  for others;
 - `needs` (may be missing): names of further things that its forward takes by keyword, such as `("labels",)`; the caller
   of the distiller hands them over. One that needs "indices" and takes `samples=None` is told by `diffkd fit` how many
-  training images there are.
+  training images there are, and one that needs "labels" and takes `classes=None` how many classes.
 """
 
 from collections.abc import Callable

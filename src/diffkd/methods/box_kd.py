@@ -34,6 +34,7 @@ class BoxKD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"box outputs"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"detection"})
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from diffkd.methods.class_queue import ClassQueue
 from diffkd.methods.counter_random import random_integers
 from diffkd.methods.gathering import gathered, rank
 from diffkd.methods.inputs import (
+    check_label_maps,
     check_same_grid,
     full_precision,
     labels_on_grid,
@@ -38,7 +39,8 @@ class CIRKD(nn.Module):
     Args:
         student: the student's shape, a map of features.
         teacher: the teacher's shape, a map of features.
-        classes: number of classes; labels outside of 0..classes-1 are ignored.
+        classes: number of classes; labels outside of 0..classes-1 are ignored. None: as many as the data have, which
+            `diffkd fit` tells, and 19, those of Cityscapes, in a loop of one's own.
         pixel_memory: pixels kept for each class.
         region_memory: regions kept for each class.
         pixel_contrast: pixels drawn at a step, spread over the classes.
@@ -57,6 +59,7 @@ class CIRKD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"segmentation"})
     needs: ClassVar[tuple[str, ...]] = ("labels",)
     step: Tensor
 
@@ -65,7 +68,7 @@ class CIRKD(nn.Module):
         student: FeatureShape,
         teacher: FeatureShape,
         *,
-        classes: int = 19,
+        classes: int | None = None,
         pixel_memory: int = 20_000,
         region_memory: int = 2_000,
         pixel_contrast: int = 4_096,
@@ -80,6 +83,7 @@ class CIRKD(nn.Module):
     ) -> None:
         super().__init__()
         require_maps("CIRKD", student, teacher)
+        classes = 19 if classes is None else classes
         if temperature <= 0 or min(pixel_contrast, region_contrast, pixels_per_image, pool) < 1:
             raise ValueError(
                 "temperature must be above 0, and pixel_contrast, region_contrast, pixels_per_image and pool at least "
@@ -110,9 +114,10 @@ class CIRKD(nn.Module):
             {"kd": loss, "pixel": loss, "region": loss}.
 
         Raises:
-            ValueError: if the maps' sizes differ, or a batch brings more than a queue holds.
+            ValueError: if sizes differ, `labels` are no class maps, or a batch brings more than a queue holds.
         """
         check_same_grid(student, teacher)
+        check_label_maps("CIRKD", labels, len(student))
         teacher = teacher.detach()
         projected = self.student_projection(like_parameters(student, self.student_projection))
         with full_precision(student):

@@ -45,6 +45,7 @@ class CRD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     needs: ClassVar[tuple[str, ...]] = ("indices", "labels")
     student_memory: Tensor
     teacher_memory: Tensor

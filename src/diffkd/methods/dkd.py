@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.losses import at_least_float32
-from diffkd.methods.inputs import check_labels
+from diffkd.methods.inputs import check_label_maps, check_labels, labels_on_grid
 from diffkd.methods.kd import check_classes
 from diffkd.methods.standardization import standardize as standardized
 from diffkd.shape import FeatureShape, Want
@@ -56,12 +56,16 @@ class DKD(nn.Module):
         self.standardize = standardize
 
     def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor) -> dict[str, Tensor]:
-        """Return {"kd": loss} for logits (B, K) and labels (B,), or (B, K, H, W) and (B, H, W).
+        """Return {"kd": loss} for logits (B, K) and labels (B,), or (B, K, H, W) and (B, H', W') of any resolution.
 
         Labels outside of 0..K-1 are ignored. On maps the sum runs over positions too, as in KD.
         """
         batch, classes = student.shape[:2]
-        check_labels("DKD", labels, (batch, *student.shape[2:]))
+        if student.ndim == 4:
+            check_label_maps("DKD", labels, batch)
+            labels = labels_on_grid(labels, *student.shape[2:])
+        else:
+            check_labels("DKD", labels, (batch,))
         teacher = teacher.detach()
         if self.standardize:
             student, teacher = standardized(student), standardized(teacher)

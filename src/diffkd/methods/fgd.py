@@ -36,6 +36,7 @@ class FGD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"stages"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"detection"})
     needs: ClassVar[tuple[str, ...]] = ("boxes",)
 
     def __init__(

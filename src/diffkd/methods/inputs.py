@@ -37,6 +37,15 @@ def check_labels(method: str, labels: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_label_maps(method: str, labels: Tensor, batch: int) -> None:
+    """Raise ValueError unless `labels` are whole numbers of shape (B, H, W), of any resolution."""
+    if labels.is_floating_point() or labels.ndim != 3 or len(labels) != batch:
+        raise ValueError(
+            f"{method} needs the class of every pixel, whole numbers of shape ({batch}, H, W), got {labels.dtype} of "
+            f"{tuple(labels.shape)}; where whole images have classes, take a method that needs no labels"
+        )
+
+
 def align(student: FeatureShape, teacher: FeatureShape) -> nn.Module:
     """Return a linear map from the student's channels to the teacher's; the identity where they agree."""
     if student.channels == teacher.channels:

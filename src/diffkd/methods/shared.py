@@ -32,7 +32,7 @@ class Shared(nn.Module):
     not depend on the size of the maps, as those of DiffKD, FitNet, MGD and FGD. In YAML:
 
         method:
-          class_path: diffkd.methods.shared.Shared
+          class_path: diffkd.Shared
           init_args: {method: {class_path: diffkd.DiffKD, init_args: {kd_weight: 5.0}}}
 
     Args:

@@ -30,6 +30,7 @@ class SRRL(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     needs: ClassVar[tuple[str, ...]] = ("teacher_head",)
 
     def __init__(

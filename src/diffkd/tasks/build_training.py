@@ -21,7 +21,7 @@ from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching, lay_out
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.teacher_classes import check_teacher_classes
-from diffkd.tasks.told_samples import tell_samples
+from diffkd.tasks.told_methods import tell_data
 from diffkd.tasks.training import Training
 from diffkd.teacher_cache import Storage
 from diffkd.teacher_options import TeacherOptions
@@ -109,7 +109,7 @@ def build_training(
                 num_nodes=num_nodes,
             )
         if not isinstance(pairs, str):
-            pairs = [replace(pair, method=tell_samples(pair.method, data)) for pair in pairs]
+            pairs = [replace(pair, method=tell_data(pair.method, data)) for pair in pairs]
         methods = method if isinstance(method, Sequence) else [] if method is None else [method]
         trained = build_distiller(
             model,
@@ -117,7 +117,7 @@ def build_training(
             view,
             data=facts,
             pairs=pairs,
-            method=[tell_samples(one, data) for one in methods] or None,
+            method=[tell_data(one, data) for one in methods] or None,
             seed=seed,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )

@@ -22,6 +22,7 @@ from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.describe import factory_of
 from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.detector_view import DetectorView
+from diffkd.tasks.served import check_methods, check_needs
 from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, load, padded_example
 from diffkd.teacher_input import TeacherInput
@@ -166,12 +167,17 @@ def build_distiller(
 
     Of a detecting teacher only the backbone runs, on the pixels that its student has made; and the heads where their
     outputs are distilled.
+
+    Raises:
+        ValueError: if a method is not for the data's task, or needs what that does not give.
     """
     torch.manual_seed(mix_seed(seed, 1))
     if not isinstance(pairs, str):
         pairs = [pair if pair.method is None else replace(pair, method=_method(pair.method)) for pair in pairs]
     methods = [DiffKD] if method is None else method if isinstance(method, Sequence) else [method]
     factories = [factory_of(one) for one in methods]
+    own = [] if isinstance(pairs, str) else [pair.method for pair in pairs]
+    check_methods([*factories, *own] if isinstance(pairs, str) or None in own else own, data)
     view: TeacherInput | DetectorView | None = teacher_input
     if data.task == "detection":
         if not isinstance(pairs, str):
@@ -184,7 +190,7 @@ def build_distiller(
         view = _detector_view(student, teacher, heads=wanted)
         teacher = DetectorTeacher(teacher.eval(), heads=wanted)
     example = padded_example(data, student, teacher)
-    return Distiller(
+    distiller = Distiller(
         student,
         teacher,
         pairs,
@@ -193,6 +199,8 @@ def build_distiller(
         teacher_input=view,
         teacher_options=teacher_options,
     )
+    check_needs(distiller, data)
+    return distiller
 
 
 def _read_as_detectors(pair: Pair) -> Pair:

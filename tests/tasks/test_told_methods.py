@@ -1,11 +1,13 @@
-"""Methods that keep something of every training image are told how many there are."""
+"""Methods that keep something of every training image, or of every class, are told how many there are."""
 
 from functools import partial
 
 import pytest
+import tiny_segmenters
 from short_trainings import arrays, train
 
-from diffkd import CRD, KD, Pair
+from diffkd import CIRKD, CRD, KD, Pair, Shared
+from diffkd.data import SegmentationScenes
 from diffkd.tasks.build_training import build_training
 
 
@@ -43,3 +45,30 @@ def test_other_methods_keep_what_they_are_given(build):
 
     (method,) = build(method=partial(Drawing, samples=3))
     assert method.samples == 3
+
+
+@pytest.mark.parametrize("method", [partial(Shared, method=CRD), partial(Shared, method=partial(CRD, dim=4))])
+def test_a_method_inside_of_another_is_told_too(build, method):
+    (shared,) = build(method=method)
+    assert [one.samples for one in shared.methods] == [60]
+
+
+def test_a_method_inside_of_another_may_be_told_wrong(build):
+    with pytest.raises(ValueError, match="CRD is told of 20 training images"):
+        build(method=partial(Shared, method=partial(CRD, samples=20)))
+
+
+def relate(**options):
+    """Join small segmenters by CIRKD on scenes of eleven classes."""
+    file = tiny_segmenters.__file__
+    data = SegmentationScenes(train_count=4, val_count=2, size=(16, 16), batch_size=2)
+    method = partial(CIRKD, pixel_memory=40, region_memory=8, **options)
+    return build_training(f"{file}:small", data, teacher=f"{file}:large", method=method, accelerator="cpu")
+
+
+def test_the_number_of_classes_is_that_of_the_data():
+    """Labels of classes that a method does not know of would be ignored without a word."""
+    assert relate().distiller.methods[0].classes == 11
+    assert relate(classes=30).distiller.methods[0].classes == 30
+    with pytest.raises(ValueError, match=r"CIRKD is told of 5 classes by classes, but the data have 11"):
+        relate(classes=5)
