@@ -142,6 +142,39 @@ def test_what_cannot_be_cached(tmp_path, learn, augmentation, changes, message):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_teacher_whose_state_is_more_than_tensors(tmp_path, learn, image_files, model_file, passes):
+    """Its extra state decides about it as its weights do; what cannot be compared is refused."""
+    file = tmp_path / "models.py"
+    file.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from tiny_models import small, large as plain\n"
+        "class Extra(nn.Identity):\n"
+        "    state = {'scale': torch.ones(2), 'names': ['a', 1, None]}\n"
+        "    def get_extra_state(self): return self.state\n"
+        "    def set_extra_state(self, state): pass\n"
+        "def large(num_classes, in_channels):\n"
+        "    torch.manual_seed(3)\n"
+        "    net = plain(num_classes, in_channels)\n"
+        "    net.append(Extra())\n"
+        "    return net\n"
+    )
+
+    def run(name):
+        data = arrays(image_files, augmentation=PLAIN)
+        options = {"method": FitNet, "epochs": 1, "teacher_cache": tmp_path / "cache"}
+        return train(data, tmp_path / name, str(file), **options)
+
+    run("first")
+    passes.clear()
+    run("second")
+    assert len(passes) <= 1  # to see the shapes
+    for state, message in (("{'names': ['b']}", "weights"), ("{'names': object()}", "'5._extra_state' .* is a object")):
+        file.write_text(file.read_text() + f"Extra.state = {state}\n")
+        with pytest.raises(ValueError, match=message):
+            run("third")
+
+
 def test_random_parts_are_found(image_files):
     class Folder:
         augmentation, min_crop_area = Augmentation(random_erasing=0.5), 0.3

@@ -133,11 +133,15 @@ class CachedTeacher(Callback):
 
 
 def describe_teacher(teacher: nn.Module, view: Any, options: TeacherOptions) -> dict[str, Any]:
-    """Return in plain values what decides about a teacher's features: its class, weights, input, and how it runs."""
+    """Return in plain values what decides about a teacher's features: its class, weights, input, and how it runs.
+
+    Raises:
+        ValueError: if its state holds what is neither tensors nor plain values, so that it cannot be told from another.
+    """
     digest = hashlib.sha256()
     for name, value in teacher.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(_bytes(value))
+        digest.update(name.encode())
+        _digest(digest, name, value)
     seen: Any = None if view is None else class_path(type(view))
     if isinstance(view, TeacherInput):
         seen = {"scale": view.scale.flatten().tolist(), "shift": view.shift.flatten().tolist(), "size": view.size}
@@ -201,6 +205,29 @@ def _check(data: LightningDataModule, facts: DataFacts, views: int | None, num_n
         raise ValueError(
             f"teacher_cache does not work with images that differ in every epoch ({', '.join(parts)}): turn that off, "
             "or give teacher_views, the number of epochs whose images are repeated thereafter"
+        )
+
+
+def _digest(digest: Any, name: str, value: Any) -> None:
+    """Take in a value of a state: a tensor, or what `get_extra_state` returned, if that is of plain values."""
+    if isinstance(value, Tensor) and not value.is_quantized:
+        digest.update(f" {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(_bytes(value.to_dense() if value.layout is not torch.strided else value))
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=repr):
+            digest.update(repr(key).encode())
+            _digest(digest, name, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f" {len(value)}".encode())
+        for item in value:
+            _digest(digest, name, item)
+    elif value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype)):
+        digest.update(f" {value!r}".encode())
+    else:
+        kind = "quantized tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"teacher_cache cannot tell this teacher from another: entry {name!r} of its state is a {kind}; let "
+            "get_extra_state return tensors and plain values, or leave the cache out"
         )
 
 
