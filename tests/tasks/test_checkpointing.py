@@ -3,13 +3,15 @@
 import errno
 import os
 import pickle
+import re
 import signal
+from functools import partial
 
 import pytest
 import torch
 from short_trainings import METHODS, arrays, signal_self, train
 
-from diffkd import KD
+from diffkd import KD, FitNet
 from diffkd.tasks.checkpointing import Saver, WholeFiles, read_checkpoint
 from diffkd.tasks.interruption import Interrupted
 
@@ -38,6 +40,33 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"raw\.ckpt is no whole checkpoint"):
         read_checkpoint("raw.ckpt")
     assert not (tmp_path / "owned").exists()
+
+
+class Remembering(FitNet):
+    """Keeps a state beside its tensors."""
+
+    def __init__(self, student, teacher, state):
+        super().__init__(student, teacher)
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_a_state_that_could_not_be_read_back_is_found_out_at_the_start(tmp_path, image_files, model_file):
+    message = (
+        r"'_extra_state' of the state of the Remembering of pair '0' is a Pattern that no checkpoint .* plain values"
+    )
+    method = partial(Remembering, state=re.compile("x"))
+    with pytest.raises(ValueError, match=message):
+        train(arrays(image_files), tmp_path / "refused", model_file, method=method)
+    method = partial(Remembering, state={"seen": [1, torch.ones(2)]})
+    train(arrays(image_files), tmp_path / "run", model_file, method=method, max_steps=1)
+    state = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert torch.equal(state["model.methods.0._extra_state"]["seen"][1], torch.ones(2))
 
 
 def test_damage_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, read as data, and saved often enough."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,19 +142,33 @@ class Saver(Checkpoint):
         return Interrupted(f"{done}. {self.how_to_resume}".strip(), signum)
 
 
+def check_resumable(training: Training) -> None:
+    """Raise ValueError if the state of the student or of a method could be saved, but not be read as data.
+
+    Tensors and plain values can; what else `get_extra_state` returns would be found out by whoever resumes.
+    """
+    for owner, part in _parts(training):
+        for name, value in part.state_dict().items():
+            if isinstance(value, Tensor):
+                continue
+            file = io.BytesIO()
+            try:
+                torch.save(value, file)
+                file.seek(0)
+                torch.load(file, weights_only=True)
+            except Exception as error:  # whatever pickling somebody's object raises
+                raise ValueError(
+                    f"entry {name!r} of the state of {owner} is a {type(value).__name__} that no checkpoint could give "
+                    "back, since those hold tensors and plain values alone: let get_extra_state return such"
+                ) from error
+
+
 def check_weights(training: Training) -> None:
     """Raise FloatingPointError, naming the first, if weights of the student or of a method are not finite.
 
     A loss can be finite and its gradient not, so the losses alone do not tell.
     """
-    parts: dict[str, nn.Module] = {"the student": training.student}
-    if training.distiller is not None:
-        names = (
-            f"the {type(m).__name__} of pair '{n}'"
-            for n, m in zip(training.distiller.names, training.distiller.methods, strict=True)
-        )
-        parts.update(zip(names, training.distiller.methods, strict=True))
-    for owner, part in parts.items():
+    for owner, part in _parts(training):
         # Not what `get_extra_state` returned, nor what is sparse.
         state = {n: t for n, t in part.state_dict().items() if isinstance(t, Tensor) and t.layout is torch.strided}
         tensors = [t for t in state.values() if t.is_floating_point()]
@@ -163,6 +178,14 @@ def check_weights(training: Training) -> None:
                 f"weight '{name}' of {owner} was not finite after step {training.global_step}, though the losses were; "
                 "lower the learning rate or clip gradients. The earlier checkpoint is whole."
             )
+
+
+def _parts(training: Training) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what is trained, with words for whose it is."""
+    yield "the student", training.student
+    if training.distiller is not None:
+        for name, method in zip(training.distiller.names, training.distiller.methods, strict=True):
+            yield f"the {type(method).__name__} of pair '{name}'", method
 
 
 def _training(module: LightningModule) -> Training:

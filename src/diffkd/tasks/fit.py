@@ -17,7 +17,7 @@ from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
 from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE, FOLDED, Compile, build_training
 from diffkd.tasks.card import make_card, versions, with_metrics
-from diffkd.tasks.checkpointing import Saver, WholeFiles
+from diffkd.tasks.checkpointing import Saver, WholeFiles, check_resumable
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.describe import describe
 from diffkd.tasks.detection import DetectionOptions
@@ -154,6 +154,7 @@ def fit(
             return finished
 
         training = build_training(**{name: value for name, value in values.items() if name != "config"})
+        check_resumable(training)
         parameters = sum(parameter.numel() for parameter in training.student.parameters())
         score = training.task.headlines[0]
         card = training.card = make_card(student, facts_of(data), config)
