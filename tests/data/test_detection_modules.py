@@ -148,9 +148,24 @@ def test_images_without_boxes_are_kept_or_not_in_training_only(root):
     targets = [target for _, targets, _ in run(data.val_dataloader()) for target in targets]
     assert [target["iscrowd"].tolist() for target in targets] == [[0], [], [1], [0], [0]]
     assert targets[1]["boxes"].shape == (0, 4)
+
+
+@pytest.mark.parametrize("keep_empty", [True, False])
+def test_a_split_without_boxes_teaches_nothing(root, keep_empty):
     write(root, "train", empty=range(5))
-    with pytest.raises(ValueError, match="no image has a box to train on"):
-        module(root, keep_empty=False)
+    with pytest.raises(ValueError, match=r"train.json: no image has a box to train on \(there is none\); add boxes"):
+        module(root, keep_empty=keep_empty)
+    write(root, "train", empty=[0], crowd=range(5))
+    with pytest.raises(ValueError, match=r"\(all 4 boxes are marked as crowds or difficult"):
+        module(root, keep_empty=keep_empty)
+
+
+@pytest.mark.parametrize("missing", [{"empty": range(5)}, {"crowd": range(5)}])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_without_boxes_measures_nothing(root, split, missing):
+    write(root, split, **missing)
+    with pytest.warns(UserWarning, match=rf"{split}.json: no image has a box that counts, .* precision will be 0"):
+        module(root, test="test.json")
 
 
 def test_boxes_without_extent_are_counted_in_one_warning(root):

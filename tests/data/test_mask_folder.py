@@ -254,6 +254,17 @@ def test_three_hundred_classes_need_another_ignored_id(root):
         assert next(iter(loader))[1].unique().tolist() == [0, 299, 65535]
 
 
+def test_masks_in_which_nothing_counts_are_noticed_at_the_start(root):
+    for index, size in enumerate([(9, 13), (9, 13), (13, 9), (9, 13)]):
+        pair(root, "val", str(index), size, np.full(size, 255, dtype=np.uint8))
+    module(root)  # one of five will do
+    pair(root, "val", "4", (9, 13), np.full((9, 13), 255, dtype=np.uint8))
+    with pytest.warns(UserWarning, match=r"nothing to evaluate on: every pixel of every mask is ignored \(id 255\)"):
+        module(root)
+    with pytest.raises(ValueError, match=r"nothing to train on: .* is ignored \(id 255\), .*0.png. Check num_classes"):
+        module(root, id_map={7: 0, 8: 1, 9: 2})
+
+
 def test_bad_ids_stop_with_their_file_or_before_with_verify(root):
     ids = np.full((9, 13), 7, dtype=np.uint8)
     path = pair(root, "val", "bad", (9, 13), ids)

@@ -43,7 +43,7 @@ class DetectionFiles:
 
     Raises:
         FileNotFoundError: if an image file is missing.
-        ValueError: if no image is left to train on, or a file is broken.
+        ValueError: if no image or no box is left to train on, or a file is broken.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class DetectionFiles:
         self.dropped: list[str] = []
         self._decodes = verify or on_bad_image == "skip"
         train = _to_train(self._checked(train, on_bad_image), keep_empty)
-        val = self._checked(val, on_bad_image)
+        val = _to_measure(self._checked(val, on_bad_image))
         height, width = train.sizes[0].tolist()
         self.image_size: tuple[int, int] = (height, width)
         self._train = DetectionDataset(train.annotations, train.read, augmentation, seed)
         self._val = self._test = DetectionDataset(val.annotations, val.read)
         if test is not None:
-            test = self._checked(test, on_bad_image)
+            test = _to_measure(self._checked(test, on_bad_image))
             self._test = DetectionDataset(test.annotations, test.read)
 
     def train_loader(self, trainer: Trainer | None, start_batch: int) -> FolderLoader:
@@ -138,14 +138,24 @@ class DetectionFiles:
 
 
 def _to_train(files: AnnotatedFiles, keep_empty: bool) -> AnnotatedFiles:
-    """Return the images to train on, without crowd boxes."""
+    """Return the images to train on, without crowd boxes; raise ValueError if no box is left."""
+    stated = len(files.annotations.boxes.labels)
     files = replace(files, annotations=files.annotations.without_crowds())
-    if keep_empty:
-        return files
     full = files.annotations.starts.diff().nonzero()[:, 0].tolist()
     if not full:
-        raise ValueError(f"{files.source}: no image has a box to train on; add boxes, or set keep_empty=True.")
-    return files.select(full)
+        why = f"all {stated} boxes are marked as crowds or difficult, which are left out" if stated else "there is none"
+        raise ValueError(f"{files.source}: no image has a box to train on ({why}); add boxes of single objects.")
+    return files if keep_empty else files.select(full)
+
+
+def _to_measure(files: AnnotatedFiles) -> AnnotatedFiles:
+    """Return the images to evaluate on; warn if they have no box that counts."""
+    if not bool((files.annotations.boxes.iscrowd == 0).any()):
+        rank_zero_warn(
+            f"{files.source}: no image has a box that counts, so that the average precision will be 0 whatever is "
+            "found; evaluate on annotated images."
+        )
+    return files
 
 
 def _check_present(files: AnnotatedFiles) -> None:

@@ -102,6 +102,17 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
             self._kept[index] = pair
         return pair
 
+    def is_labelled(self) -> bool:
+        """Whether any pixel of any mask counts. Masks are read until one does, so usually one; broken ones are not."""
+        for index in range(len(self)):
+            try:
+                mask = self.code.read(self.pairs.masks[index])
+            except ValueError:
+                return True  # whoever reads the pair will say what is wrong with it
+            if (mask != self.code.ignore_index).any():
+                return True
+        return False
+
     def problems(self, threads: int = 1) -> list[str]:
         """Decode every pair once and return a message for each that is broken."""
         with ThreadPoolExecutor(max(threads, 1)) as pool:

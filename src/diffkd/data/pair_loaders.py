@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffkd.data.folder_loader import FolderLoader
@@ -42,7 +43,7 @@ class PairLoaders:
         std: three values, in units of [0, 1].
 
     Raises:
-        ValueError: if a value is out of range, or `verify` finds a broken pair.
+        ValueError: if a value is out of range, no mask has a pixel that counts, or `verify` finds a broken pair.
     """
 
     def __init__(
@@ -89,6 +90,12 @@ class PairLoaders:
         if verify:
             problems = [message for part in (self._train, self._val) for message in part.problems(os.cpu_count() or 1)]
             refuse(problems, f"{len(problems)} of {len(self._train) + len(self._val)} pairs are broken")
+        nothing = f"every pixel of every mask is ignored (id {code.ignore_index}), the first being "
+        mend = "Check num_classes, ignore_index, and what maps ids or colours to classes."
+        if not self._train.is_labelled():
+            raise ValueError(f"nothing to train on: {nothing}{train.masks[0]}. {mend}")
+        if not self._val.is_labelled():
+            rank_zero_warn(f"nothing to evaluate on: {nothing}{val.masks[0]}. {mend}")
 
     def train_loader(self, trainer: Trainer | None, start_batch: int = 0) -> FolderLoader:
         """Return shuffled, augmented batches of the training pairs; the first epoch begins at `start_batch`."""
