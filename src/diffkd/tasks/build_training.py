@@ -19,6 +19,7 @@ from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.optimization import OptimizerFactory, Schedule, takes_channels_last
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import build_distiller, build_student, build_teacher, check_teaching, lay_out
+from diffkd.tasks.start_checks import check_classes, check_type
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
 from diffkd.tasks.teacher_classes import check_teacher_classes
 from diffkd.tasks.told_methods import tell_data
@@ -80,6 +81,7 @@ def build_training(
     """
     check_teaching(teacher, method, pairs)
     facts = facts_of(data)
+    check_classes(facts)
     model = build_student(
         student,
         facts,
@@ -90,6 +92,7 @@ def build_training(
         detection=detection,
         seed=seed,
     )
+    check_type(model, facts, precision)
     trained: nn.Module = model
     channels_last = takes_channels_last(optimizer) and lay_out(model, facts, channels_last, accelerator)
     teaching, whole, cached = [], None, None
