@@ -6,7 +6,7 @@ from small_distillers import IMAGES, backward, distil
 from small_nets import MLP, ChannelsLastNet, ConvNet, Pyramid, TokenNet, Twice, TwoInputs, Wrapped
 from torch import nn
 
-from diffkd import DIST, KD, DiffKD, FitNet, Layout, Pair
+from diffkd import DIST, KD, DiffKD, Distiller, FitNet, Layout, Pair
 
 
 class TestFirstSteps:
@@ -34,6 +34,23 @@ class TestFirstSteps:
         (first, second) = distil(TokenNet(8), ConvNet(12)).rows()
         assert first[:6] == ("blocks", "blocks", "8x4x4 tokens+1", "stage", "24x4x4", "DiffKD")
         assert second[:6] == ("output", "output", "10", "output", "10", "DiffKD")
+
+    @pytest.mark.parametrize(
+        ("student", "teacher", "shapes"),
+        [
+            (TokenNet(8), ConvNet(12), ("8x8x8 tokens+1", "24x8x8")),
+            (ConvNet(12), TokenNet(5, prefix=2), ("24x8x8", "5x8x8 tokens+2")),
+            (
+                nn.Sequential(nn.Conv2d(3, 5, 2, 2), nn.Flatten(), nn.Linear(1280, 10)),
+                ConvNet(12),
+                ("5x16x16", "24x8x8"),
+            ),
+            (ConvNet(12), MLP(3072), ("24x8x8", "8")),
+        ],
+    )
+    def test_the_table_shows_what_each_model_returns_itself(self, student, teacher, shapes):
+        row = Distiller(student, teacher, example=torch.randn(2, 3, 32, 32)).rows()[0]
+        assert (row[2], row[4]) == shapes
 
     def test_logits_are_compared_by_kl_and_features_by_mse(self):
         distiller = distil()

@@ -247,7 +247,10 @@ class Distiller(nn.Module):
         return self
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return one row per pair: name, student layer and shape, teacher layer and shape, method, parameters."""
+        """Return one row per pair: name, student layer and shape, teacher layer and shape, method, parameters.
+
+        The shapes are those that each model returns; what the method gets of a pair of maps has the teacher's size.
+        """
         return list(pair_rows(self.names, self.readers, self.methods))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:

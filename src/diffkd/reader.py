@@ -19,7 +19,8 @@ class Reader:
     Attributes:
         names: the layers.
         layouts: the layout of each one's output.
-        shapes: what :meth:`read` returns of each.
+        shapes: what the method is told of each: as :meth:`read` returns it, at the size that the pair is compared in.
+        own: what the model itself returns in each, before anything is resized or averaged.
         several: whether the method takes a list, even of one.
         pools: whether maps are averaged to vectors, since the other side has no positions.
     """
@@ -27,6 +28,7 @@ class Reader:
     names: tuple[str, ...]
     layouts: tuple[Layout, ...]
     shapes: tuple[FeatureShape, ...]
+    own: tuple[FeatureShape, ...]
     several: bool = False
     pools: bool = False
 
@@ -40,7 +42,7 @@ class Reader:
     def __str__(self) -> str:
         return ", ".join(
             f"{shape} {layout}" if layout.kind in ("nhwc", "tokens") else str(shape)
-            for shape, layout in zip(self.shapes, self.layouts, strict=True)
+            for shape, layout in zip(self.own, self.layouts, strict=True)
         )
 
 
@@ -86,7 +88,7 @@ def reader_for(
         role: Role = "logits" if is_logits or name in scores else "feature"
         shapes.append(FeatureShape(found.channels(tensor.shape), size, role))
         layouts.append(found)
-    return Reader(tuple(names), tuple(layouts), tuple(shapes), several)
+    return Reader(tuple(names), tuple(layouts), tuple(shapes), tuple(shapes), several)
 
 
 def agree(student: Reader, teacher: Reader) -> tuple[Reader, Reader]:
