@@ -31,6 +31,9 @@ SQUARE, WIDE = (224, 224), (96, 160)
         ((2, 5, 192), SQUARE, Layout("tokens", 1, (2, 2))),
         ((2, 21, 192), SQUARE, Layout("tokens", 5, (4, 4))),  # not 1 + 4x5
         ((2, 61, 192), WIDE, Layout("tokens", 1, (6, 10))),
+        ((2, 5 + 8 * 4, 192), (256, 128), Layout("tokens", 5, (8, 4))),  # not 1 + 9x4, which is longer than the image
+        ((2, 7 * 5, 192), (224, 168), Layout("tokens", 0, (7, 5))),  # nothing says that there are 5 before 6x5
+        ((2, 21, 192), (120, 100), None),  # 1 before 5x4 or 5 before 4x4, neither of exactly the image's proportions
         ((2, 10), SQUARE, Layout("vector")),
         ((2, 10), None, Layout("vector")),
         ((2, 8, 4, 5), None, Layout("nchw")),
@@ -46,8 +49,9 @@ def test_layouts_are_told_from_shapes(shape, input_size, expected):
 
 
 def test_the_models_word_on_prefix_tokens_counts():
-    assert infer_layout((2, 196 + 4, 8), SQUARE, prefix=4) == Layout("tokens", 4, (14, 14))
-    assert infer_layout((2, 196 + 4, 8), SQUARE, prefix=1) is None
+    assert infer_layout((2, 196 + 4, 8), SQUARE, prefixes={4}) == Layout("tokens", 4, (14, 14))
+    assert infer_layout((2, 196 + 4, 8), SQUARE, prefixes={1}) is None
+    assert infer_layout((2, 196, 8), SQUARE, prefixes={1}) == Layout("tokens", 0, (14, 14))  # a layer before they come
 
 
 @given(
@@ -63,10 +67,10 @@ def test_grids_are_found_again(height, width, channels, prefix, patch):
     grid = torch.randn(2, channels, height, width)
     assert infer_layout(grid.shape, size).read(grid) is grid
     last = grid.permute(0, 2, 3, 1)
-    if (height, width) != (1, 1):
+    if channels * height != width * width:  # which are the proportions of the image as well
         assert torch.equal(infer_layout(last.shape, size).read(last), grid)
     tokens = torch.cat([torch.randn(2, prefix, channels), grid.flatten(2).transpose(1, 2)], dim=1)
-    layout = infer_layout(tokens.shape, size, prefix)
+    layout = infer_layout(tokens.shape, size, {prefix})
     assert torch.equal(layout.read(tokens), grid)
     assert layout.channels(tokens.shape) == channels
     assert layout.size(tokens.shape) == (height, width)

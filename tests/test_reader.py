@@ -54,6 +54,9 @@ def test_the_layer_that_makes_the_output_is_known():
 def test_shapes_that_are_not_understood_ask_for_a_layout():
     with pytest.raises(ValueError, match=r"student's layer 'a' returns \(2, 3, 4, 5, 6\).*student_layout=Layout"):
         reader((2, 3, 4, 5, 6))
+    both = r"Layout\('tokens', 1, \(5, 4\)\) or Layout\('tokens', 5, \(4, 4\)\)"
+    with pytest.raises(ValueError, match=rf"'a' returns \(2, 21, 9\), which may be read as {both} .*student_layout=L"):
+        reader_for("student", ["a"], {"a": torch.randn(2, 21, 9)}, None, (120, 100))
 
 
 def test_maps_agree_on_the_teachers_size():

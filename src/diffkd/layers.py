@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.layout import Layout, infer_layout, resize, select_tensor
+from diffkd.layout import Layout, fitting_layouts, infer_layout, resize, select_tensor
+from diffkd.locality import change_corner, most_local
+from diffkd.prefix_tokens import prefix_tokens
 from diffkd.shape import FeatureShape, Role
 from diffkd.weights import unwrap
 
@@ -78,26 +80,7 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     """
     model = unwrap(model)
     example = on_device_of(model, example)
-    input_size = input_size_of(example)
-    prefix = prefix_tokens(model)
-    seen: list[_Seen] = []
-    handles = [
-        module.register_forward_hook(_probe_hook(name, seen))
-        for name, module in model.named_modules()
-        if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule)  # which take no hooks
-    ]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            output = run(model, example)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise ValueError(
-            f"{type(model).__name__} cannot take an example of shape {_shapes(example)} "
-            f"({type(error).__name__}: {reason}); give the example as the model is called in training"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    output, seen = _watch(model, example)
     result = select_tensor(output)
     if result is None:
         raise ValueError(
@@ -107,6 +90,7 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     for one in seen:
         calls[one.name] = calls.get(one.name, 0) + 1
     class_map = _before_upsampling(seen, result)
+    layouts = _layouts(model, example, {one.name: one.tensor for one in seen} | {OUTPUT: result})
     layers = []
     for position, one in enumerate(seen):
         if any(later.name == one.name for later in seen[position + 1 :]):
@@ -117,7 +101,7 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
                 one.name,
                 one.type,
                 tuple(one.tensor.shape),
-                infer_layout(one.tensor.shape, input_size, prefix),
+                layouts[one.name],
                 calls[one.name],
                 None if intact and calls[one.name] == 1 else _instead(seen, position, calls),
                 one.elements,
@@ -126,7 +110,7 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
         )
     # A detector returns boxes for each image: nothing that could be compared with another model's.
     detects = isinstance(output, (list, tuple)) and all(isinstance(one, Mapping) for one in output)
-    layout = None if detects else infer_layout(result.shape, input_size)
+    layout = None if detects else layouts[OUTPUT]
     elements = () if detects else _elements(OUTPUT, output)
     return [*layers, Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout, elements=elements, scores=True)]
 
@@ -186,6 +170,43 @@ class _Seen:
     tensor: Tensor
     version: int
     elements: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def _watch(model: nn.Module, example: Any) -> tuple[Any, list[_Seen]]:
+    """Run the model once; return its output, and what each layer returned, as often as it ran."""
+    seen: list[_Seen] = []
+    handles = [
+        module.register_forward_hook(_probe_hook(name, seen))
+        for name, module in model.named_modules()
+        if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule)  # which take no hooks
+    ]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            return run(model, example), seen
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise ValueError(
+            f"{type(model).__name__} cannot take an example of shape {_shapes(example)} "
+            f"({type(error).__name__}: {reason}); give the example as the model is called in training"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layouts(model: nn.Module, example: Any, outputs: Mapping[str, Tensor]) -> dict[str, Layout | None]:
+    """Find out the layout of each output; where its shape allows several, by running the model once more."""
+    input_size, prefixes = input_size_of(example), prefix_tokens(model)
+    fits = {name: fitting_layouts(tensor.shape, input_size, prefixes) for name, tensor in outputs.items()}
+    layouts = {name: infer_layout(tensor.shape, input_size, prefixes) for name, tensor in outputs.items()}
+    unsure = {name for name in fits if len(fits[name]) > 1}
+    if unsure:
+        again, seen = _watch(model, change_corner(example))
+        changed = {one.name: one.tensor for one in seen} | {OUTPUT: select_tensor(again)}
+        for name in unsure:
+            after = changed.get(name)
+            layouts[name] = (None if after is None else most_local(fits[name], outputs[name], after)) or layouts[name]
+    return layouts
 
 
 def _probe_hook(name: str, seen: list[_Seen]) -> Any:
@@ -249,12 +270,6 @@ def _instead(seen: Sequence[_Seen], position: int, calls: Mapping[str, int]) -> 
     same = (one for one in later if sound(one) and one.tensor.data_ptr() == lost.tensor.data_ptr())
     around = (one for one in later if sound(one) and lost.name.startswith(f"{one.name}."))
     return next((one.name for found in (same, around) for one in found), "")
-
-
-def prefix_tokens(model: nn.Module) -> int | None:
-    """Return how many tokens precede the grid, where the model says so (timm's vision transformers do)."""
-    prefix = getattr(unwrap(model), "num_prefix_tokens", None)
-    return prefix if isinstance(prefix, int) else None
 
 
 def on_device_of(model: nn.Module, example: Any) -> Any:

@@ -1,7 +1,7 @@
 """Layouts of features: where channels and positions lie in a tensor, and how to bring it to (B, C, H, W) or (B, C)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,50 +72,78 @@ class Layout:
         return f"tokens+{self.prefix}" if self.prefix else self.kind
 
 
-def infer_layout(shape: Sequence[int], input_size: tuple[int, int] | None, prefix: int | None = None) -> Layout | None:
+def infer_layout(
+    shape: Sequence[int], input_size: tuple[int, int] | None, prefixes: Collection[int] = ()
+) -> Layout | None:
     """Guess the layout of a layer's output from its shape.
 
-    A grid of positions keeps the proportions of the input, up to rounding; channels do not.
+    Args:
+        shape, input_size, prefixes: as for :func:`fitting_layouts`.
+
+    Returns:
+        The only layout that fits, or the first of several. None if the shape is not understood, or could be several
+        grids of tokens, none of which has exactly the proportions of the input, or is likely: as many prefix tokens as
+        the model says, or none if it says nothing.
+    """
+    fits = fitting_layouts(shape, input_size, prefixes)
+    if len(fits) > 1 and input_size is not None and fits[0].kind == "tokens":
+        likely = fits[0].prefix in (prefixes or (0,)) or _error(fits[0].grid, input_size) == 0
+        return fits[0] if likely else None
+    return fits[0] if fits else None
+
+
+def fitting_layouts(
+    shape: Sequence[int], input_size: tuple[int, int] | None, prefixes: Collection[int] = ()
+) -> list[Layout]:
+    """Return the layouts that the shape of a layer's output allows, the most usual first.
+
+    A grid of positions keeps the proportions of the input, up to rounding; channels do not. Maps of exactly these
+    proportions come first, then (B, C, H, W) before (B, H, W, C). Tokens that fill a grid of exactly these proportions
+    fill no other; the fewest prefix tokens come first.
 
     Args:
         shape: of the output, batch first.
         input_size: (H, W) of the model's input, None if it has none.
-        prefix: number of prefix tokens where the model says so.
-
-    Returns:
-        The layout, or None if the shape is not understood.
+        prefixes: the numbers of prefix tokens of which the model speaks; a layer has one of these, or none. Empty: it
+            says nothing, and up to 8 are tried.
     """
     if len(shape) == 2:
-        return Layout("vector")
-    if len(shape) == 4:
-        if input_size is None or _proportional(shape[2], shape[3], input_size):
-            return Layout("nchw")
-        return Layout("nhwc") if _proportional(shape[1], shape[2], input_size) else None
+        return [Layout("vector")]
+    if len(shape) == 4 and input_size is None:
+        return [Layout("nchw")]
+    if len(shape) == 4 and input_size is not None:
+        maps = (Layout("nchw"), (shape[2], shape[3])), (Layout("nhwc"), (shape[1], shape[2]))
+        errors = {layout: error for layout, size in maps if (error := _error(size, input_size)) is not None}
+        return sorted(errors, key=lambda layout: errors[layout] > 0)
     if len(shape) == 3 and shape[2] > 1 and input_size is not None:
-        count = shape[1]
-        prefixes = range(min(MAX_PREFIX_TOKENS, count - 1) + 1) if prefix is None else (prefix,)
-        for tokens in prefixes:
-            if grid := _grid(count - tokens, input_size):
-                return Layout("tokens", tokens, grid)
-    return None
+        tried = [*sorted(prefixes), 0] if prefixes else range(MAX_PREFIX_TOKENS + 1)
+        tokens = [
+            Layout("tokens", prefix, grid)
+            for prefix in dict.fromkeys(tried)
+            if (grid := _grid(shape[1] - prefix, input_size)) is not None
+        ]
+        return [layout for layout in tokens if _error(layout.grid, input_size) == 0] or tokens
+    return []
 
 
-def _proportional(height: int, width: int, input_size: tuple[int, int]) -> bool:
-    full_height, full_width = input_size
-    fits = height <= full_height and width <= full_width
+def _error(size: tuple[int, int], input_size: tuple[int, int]) -> int | None:
+    """How far a grid's proportions are from the input's, 0 if they are the same; None if it is no grid of it."""
+    (height, width), (full_height, full_width) = size, input_size
+    error = abs(height * full_width - width * full_height)
     # Each side is rounded to a whole cell on its own, so the proportions may be off by one cell of either; but the
     # equal sides of a square are rounded alike, which tells 7x7x8 from 7x8 positions, and 16 + 4 tokens from 4x5.
     tolerance = 0 if full_height == full_width else max(input_size)
-    return fits and abs(height * full_width - width * full_height) <= tolerance
+    return error if height <= full_height and width <= full_width and error <= tolerance else None
 
 
 def _grid(count: int, input_size: tuple[int, int]) -> tuple[int, int] | None:
+    if count < 1:
+        return None
     full_height, full_width = input_size
     middle = math.sqrt(count * full_height / full_width)
-    for height in {math.floor(middle), math.ceil(middle)}:
-        if height and count % height == 0 and _proportional(height, count // height, input_size):
-            return height, count // height
-    return None
+    sizes = [(height, count // height) for height in (math.floor(middle), math.ceil(middle)) if height]
+    errors = {size: _error(size, input_size) for size in sizes if math.prod(size) == count}
+    return min((size for size in errors if errors[size] is not None), key=lambda size: errors[size] or 0, default=None)
 
 
 def select_tensor(output: Any, key: str | None = None) -> Tensor | None:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffkd.layers import Layer, evaluation_mode, input_size_of, on_device_of, prefix_tokens
+from diffkd.layers import Layer, evaluation_mode, input_size_of, on_device_of
 from diffkd.layout import select_tensor
+from diffkd.prefix_tokens import prefix_tokens
 from diffkd.reader import Reader, SideName, reader_for
 from diffkd.recorder import Call, Recorder, Recording
 
@@ -27,7 +28,8 @@ def probe(
         logits=None if named else select_tensor(output),
         input_size=input_size_of(example),
         scores=set() if named else {layer.name for layer in layers if layer.scores},
-        prefix=prefix_tokens(model),
+        prefixes=prefix_tokens(model),
+        layouts={layer.name: layer.layout for layer in layers if layer.layout is not None},
     )
 
 

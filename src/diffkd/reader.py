@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
 
-from diffkd.layout import Layout, infer_layout
+from diffkd.layout import Layout, fitting_layouts, infer_layout
 from diffkd.shape import FeatureShape, Role
 
 SideName = Literal["student", "teacher"]
@@ -56,7 +57,8 @@ def reader_for(
     scores: Collection[str] = (),
     several: bool = False,
     layout: Layout | None = None,
-    prefix: int | None = None,
+    prefixes: Collection[int] = (),
+    layouts: Mapping[str, Layout] = MappingProxyType({}),
 ) -> Reader:
     """Find out how the outputs of layers are to be read.
 
@@ -69,26 +71,31 @@ def reader_for(
         scores: names of further layers that return the model's scores, such as a class map before up-sampling.
         several: whether the method takes a list.
         layout: how to read them, if the user said so.
-        prefix: number of prefix tokens, if the model says so.
+        prefixes: the numbers of prefix tokens of which the model speaks.
+        layouts: those of whole layers, as the probe found them out.
 
     Raises:
         ValueError: if the shape of an output is not understood.
     """
-    layouts, shapes = [], []
+    read, shapes = [], []
     for name in names:
         tensor = outputs[name]
-        found = layout or infer_layout(tensor.shape, input_size, prefix)
+        found = layout or layouts.get(name) or infer_layout(tensor.shape, input_size, prefixes)
         if found is None:
+            fits = [
+                f"Layout{one.kind, one.prefix, one.grid}" for one in fitting_layouts(tensor.shape, input_size, prefixes)
+            ]
+            why = f"may be read as {' or '.join(fits)} for" if fits else "is no map, tokens or vector of"
             raise ValueError(
-                f"the {side}'s layer '{name}' returns {tuple(tensor.shape)}, which is no map, tokens or vector of an "
+                f"the {side}'s layer '{name}' returns {tuple(tensor.shape)}, which {why} an "
                 f"input of {input_size}; give the pair {side}_layout=Layout(kind, prefix, grid), or take another layer"
             )
         size = found.size(tensor.shape)
         is_logits = logits is not None and tensor.shape == logits.shape and tensor.data_ptr() == logits.data_ptr()
         role: Role = "logits" if is_logits or name in scores else "feature"
         shapes.append(FeatureShape(found.channels(tensor.shape), size, role))
-        layouts.append(found)
-    return Reader(tuple(names), tuple(layouts), tuple(shapes), tuple(shapes), several)
+        read.append(found)
+    return Reader(tuple(names), tuple(read), tuple(shapes), tuple(shapes), several)
 
 
 def agree(student: Reader, teacher: Reader) -> tuple[Reader, Reader]:
