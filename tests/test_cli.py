@@ -176,6 +176,49 @@ def test_errors_are_one_line(words, code, message, capsys):
     assert message in error_of(capsys)
 
 
+FIT = ["fit", "--student=a", "--out=b", "--data=ImageFolder"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit", "--data=ImageFoldr"], "--data: there is no 'ImageFoldr'; nearest: ImageFolder"),
+        ([*FIT], "required, but not given: --data.root"),
+        ([*FIT, "--data.rot=c"], "--data.rot: ImageFolder has no option 'rot'; nearest: root"),
+        ([*FIT, "--data.batch_size=x"], "--data.batch_size: 'x' is not a whole number"),
+        ([*FIT, "--data.on_bad_image=no"], "--data.on_bad_image: 'no' is not one of 'error', 'skip'"),
+        ([*FIT, "--data.root", "--epochs=3"], "--data.root: give its value after it"),
+        (["fit", "--data.root=c"], "--data.root: say first what --data is"),
+        (["fit", "--method=kd"], "--method: there is no 'kd'; nearest: KD"),
+        (["fit", "--method=diffkd.DiffKDD"], "there is no diffkd.DiffKDD; nearest: diffkd.DiffKD"),
+        (["fit", "--method=[diffkd.KD, diffkd.DISTT]"], "there is no diffkd.DISTT; nearest: diffkd.DIST"),
+        (["fit", "--method=nowhere.at.All"], "--method: No module named 'nowhere'; write"),
+        (["fit", "--method=diffkd.DiffKD", "--method.ae_chanels=8"], "nearest: ae_channels"),
+        (["fit", "--method=diffkd.DiffKD", "--method.ae_channels=x"], "'x' is not a whole number or null"),
+        (["fit", "--pairs=[{student: a, weight: x}]"], "--pairs.weight: 'x' is not a number"),
+        (["fit", "--optimizer=Adamm"], "--optimizer: there is no 'Adamm'; nearest: Adam"),
+        (["fit", "--optimizer.lr=x"], "--optimizer.lr: 'x' is not a number"),
+        (["fit", "--segmentation.window=5"], "--segmentation.window: 5 is no list of 2"),
+        (["fit", "--schedule=cosine"], "give its values one by one: --schedule.kind"),
+        ([*FIT, "--data.root=c", "--epoks=3"], "there is no option --epoks; nearest: --epochs"),
+        ([*FIT, "--data.root=c", "stray"], "nothing is known of 'stray'"),
+        (["test", "run", "--wich=best"], "there is no option --wich; nearest: --which"),
+    ],
+)
+def test_misspelt_words_are_named_with_the_nearest(words, message, capsys):
+    assert cli.main(words) == 2
+    assert message in error_of(capsys)
+
+
+def test_switches_of_a_part_may_stand_alone(recipe, tmp_path, capsys):
+    words = ["fit", str(recipe), f"--out={tmp_path / 'x'}", "--segmentation.auxiliary", "--data.augmentation.flip"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["segmentation"]["auxiliary"] is True
+    assert shown["data"]["init_args"]["augmentation"]["flip"] is True
+
+
 def test_errors_of_a_run_are_one_line(recipe, teacher, tmp_path, capsys):
     assert cli.main(["fit", str(recipe), f"--out={teacher}"]) == 1
     assert "--resume" in error_of(capsys)

@@ -6,9 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
-class Misuse(Exception):  # noqa: N818
-    """The words of the command line do not fit the command."""
+from diffkd.misuse import Misuse, explain
 
 
 def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
@@ -121,10 +119,34 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
 
     parameters = inspect.signature(function).parameters
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
+    bare = {word for word, after in zip(words, [*words[1:], "--"], strict=False) if _stands_alone(word, after)}
     try:
-        return parser.parse_args(_with_lists(_with_values(words, flags), parameters))
+        values = parser.parse_args(_with_lists(_with_values(words, flags | bare), parameters))
     except ArgumentError as error:
-        raise Misuse(" ".join(str(error).split())) from error
+        options = [option for action in parser._actions for option in action.option_strings]
+        raise Misuse(explain(str(error), options, parser.prog.removeprefix("diffkd "))) from error
+    for option in sorted(bare):
+        if not _is_on(values, option.removeprefix("--").split(".")):
+            raise Misuse(f"{option}: give its value after it; only what is true or false can stand alone")
+    return values
+
+
+def _stands_alone(word: str, after: str) -> bool:
+    """Return whether a word is an option of a part, such as `--data.verify`, that has no value after it."""
+    option = re.fullmatch(r"--\w+\.[\w.]+", word)
+    return option is not None and not word.endswith(".help") and after.startswith("--")
+
+
+def _is_on(values: Any, keys: list[str]) -> bool:
+    """Return whether the value of those names is true, below the arguments of a class or of one of a list too."""
+    if isinstance(values, list):
+        return any(_is_on(one, keys) for one in values)
+    if not keys:
+        return values is True
+    inner = values.get(keys[0], values.get("init_args")) if hasattr(values, "get") else None
+    if inner is None:
+        return False
+    return _is_on(inner, keys[1:] if keys[0] in values else keys)
 
 
 def _recorded(parser: Any, values: Any) -> dict[str, Any]:

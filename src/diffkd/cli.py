@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-from diffkd.arguments import Misuse, call, fit_with
+from diffkd.arguments import call, fit_with
+from diffkd.misuse import Misuse
 
 _HELP = """usage: diffkd COMMAND [OPTIONS]
 
