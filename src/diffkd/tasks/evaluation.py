@@ -103,10 +103,11 @@ def evaluate(
     console.print(
         f"{path}: {name}, {sum(p.numel() for p in built.parameters()):,} parameters", highlight=False, soft_wrap=True
     )
+    width = max(map(len, measured))
     for metric, value in measured.items():
         recorded = card.get("metrics", {}).get(metric)
         note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}, {card.get('which', '')})"
-        console.print(f"{metric:5} {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
+        console.print(f"{metric:{width}}  {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
     return measured
 
 
