@@ -52,7 +52,7 @@ def test_a_classifier_as_onnx(tmp_path, capsys):
     assert entry.key == "diffkd"
     assert json.loads(entry.value) == read_card(out)
     assert read_card(out)["normalizes"] is True
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "c.onnx", "s.json", "s.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.onnx", "c.onnx.json", "s.json", "s.safetensors"]
 
 
 @torch.no_grad()

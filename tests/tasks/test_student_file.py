@@ -51,6 +51,16 @@ def test_a_run_is_measured_as_it_was(run, capsys):
     )
 
 
+def test_a_program_leaves_the_card_of_the_weights_beside_it(run, tmp_path):
+    folder, _ = run
+    weights = export(str(folder), tmp_path / "student.safetensors")
+    card = read_card(weights)
+    program = export(str(folder), tmp_path / "student.pt2", which="best", normalize=True)
+    assert read_card(weights) == card
+    assert read_card(program)["normalizes"] is True
+    assert read_card(program)["which"] == "best epoch"
+
+
 def test_data_normalised_otherwise_give_the_same_accuracy(run, image_files):
     folder, result = run
     other = Arrays(**image_files, batch_size=7, mean=(0.9, 0.5, 0.1), std=(0.1, 0.2, 0.4))

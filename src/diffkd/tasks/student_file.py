@@ -18,7 +18,8 @@ from diffkd.weights import read_weights, write_text, write_whole
 
 Which = Literal["last", "best"]
 
-_SUFFIXES = (".safetensors", ".onnx", ".pt2")
+_PROGRAMS = (".onnx", ".pt2")
+_SUFFIXES = (".safetensors", *_PROGRAMS)
 
 
 def find_student(source: str | Path, which: Which = "last") -> Path:
@@ -43,13 +44,22 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
     return path
 
 
+def card_file(student: str | Path) -> Path:
+    """Return where the card of a file lies: `a.json` for weights `a.safetensors`, `a.onnx.json` for a program.
+
+    The weights and the programs of one student may lie in one folder, each of another epoch or other normalisation.
+    """
+    path = Path(student)
+    return path.with_name(f"{path.name}.json") if path.suffix in _PROGRAMS else path.with_suffix(".json")
+
+
 def read_card(weights: str | Path) -> dict[str, Any]:
-    """Return the JSON card beside a file of weights, {} if there is none.
+    """Return the JSON card beside a student's file, {} if there is none.
 
     Raises:
         ValueError: if the card is damaged.
     """
-    path = Path(weights).with_suffix(".json")
+    path = card_file(weights)
     if not path.is_file() or path == Path(weights):
         return {}
     try:
@@ -139,7 +149,7 @@ def export(
             "normalizes": normalize or card.get("task") == "detection",
         }
         note += "; " + write_program(student, target, json.dumps(card), opset=opset, tolerance=tolerance)
-    write_text(target.with_suffix(".json"), json.dumps(card, indent=2, sort_keys=True) + "\n")
+    write_text(card_file(target), json.dumps(card, indent=2, sort_keys=True) + "\n")
     print(f"{target}: {note}")  # noqa: T201
     return target
 
