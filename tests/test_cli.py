@@ -118,6 +118,20 @@ def test_a_finished_run_is_tested_and_exported(teacher, tmp_path, capsys):
     assert shown in capsys.readouterr().out
 
 
+def test_values_of_the_data_can_be_changed_for_a_test(teacher, capsys):
+    result = json.loads((teacher / "result.json").read_text())
+    train = teacher.parent / "train.npz"
+    assert cli.main(["test", str(teacher), f"--data.test={train}", "--data.batch_size", "5", "--accelerator=cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert f"(recorded {100 * result['last']['top1']:.2f} %, last epoch)" in shown
+    hits = 48 * float(shown.split("top1")[1].split()[0]) / 100
+    assert hits == pytest.approx(round(hits), abs=0.01)  # of the 48 training images, not of the 24 others
+    assert cli.main(["test", str(teacher), "--data.batch=5"]) == 2
+    assert "nearest: batch_size" in error_of(capsys)
+    assert cli.main(["test", str(teacher / "checkpoints" / "last.ckpt")]) == 1
+    assert "diffkd export" in error_of(capsys)
+
+
 def test_layers(capsys):
     assert (
         cli.main(["layers", "cifar/compact_resnet8", "--teacher", "cifar/compact_resnet14", "--method=diffkd.KD"]) == 0

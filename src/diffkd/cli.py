@@ -1,6 +1,8 @@
 """The command line: `diffkd COMMAND`, each command a typed function whose arguments are its options."""
 
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -110,7 +112,22 @@ def _test(words: list[str]) -> None:
     import diffkd.data  # noqa: F401
     from diffkd.tasks.evaluation import evaluate
 
-    call(evaluate, words, "test", positional="student")
+    call(evaluate, _with_data_of_card(words), "test", positional="student")
+
+
+def _with_data_of_card(words: list[str]) -> list[str]:
+    """Let `--data.NAME VALUE` without `--data` change the data that the student's card names."""
+    from diffkd.tasks.evaluation import described_data
+    from diffkd.tasks.student_file import find_student, read_card
+
+    changes = [position for position, word in enumerate(words) if re.match(r"--data\.(?!help\b)", word)]
+    named = any(re.match(r"--data(=|$)", word) for word in words)
+    if named or not changes or words[0].startswith("-"):
+        return words
+    student = find_student(words[0], "best" if {"best", "--which=best"} & set(words) else "last")
+    kind, arguments = described_data(read_card(student))
+    described = json.dumps({"class_path": f"diffkd.data.{kind.__name__}", "init_args": arguments})
+    return [*words[: changes[0]], f"--data={described}", *words[changes[0] :]]
 
 
 def _layers(words: list[str]) -> None:

@@ -40,7 +40,7 @@ def evaluate(
     Args:
         student: folder of a run, or file of weights.
         model: name of the model, as for fit.
-        data: data to measure on.
+        data: data to measure on; on the command line, `--data.NAME VALUE` without it changes one value of the card's.
         which: of a run, the student of the last or of the best epoch.
         segmentation: as for fit, such as the windows of the evaluation; None: as in training.
         precision: as for fit; None: as in training.
@@ -57,6 +57,11 @@ def evaluate(
     """
     path = find_student(student, which)
     card = read_card(path)
+    if path.suffix == ".ckpt" and model is None:
+        raise ValueError(
+            f"{path} holds a whole training: take the student out of it with `diffkd export {path} --out "
+            "student.safetensors`, and test that"
+        )
     data = data_of(card) if data is None else data
     facts = facts_of(data)
     name = model or named_model(card, path)
@@ -121,6 +126,25 @@ def _shown(metric: str, value: float) -> str:
 
 def data_of(card: dict[str, Any]) -> LightningDataModule:
     """Build the data module that a card names, if it is one of this package's."""
+    kind, arguments = described_data(card)
+    parameters = inspect.signature(kind).parameters
+    if isinstance(arguments.get("augmentation"), dict):
+        # Each kind of data has its own description of augmentation, which is the default's type.
+        described = parameters["augmentation"].default
+        arguments["augmentation"] = type(described)(**_pairs_as_tuples(arguments["augmentation"]))
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        name = f"{kind.__module__}.{kind.__name__}"
+        raise ValueError(f"the data cannot be made from the card ({error}); give --data {name} ...") from error
+
+
+def described_data(card: dict[str, Any]) -> tuple[type[LightningDataModule], dict[str, Any]]:
+    """Return the kind of data that a card names and its arguments, as the card holds them.
+
+    Raises:
+        ValueError: if the card names none, or one that is not this package's.
+    """
     description = card.get("data") or {}
     module, _, name = str(description.get("class_path", "")).rpartition(".")
     if not module:
@@ -132,18 +156,10 @@ def data_of(card: dict[str, Any]) -> LightningDataModule:
             f"the card names data of somebody's own, {module}.{name}; give --data {module}.{name} yourself"
         )
     arguments = dict(description.get("init_args") or {})
-    parameters = inspect.signature(kind).parameters
-    if "seed" in parameters and card.get("seed") is not None:
+    if "seed" in inspect.signature(kind).parameters and card.get("seed") is not None:
         # The command line gives the data the run's own seed, which generated scenes are drawn from.
         arguments.setdefault("seed", card["seed"])
-    if isinstance(arguments.get("augmentation"), dict):
-        # Each kind of data has its own description of augmentation, which is the default's type.
-        described = parameters["augmentation"].default
-        arguments["augmentation"] = type(described)(**_pairs_as_tuples(arguments["augmentation"]))
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"the data cannot be made from the card ({error}); give --data {module}.{name} ...") from error
+    return kind, arguments
 
 
 def _renormalised(model: nn.Module, card: dict[str, Any], facts: DataFacts) -> nn.Module:

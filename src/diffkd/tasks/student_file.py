@@ -37,7 +37,9 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
         run = RunFolder(path)
         path = run.student if which == "last" else run.best
         if not path.is_file():
-            hint = "resume it first" if run.checkpoint.is_file() else "it is no finished run"
+            hint = "it is no finished run"
+            if run.checkpoint.is_file():
+                hint = f"resume it first, or take out what there is: diffkd export {run.path} --out student.safetensors"
             raise FileNotFoundError(f"{run.path} holds no {path.name}: {hint}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no run and no file {path}; give a run's folder or a student's .safetensors")
