@@ -103,6 +103,25 @@ def test_a_student_that_cannot_be_saved_is_refused_at_the_start(tmp_path):
             build_student(f"{file}:{name}", FACTS, weights=None, pretrained=False, seed=0)
 
 
+def test_a_student_trains_whatever_mode_its_function_leaves_it_in(tmp_path):
+    """Whole models that come asleep are woken; what a function puts to sleep inside of one stays so."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32 * 32), nn.Linear(32 * 32, 5))\n"
+        "def asleep(): return net().eval()\n"
+        "def partly():\n"
+        "    model = net()\n"
+        "    model[1].eval()\n"
+        "    return model\n",
+        encoding="utf-8",
+    )
+    for name, expected in {"net": True, "asleep": True, "partly": False}.items():
+        student = build_student(f"{file}:{name}", FACTS, weights=None, pretrained=False, seed=0)
+        assert student.training
+        assert student[1].training == expected
+
+
 def test_functions_without_arguments_build_students(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

@@ -78,6 +78,8 @@ def build_student(
         detection=detection,
     )
     check_savable(student)
+    if not student.training:
+        student.train()  # as functions leave models that they have loaded; the trainer would train it like that
     output = list_layers(student, padded_example(data, student))[-1].shape
     expected, rank = f"(2, {data.num_classes})", 2
     if data.task == "segmentation":
