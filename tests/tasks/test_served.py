@@ -9,7 +9,7 @@ from short_trainings import arrays, train
 from small_detectors import detector, facts
 from torch import nn
 
-from diffkd import CIRKD, CRD, DKD, FGD, KD, SRRL, BoxKD, FitNet, MasKD, Pair, Shared
+from diffkd import CIRKD, CRD, DKD, FGD, KD, PKT, RKD, SP, SRRL, BoxKD, FitNet, MasKD, Pair, Shared
 from diffkd.data import Augmentation, SegmentationScenes
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.setup import build_distiller
@@ -93,6 +93,14 @@ def test_where_methods_serve_nothing_is_said():
 def test_detection(method, message):
     with pytest.raises(ValueError, match=message):
         detect(method)
+
+
+@pytest.mark.parametrize("method", [RKD, SP, PKT, partial(Shared, method=SP)])
+def test_relations_want_several_images(image_files, method):
+    with pytest.raises(ValueError, match=r"learns nothing from batches of 1: give --data.batch_size 2 or more"):
+        classify(image_files, method, batch_size=1)
+    classify(image_files, method, batch_size=2)
+    classify(image_files, KD, batch_size=1)
 
 
 def test_mixed_images_have_no_class(image_files):

@@ -7,6 +7,7 @@ losses, or a tuple with a field `losses` as :class:`DiffKD` does. Class attribut
 - `wants`: what automatic pairing gives it, a set of the words in :mod:`diffkd.shape`;
 - `least_classes` (may be missing): the fewest classes of logits that it can learn from, which automatic pairing then
   heeds;
+- `least_batch` (may be missing): the fewest images of a batch that it can learn from, as it relates them;
 - `tasks` (may be missing): what it is for, of "classification", "detection" and "segmentation"; `diffkd fit` refuses it
   for others;
 - `needs` (may be missing): names of further things that its forward takes by keyword, such as `("labels",)`; the caller

@@ -23,6 +23,7 @@ class PKT(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    least_batch: ClassVar[int] = 2
 
     def __init__(
         self, student: FeatureShape, teacher: FeatureShape, *, eps: float = 1e-7, weight: float = 30000.0

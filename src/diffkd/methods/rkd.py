@@ -27,6 +27,7 @@ class RKD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    least_batch: ClassVar[int] = 2
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ class SP(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    least_batch: ClassVar[int] = 2
 
     def __init__(self, student: FeatureShape, teacher: FeatureShape, *, weight: float = 3000.0) -> None:
         super().__init__()

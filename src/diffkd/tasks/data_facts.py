@@ -26,6 +26,7 @@ class DataFacts:
         ignore_index: of masks, the id that is neither trained nor measured.
         min_size: for detection, the shorter side that images are resized to, one of these at random in training.
         max_size: for detection, the longest side that they may then have.
+        batch_size: training images in a batch; None: unknown.
     """
 
     num_classes: int
@@ -41,6 +42,7 @@ class DataFacts:
     ignore_index: int = 255
     min_size: tuple[int, ...] = (800,)
     max_size: int = 1333
+    batch_size: int | None = None
 
 
 def facts_of(data: LightningDataModule) -> DataFacts:
@@ -77,4 +79,5 @@ def facts_of(data: LightningDataModule) -> DataFacts:
         ignore_index=int(getattr(data, "ignore_index", 255)),
         min_size=(int(min_size),) if isinstance(min_size, int) else tuple(int(side) for side in min_size),
         max_size=int(getattr(data, "max_size", 1333)),
+        batch_size=getattr(data, "batch_size", None),
     )

@@ -46,7 +46,7 @@ def check_methods(methods: Any, data: DataFacts) -> None:
 
 
 def check_needs(distiller: Distiller, data: DataFacts) -> None:
-    """Raise ValueError if a method needs what the data's task does not give, or labels of mixed images."""
+    """Raise ValueError if a method needs what the data do not give: of their task, whole images, or several."""
     for name, (_, theirs), method in zip(distiller.names, distiller.readers, distiller.methods, strict=True):
         needs = frozenset(getattr(method, "needs", ()))
         who = f"{type(method).__name__} of pair '{name}'"
@@ -55,6 +55,12 @@ def check_needs(distiller: Distiller, data: DataFacts) -> None:
             raise ValueError(
                 f"{who} needs {', '.join(missing)}, which data for {data.task} do not give{otherwise}: "
                 f"take {INSTEAD[data.task]}"
+            )
+        least = max(getattr(part, "least_batch", 1) for part in method.modules())
+        if data.batch_size is not None and data.batch_size < least:
+            raise ValueError(
+                f"{who} relates the images of a batch to one another, and learns nothing from batches of "
+                f"{data.batch_size}: give --data.batch_size {least} or more"
             )
         if "labels" in needs and (data.mixup or data.cutmix):
             raise ValueError(
