@@ -214,6 +214,18 @@ class TestErrors:
         student.stem.requires_grad_(False)
         backward(distil(student, teacher))
 
+    @pytest.mark.parametrize("side", ["student", "teacher"])
+    def test_weights_without_values(self, side):
+        hollow = ConvNet(8)
+        hollow.fc.to("meta")
+        with pytest.raises(ValueError, match=rf"'fc.weight' of the {side} ConvNet has no values, .*to_empty"):
+            distil(**{side: hollow})
+
+    @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+    def test_weights_of_pairs(self, weight):
+        with pytest.raises(ValueError, match="of pair 'stage' is no factor of a loss: give 0 or more"):
+            Pair("stage", weight=weight)
+
     def test_an_example_that_does_not_fit(self):
         with pytest.raises(ValueError, match=r"ConvNet cannot take an example of shape \(2, 1, 8, 8\)"):
             distil(example=torch.randn(2, 1, 8, 8))

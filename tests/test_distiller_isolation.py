@@ -44,6 +44,25 @@ class TestTeacher:
             holder.eval()
         assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
 
+    def test_is_put_to_sleep_again_whoever_wakes_it(self):
+        teacher = ConvNet(12)
+        distiller = distil(teacher=teacher)
+        state = copy.deepcopy(teacher.state_dict())
+        teacher.train()
+        backward(distiller)
+        assert not any(module.training for module in teacher.modules())
+        assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
+
+    def test_gets_no_gradients_even_if_it_switches_them_on(self):
+        class Graded(ConvNet):
+            def forward(self, images):
+                with torch.enable_grad():
+                    return super().forward(images)
+
+        distiller = distil(teacher=Graded(12), method=[DiffKD, FitNet, KD, DIST])
+        backward(distiller)
+        assert all(parameter.grad is None for parameter in distiller.teacher.parameters())
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_may_have_a_type_of_its_own(self, dtype):
         distiller = distil(teacher=ConvNet(12).to(dtype), method=[DiffKD, FitNet, KD, DIST])
@@ -149,6 +168,7 @@ def test_states_go_from_one_distiller_to_another():
     assert all(torch.equal(loss, expected[name]) for name, loss in other(IMAGES)[1].items())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 class TestCompiled:
     def test_models_come_plain_if_their_layers_are_wanted(self):
         compiled = torch.compile(ConvNet(4), backend="eager")
@@ -156,6 +176,22 @@ class TestCompiled:
             with pytest.raises(ValueError, match=r"ConvNet is compiled already.*compile the distiller"):
                 distil(*pair)
             assert list(backward(distil(*pair, method=KD))[1]) == ["output/kd"]  # what they return needs no hook
+
+    @pytest.mark.parametrize("part", ["", "stage"])
+    def test_models_compiled_in_place_likewise(self, part):
+        student = ConvNet(4)
+        student.get_submodule(part).compile(backend="eager")
+        for layer in ("stage", "stage.0"):
+            with pytest.raises(ValueError, match=rf"compiled already, as a whole or around its layer '{layer}'"):
+                distil(student, pairs=[Pair(layer, "stage")])
+        assert list(backward(distil(student, method=KD))[1]) == ["output/kd"]
+
+    def test_a_compiled_part_is_a_layer_but_has_none(self):
+        student = ConvNet(4)
+        student.stage = torch.compile(student.stage, backend="eager")
+        backward(distil(student, pairs=[Pair("stage", "stage")]))
+        with pytest.raises(ValueError, match=r"around its layer 'stage\._orig_mod\.0'"):
+            distil(student, pairs=[Pair("stage._orig_mod.0", "stage")])
 
     def test_equals_eager_with_gradients(self):
         torch.compiler.reset()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffkd.gradient_flow import GradientFlow
-from diffkd.layers import find_layer, list_layers, on_device_of, run
+from diffkd.layers import check_values, find_layer, list_layers, on_device_of, run
 from diffkd.layout import resize
 from diffkd.matching import Pair, pair_layers
 from diffkd.methods import DiffKD, MethodFactory
@@ -56,7 +56,8 @@ class Distiller(nn.Module):
     Methods that want the teacher's classifier (SRRL) get its pooling and last linear layer.
 
     Raises:
-        ValueError: if a layer is unknown or cannot be distilled, shapes are not understood, or nothing can be paired.
+        ValueError: if a layer is unknown or cannot be distilled, shapes are not understood, nothing can be paired, or a
+            model has weights without values.
 
     Warns:
         GradientWarning: once for each pair whose student's feature carries no gradient in training.
@@ -93,6 +94,8 @@ class Distiller(nn.Module):
                 "student and teacher share parameters: training the student would change the teacher; "
                 "copy.deepcopy one of them"
             )
+        check_values("student", student)
+        check_values("teacher", teacher)
         self.student = student
         self._lowers = teacher_options.lowers
         self.teacher_input = teacher_input
@@ -285,10 +288,14 @@ class Distiller(nn.Module):
         return output, results
 
     def _teach(self, inputs: Any, calls: dict[str, Call]) -> dict[str, Tensor]:
+        if self.teacher.training and not torch.compiler.is_compiling():
+            self.teacher.eval()  # somebody has woken it
         with torch.no_grad():
             # The example was cast to the teacher's type, so a teacher in half precision gets its images likewise.
             teacher_inputs = on_device_of(self.teacher, self._teacher_inputs(inputs, calls))
             features = self._teacher_recorder.record(self.teacher, teacher_inputs, whole=False).features
+        # A teacher may switch gradients on again, for what it computes from gradients of its own.
+        features = {name: feature.detach() for name, feature in features.items()}
         return {name: feature.float() for name, feature in features.items()} if self._lowers else features
 
     def _check_independent(self) -> None:

@@ -115,6 +115,16 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     return [*layers, Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout, elements=elements, scores=True)]
 
 
+def check_values(side: str, model: nn.Module) -> None:
+    """Raise ValueError, naming the first, if weights of a model have no values: they are on the device "meta"."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name!r} of the {side} {type(unwrap(model)).__name__} has no values, on the device 'meta': call "
+                "model.to_empty(device='cpu') and load its weights first"
+            )
+
+
 def find_layer(layers: Sequence[Layer], name: str, owner: str) -> Layer:
     """Return the layer called `name`, if it can be distilled.
 
@@ -181,7 +191,8 @@ def _watch(model: nn.Module, example: Any) -> tuple[Any, list[_Seen]]:
         if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule)  # which take no hooks
     ]
     try:
-        with evaluation_mode(model), torch.no_grad():
+        # What is compiled runs as it is written: a graph from before knows nothing of these hooks.
+        with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return run(model, example), seen
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]

@@ -34,6 +34,9 @@ class Pair:
         name: prefix of the losses' names; None: the student's layer.
         student_layout: how to read the student's output, where it is not found out right.
         teacher_layout: the same for the teacher.
+
+    Raises:
+        ValueError: if `weight` is negative or not finite.
     """
 
     student: str | Sequence[str]
@@ -44,6 +47,12 @@ class Pair:
     name: str | None = None
     student_layout: Layout | None = None
     teacher_layout: Layout | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(
+                f"weight={self.weight} of pair '{self.name or self.student}' is no factor of a loss: give 0 or more"
+            )
 
     @property
     def student_names(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Recording what chosen layers return, while it is wanted."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,11 +72,11 @@ class Recorder:
             module = modules.get(path)
             if module is None:
                 raise ValueError(f"layer '{path}' is not in {type(unwrap(model)).__name__}")
-            if hasattr(model, "_orig_mod"):
+            if hasattr(model, "_orig_mod") or _is_compiled(path, modules):
                 # Hooks are not guarded: a graph made before, even of another model of this class, would be run again.
                 raise ValueError(
-                    f"{type(unwrap(model)).__name__} is compiled already, and ignores hooks on its layers; give the "
-                    "model itself, and compile the distiller"
+                    f"{type(unwrap(model)).__name__} is compiled already, as a whole or around its layer '{path}', and "
+                    "ignores hooks there; give the model as it was, and compile the distiller"
                 )
             watches = name in self.watched
             self.handles.append(module.register_forward_hook(_Tap(self, name, None if watches else key, watches)))
@@ -167,6 +167,13 @@ class _Enough(Exception):  # noqa: N818  # no error: it ends a forward of which 
 def _version(tensor: Tensor) -> int:
     """How often a tensor has been changed in place, where that is counted."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
+def _is_compiled(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer, or a module around it, runs as a graph; a wrapper around a graph is a layer like others."""
+    parts = path.split(".")
+    around = [modules[".".join(parts[:count])] for count in range(len(parts) + 1)]
+    return "_orig_mod" in parts or any(one._compiled_call_impl is not None for one in around)
 
 
 def split_selector(name: str) -> tuple[str, str | None]:

@@ -1,5 +1,6 @@
 """The training of a student on any task, alone or with its teacher, and its measurement on the validation set."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,6 +71,10 @@ class Training(LightningModule):
         super().__init__()
         if epochs < 1 or log_every < 1:
             raise ValueError(f"epochs and log_every must be at least 1, got {epochs} and {log_every}")
+        if not (0 <= task_weight < math.inf and 0 <= method_weight < math.inf):
+            raise ValueError(
+                f"task_weight and method_weight must be finite and at least 0, got {task_weight} and {method_weight}"
+            )
         self.model, self.task = model, task
         self.epochs = epochs
         self.optimizer_factory, self.schedule, self.decay_all = optimizer, schedule, decay_all
