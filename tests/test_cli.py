@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from diffkd import cli
 
@@ -249,6 +251,35 @@ def test_errors_of_a_run_are_one_line(recipe, teacher, tmp_path, capsys):
     assert "17" in error_of(capsys)
     assert cli.main(["fit", str(recipe), f"--out={tmp_path / 'b'}", "--accelerator=abacus"]) == 1
     assert "abacus" in error_of(capsys)
+
+
+def test_a_broken_image_is_named_without_a_traceback(tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (20, 16)).save(tmp_path / split / name / f"{index}.png")
+    broken = tmp_path / "train" / "b" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    words = ["fit", "--student=cifar/compact_resnet8", "--data=ImageFolder", f"--data.root={tmp_path}"]
+    words += ["--data.image_size=16", "--data.num_workers=1", "--accelerator=cpu", "--epochs=1", "--progress=false"]
+    assert cli.main([*words, f"--out={tmp_path / 'run'}"]) == 1
+    assert error_of(capsys).startswith(f"diffkd: image {broken} cannot be read")
+
+
+def test_warnings_are_shown_without_the_code_they_come_from(monkeypatch, capsys):
+    def warn(words):
+        for file in (cli.__file__, "elsewhere.py"):
+            warnings.warn_explicit("2 boxes are left out", UserWarning, file, 7)
+
+    monkeypatch.setattr(cli, "_commands", lambda: {"warn": warn})
+    monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["warn"]) == 0
+    ours, theirs = capsys.readouterr().err.splitlines()
+    assert ours == "diffkd: warning: 2 boxes are left out"
+    assert theirs == "elsewhere.py:7: UserWarning: 2 boxes are left out"
 
 
 def test_a_traceback_can_be_asked_for(monkeypatch):

@@ -4,8 +4,11 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 
 from diffkd.arguments import call, fit_with
 from diffkd.misuse import Misuse
@@ -51,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing := [name for name in ("lightning", "jsonargparse", "torchmetrics", "rich") if find_spec(name) is None]:
         return _fail(f"`diffkd {words[0]}` needs {', '.join(missing)}: pip install 'diffkd[train]'", 1)
     try:
-        commands[words[0]](words[1:])
+        with _plain_warnings():
+            commands[words[0]](words[1:])
     except Misuse as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
         if wants_traceback:
             raise
-        return _fail(str(error) or type(error).__name__, 1)
+        return _fail(_reason(error), 1)
     except Exception as error:
         if (signum := getattr(error, "signum", None)) is not None:
             return _fail(str(error), 128 + signum)
@@ -149,6 +153,33 @@ def _recipes(words: list[str]) -> None:
     from diffkd.recipes import recipes
 
     call(recipes, words, "recipes")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Let warnings of this package be written without the line of code that they come from."""
+    usual, package = warnings.formatwarning, Path(__file__).parent
+
+    def plain(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if package in Path(filename).parents:
+            return f"diffkd: warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error, of one in a process that loads data without the traceback in it."""
+    text = str(error)
+    if caught := re.match(r"Caught (\w+) in DataLoader worker process", text):
+        text = re.split(rf"^(?:[\w.]+\.)?{caught[1]}: ", text, flags=re.MULTILINE)[-1]
+    return text or type(error).__name__
 
 
 def _fail(message: str, code: int) -> int:

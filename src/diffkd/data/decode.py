@@ -5,6 +5,9 @@ import os
 import numpy as np
 from PIL import Image, ImageOps
 
+# How the message about a broken image ends; it is no advice where such images are left out already.
+MEND = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
+
 
 def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """Read an image file as 8-bit RGB.
@@ -60,7 +63,4 @@ def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    return ValueError(
-        f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}); replace or remove it, "
-        'or set on_bad_image="skip" to leave such images out.'
-    )
+    return ValueError(f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}){MEND}")

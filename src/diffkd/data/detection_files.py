@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffkd.data.annotated_files import AnnotatedFiles
 from diffkd.data.box_augmentation import BoxAugmentation
+from diffkd.data.decode import MEND
 from diffkd.data.detection_dataset import DetectionDataset, collate_detection
 from diffkd.data.folder_loader import FolderLoader
 from diffkd.data.folder_scan import FolderSamples
@@ -131,7 +132,7 @@ class DetectionFiles:
         good = [index for index, problem in enumerate(problems) if problem is None]
         if not good:
             raise ValueError(f"{counted} broken, and none is left; the first: {found[0]}")
-        listed = "\n  ".join(found[:10])
+        listed = "\n  ".join(problem.removesuffix(MEND) for problem in found[:10])
         rank_zero_warn(f"{counted} left out:\n  {listed}")
         self.skipped += found
         return files.select(good)

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffkd.data.augmentation import Augmentation
+from diffkd.data.decode import MEND
 from diffkd.data.folder_dataset import FolderDataset, eval_transform, train_transform
 from diffkd.data.folder_loader import FolderLoader
 from diffkd.data.folder_scan import FolderSamples, scan_folder
@@ -144,7 +145,7 @@ class ImageFolder(LightningDataModule):
             )
         check_every_class(good, self.classes, split)
         if problems:
-            listed = "\n  ".join(problems[:10])
+            listed = "\n  ".join(problem.removesuffix(MEND) for problem in problems[:10])
             rank_zero_warn(f"{split}: {len(problems)} of {len(samples.paths)} images are left out:\n  {listed}")
         self.skipped += problems
         return good
