@@ -149,6 +149,15 @@ class _Tap:
     def __init__(self, recorder: Recorder, name: str, key: str | None, watches: bool) -> None:
         self.recorder, self.name, self.key, self.watches = recorder, name, key, watches
 
+    @property
+    def __name__(self) -> str:
+        # Only TorchScript asks for it, to compile the hook together with the model.
+        raise AttributeError(
+            "torch.jit.script would compile the distiller's hooks as well, which cannot be: call distiller.release() "
+            "first, which ends it, or script a new model that has loaded the student's state_dict(); torch.export "
+            "needs neither"
+        )
+
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.recorder.active and self.watches:
             self.recorder.calls[self.name] = Call(args, output)
