@@ -147,7 +147,7 @@ def test_a_resume_sees_the_rest(root, start):
 
 def test_two_ranks_equal_one_process(root):
     def batches(rank, world_size, batch_size, shuffle):
-        dataset = getattr(module(root, augmentation=EVERYTHING)._loaders, "_train" if shuffle else "_val")
+        dataset = getattr(module(root, augmentation=EVERYTHING)._loaders, "train" if shuffle else "val")
         return list(
             FolderLoader(
                 dataset,

@@ -249,7 +249,7 @@ def test_half_precision(tmp_path, weights):
 
 def test_nan_is_stopped_by_name(tmp_path):
     def spoil():
-        data._train.annotations.boxes.boxes.fill_(float("nan"))
+        data._loaders.train.annotations.boxes.boxes.fill_(float("nan"))
 
     data = scenes(1, spoil)
     with pytest.raises(FloatingPointError, match=r"'task/bbox_regression'.* at step \d; the images were finite"):

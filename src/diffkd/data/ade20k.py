@@ -3,10 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-
-from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.image_data import ImageData
 from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_loaders import SCALE_AND_FLIP, PairLoaders
@@ -16,7 +13,7 @@ from diffkd.data.segmentation_augmentation import SegmentationAugmentation
 _CLASSES = 150
 
 
-class Ade20k(LightningDataModule):
+class Ade20k(ImageData):
     """Serve the scene parsing benchmark of ADE20K (Zhou et al., 2017), as ADEChallengeData2016 unpacks.
 
     Stored ids 1 to 150 become classes 0 to 149, and the stored 0, which is everything else, is ignored. Names come from
@@ -47,6 +44,9 @@ class Ade20k(LightningDataModule):
         ValueError: if a pair of files cannot be used, as in `MaskFolder`, or a value is out of range.
     """
 
+    task = "segmentation"
+    ignore_index = 255
+
     def __init__(
         self,
         root: str | Path,
@@ -65,16 +65,13 @@ class Ade20k(LightningDataModule):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        super().__init__()
-        self.task = "segmentation"
-        self.ignore_index = 255
         top = Path(root)
         top = next((path for path in (top, top / "ADEChallengeData2016") if (path / "images").is_dir()), top)
-        self.classes = _names(top / "objectInfo150.txt")
+        classes = _names(top / "objectInfo150.txt")
         id_map = {0: self.ignore_index} | {stored: stored - 1 for stored in range(1, _CLASSES + 1)}
         code = MaskCode(_CLASSES, self.ignore_index, id_map=id_map, unmapped="error")
         pairs = [scan_pairs(top, f"images/{split}", f"annotations/{split}") for split in (train, val)]
-        self._loaders = PairLoaders(
+        loaders = PairLoaders(
             pairs[0],
             pairs[1],
             code,
@@ -91,33 +88,13 @@ class Ade20k(LightningDataModule):
             mean=mean,
             std=std,
         )
+        super().__init__(loaders.splits, classes, image_size=loaders.crop_size, mean=mean, std=std)
         self.root, self.train, self.val = root, train, val
-        self.batch_size, self.val_batch_size = batch_size, self._loaders.val_batch_size
+        self.batch_size, self.val_batch_size = batch_size, loaders.val_batch_size
         self.augmentation, self.seed = augmentation, seed
-        self.resize, self.crop_size = self._loaders.resize, self._loaders.crop_size
+        self.resize, self.crop_size = loaders.resize, loaders.crop_size
         self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
-        self.num_workers = self._loaders.num_workers
-        self.mean, self.std = self._loaders.mean, self._loaders.std
-        self.num_classes = len(self.classes)
-        self.in_channels = 3
-        self.image_size = self.crop_size
-        self.start_batch = 0
-
-    def train_dataloader(self) -> FolderLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._loaders.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> FolderLoader:
-        """Return the batches of the evaluation images, each image exactly once."""
-        return self._loaders.val_loader(self.trainer)
-
-    def test_dataloader(self) -> FolderLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, 3, H, W) float32 of `image_size`, on the CPU."""
-        return self._loaders.example()
+        self.num_workers = loaders.num_workers
 
 
 def _names(path: Path) -> tuple[str, ...]:

@@ -2,11 +2,8 @@
 
 import os
 
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-
 from diffkd.data.augmentation import Augmentation
-from diffkd.data.device_loader import DeviceLoader
+from diffkd.data.image_data import ImageData
 from diffkd.data.image_set import check_image_set
 from diffkd.data.in_memory import InMemory
 from diffkd.data.npz import Layout, read_npz
@@ -14,7 +11,7 @@ from diffkd.data.npz import Layout, read_npz
 NO_AUGMENTATION = Augmentation()
 
 
-class Arrays(LightningDataModule):
+class Arrays(ImageData):
     """Serve images and labels of two `.npz` files from memory.
 
     Both files are read and checked when the module is made, so that bad ones are found before training.
@@ -48,7 +45,6 @@ class Arrays(LightningDataModule):
         std: tuple[float, ...] | None = None,
         layout: Layout = "auto",
     ) -> None:
-        super().__init__()
         train_set, classes = read_npz(train, layout)
         test_set, test_classes = read_npz(test, layout)
         if classes is None:
@@ -64,31 +60,10 @@ class Arrays(LightningDataModule):
                 f"{test}: images are {test_set.images.dtype} {test_shape} (C, H, W), those of {train} are "
                 f"{train_set.images.dtype} {shape}; write both alike."
             )
-        self._memory = InMemory(
+        memory = InMemory(
             train_set, test_set, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std
         )
-        self.classes = classes
-        self.num_classes = len(classes)
-        self.in_channels, *size = shape
-        self.image_size = (size[0], size[1])
-        self.mean, self.std = self._memory.mean, self._memory.std
+        super().__init__(memory, classes, image_size=(shape[1], shape[2]), mean=memory.mean, std=memory.std)
         self.augmentation = augmentation
         self.batch_size, self.seed = batch_size, seed
         self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
-        self.start_batch = 0
-
-    def train_dataloader(self) -> DeviceLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._memory.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> DeviceLoader:
-        """Return the batches of the evaluation set, each image exactly once."""
-        return self._memory.val_loader(self.trainer)
-
-    def test_dataloader(self) -> DeviceLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, C, H, W) float32 on the CPU."""
-        return self._memory.example()

@@ -4,12 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from diffkd.data.augmentation import Augmentation
-from diffkd.data.device_loader import DeviceLoader
+from diffkd.data.image_data import ImageData
 from diffkd.data.image_set import ImageSet, check_image_set
 from diffkd.data.in_memory import InMemory
 
@@ -21,7 +19,7 @@ _STATISTICS = {
 CROP_AND_FLIP = Augmentation(crop_padding=4, flip=True)
 
 
-class Cifar(LightningDataModule):
+class Cifar(ImageData):
     """Serve CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) from memory, read by torchvision.
 
     The archives are pickles; torchvision opens them only if their MD5 sums are the official ones. Evaluation is on the
@@ -52,7 +50,6 @@ class Cifar(LightningDataModule):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
     ) -> None:
-        super().__init__()
         dataset = CIFAR10 if classes == 10 else CIFAR100
         try:
             train, test = (dataset(root, train=part, download=download) for part in (True, False))
@@ -62,7 +59,7 @@ class Cifar(LightningDataModule):
                 f"put {dataset.base_folder} there or set download=True."
             ) from error
         default_mean, default_std = _STATISTICS[classes]
-        self._memory = InMemory(
+        memory = InMemory(
             _image_set(train),
             _image_set(test),
             batch_size=batch_size,
@@ -71,31 +68,10 @@ class Cifar(LightningDataModule):
             mean=mean or default_mean,
             std=std or default_std,
         )
-        self.classes: tuple[str, ...] = tuple(train.classes)
-        self.num_classes = len(self.classes)
-        self.in_channels = 3
-        self.image_size = (32, 32)
-        self.mean, self.std = self._memory.mean, self._memory.std
+        super().__init__(memory, train.classes, image_size=(32, 32), mean=memory.mean, std=memory.std)
         self.augmentation = augmentation
         self.batch_size, self.seed = batch_size, seed
         self.root, self.download = root, download
-        self.start_batch = 0
-
-    def train_dataloader(self) -> DeviceLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._memory.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> DeviceLoader:
-        """Return the batches of the test set, each image exactly once."""
-        return self._memory.val_loader(self.trainer)
-
-    def test_dataloader(self) -> DeviceLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, 3, 32, 32) float32 on the CPU."""
-        return self._memory.example()
 
 
 def _image_set(dataset: CIFAR10) -> ImageSet:

@@ -3,10 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-
-from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.image_data import ImageData
 from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_loaders import SCALE_AND_FLIP, PairLoaders
@@ -37,7 +34,7 @@ _CLASSES = {
 }
 
 
-class Cityscapes(LightningDataModule):
+class Cityscapes(ImageData):
     """Serve Cityscapes (Cordts et al., 2016), as its archives leftImg8bit and gtFine unpack.
 
     Images, masks and batches are as in `MaskFolder`; `ignore_index` is 255.
@@ -67,6 +64,9 @@ class Cityscapes(LightningDataModule):
         ValueError: if a pair of files cannot be used, as in `MaskFolder`, or a value is out of range.
     """
 
+    task = "segmentation"
+    ignore_index = 255
+
     def __init__(
         self,
         root: str | Path,
@@ -86,10 +86,6 @@ class Cityscapes(LightningDataModule):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        super().__init__()
-        self.task = "segmentation"
-        self.ignore_index = 255
-        self.classes = tuple(_CLASSES)
         top = Path(root)
         if labels not in ("auto", "labelIds", "labelTrainIds"):
             raise ValueError(f"labels={labels!r}: give 'auto', 'labelIds' or 'labelTrainIds'.")
@@ -97,7 +93,6 @@ class Cityscapes(LightningDataModule):
             own = next((top / "gtFine" / train).glob("*/*_gtFine_labelIds.png"), None)
             made = next((top / "gtFine" / train).glob("*/*_gtFine_labelTrainIds.png"), None)
             labels = "labelTrainIds" if made and not own else "labelIds"
-        self.labels = labels
         id_map = {stored: id_ for id_, stored in enumerate(_CLASSES.values())} if labels == "labelIds" else None
         code = MaskCode(len(_CLASSES), self.ignore_index, id_map=id_map)
         pairs = [
@@ -110,7 +105,7 @@ class Cityscapes(LightningDataModule):
             )
             for split in (train, val)
         ]
-        self._loaders = PairLoaders(
+        loaders = PairLoaders(
             pairs[0],
             pairs[1],
             code,
@@ -127,30 +122,10 @@ class Cityscapes(LightningDataModule):
             mean=mean,
             std=std,
         )
-        self.root, self.train, self.val = root, train, val
-        self.batch_size, self.val_batch_size = batch_size, self._loaders.val_batch_size
+        super().__init__(loaders.splits, tuple(_CLASSES), image_size=loaders.crop_size, mean=mean, std=std)
+        self.root, self.labels, self.train, self.val = root, labels, train, val
+        self.batch_size, self.val_batch_size = batch_size, loaders.val_batch_size
         self.augmentation, self.seed = augmentation, seed
-        self.resize, self.crop_size = self._loaders.resize, self._loaders.crop_size
+        self.resize, self.crop_size = loaders.resize, loaders.crop_size
         self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
-        self.num_workers = self._loaders.num_workers
-        self.mean, self.std = self._loaders.mean, self._loaders.std
-        self.num_classes = len(self.classes)
-        self.in_channels = 3
-        self.image_size = self.crop_size
-        self.start_batch = 0
-
-    def train_dataloader(self) -> FolderLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._loaders.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> FolderLoader:
-        """Return the batches of the evaluation images, each image exactly once."""
-        return self._loaders.val_loader(self.trainer)
-
-    def test_dataloader(self) -> FolderLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, 3, H, W) float32 of `image_size`, on the CPU."""
-        return self._loaders.example()
+        self.num_workers = loaders.num_workers

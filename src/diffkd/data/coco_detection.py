@@ -3,18 +3,15 @@
 import os
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-
 from diffkd.data.annotated_files import AnnotatedFiles
 from diffkd.data.box_augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.coco_file import read_coco
 from diffkd.data.detection_files import DetectionFiles, OnBadImage
 from diffkd.data.enclosed import enclosed_folder
-from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.image_data import ImageData
 
 
-class CocoDetection(LightningDataModule):
+class CocoDetection(ImageData):
     """Serve images whose boxes are in COCO JSON files, decoded by worker processes at their own sizes.
 
     For COCO itself: `CocoDetection("coco", "annotations/instances_train2017.json",
@@ -76,7 +73,6 @@ class CocoDetection(LightningDataModule):
         min_size: int | tuple[int, ...] = 800,
         max_size: int = 1333,
     ) -> None:
-        super().__init__()
         top = Path(root)
         training = read_coco(top / train, enclosed_folder(top, images))
         categories = dict(zip(training.category_ids, training.classes, strict=True))
@@ -85,7 +81,7 @@ class CocoDetection(LightningDataModule):
             folder = next(folder for folder in folders if folder is not None)
             return read_coco(top / file, enclosed_folder(top, folder), categories)
 
-        self._files = DetectionFiles(
+        files = DetectionFiles(
             training,
             other(val, val_images, images),
             None if test is None else other(test, test_images, val_images, images),
@@ -97,33 +93,12 @@ class CocoDetection(LightningDataModule):
             on_bad_image=on_bad_image,
             verify=verify,
         )
+        super().__init__(files.splits, training.classes, image_size=files.image_size)
         self.root, self.train, self.val, self.test = root, train, val, test
         self.images, self.val_images, self.test_images = images, val_images, test_images
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
-        self.keep_empty, self.num_workers = keep_empty, self._files.num_workers
+        self.keep_empty, self.num_workers = keep_empty, files.num_workers
         self.on_bad_image, self.verify = on_bad_image, verify
         self.min_size, self.max_size = min_size, max_size
-        self.classes, self.category_ids = training.classes, training.category_ids
-        self.num_classes = len(self.classes)
-        self.image_size = self._files.image_size
-        self.skipped, self.dropped = self._files.skipped, self._files.dropped
-        self.in_channels = 3
-        # Detectors normalise by themselves; these leave pixels in [0, 1] as they are.
-        self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        self.start_batch = 0
-
-    def train_dataloader(self) -> FolderLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._files.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> FolderLoader:
-        """Return the batches of the evaluation images, each image exactly once."""
-        return self._files.val_loader(self.trainer)
-
-    def test_dataloader(self) -> FolderLoader:
-        """Return the batches of the test images, each image exactly once."""
-        return self._files.test_loader(self.trainer)
-
-    def example(self) -> list[Tensor]:
-        """Return two training images, (3, H, W) float32 in [0, 1] on the CPU, each of its own size."""
-        return self._files.example()
+        self.category_ids = training.category_ids
+        self.skipped, self.dropped = files.skipped, files.dropped

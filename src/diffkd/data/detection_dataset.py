@@ -67,6 +67,10 @@ class DetectionDataset(Dataset[tuple[Tensor, Target, int]]):
         target["image_id"] = self.annotations.image_ids[index].clone()
         return image.to(torch.float32) / 255, target, index
 
+    def example(self) -> list[Tensor]:
+        """Return the first and the last image as they are, each (3, H, W) float32 in [0, 1]."""
+        return [self.read(index).to(torch.float32) / 255 for index in (0, len(self) - 1)]
+
 
 def collate_detection(samples: Sequence[tuple[Tensor, Target, int]]) -> DetectionBatch:
     """Return the images and targets as lists, since images differ in size, and the indices as (B,) int64."""

@@ -7,17 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from diffkd.data.annotated_files import AnnotatedFiles
 from diffkd.data.box_augmentation import BoxAugmentation
 from diffkd.data.decode import MEND
 from diffkd.data.detection_dataset import DetectionDataset, collate_detection
-from diffkd.data.folder_loader import FolderLoader
 from diffkd.data.folder_scan import FolderSamples
-from diffkd.data.placement import placement
+from diffkd.data.split_loaders import SplitLoaders
 from diffkd.data.verification import check_readable
 
 OnBadImage = Literal["error", "skip"]
@@ -39,6 +36,8 @@ class DetectionFiles:
         verify: decode every file before training also for "error".
 
     Attributes:
+        splits: the loaders.
+        image_size: (H, W) of the first image.
         skipped: one message per image left out because it is broken.
         dropped: one message per box left out because it has no extent inside its image.
 
@@ -63,8 +62,6 @@ class DetectionFiles:
     ) -> None:
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image={on_bad_image!r} is neither 'error' nor 'skip'.")
-        self.batch_size = batch_size
-        self.seed = seed
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.skipped: list[str] = []
         self.dropped: list[str] = []
@@ -73,43 +70,18 @@ class DetectionFiles:
         val = _to_measure(self._checked(val, on_bad_image))
         height, width = train.sizes[0].tolist()
         self.image_size: tuple[int, int] = (height, width)
-        self._train = DetectionDataset(train.annotations, train.read, augmentation, seed)
-        self._val = self._test = DetectionDataset(val.annotations, val.read)
+        training = DetectionDataset(train.annotations, train.read, augmentation, seed)
         if test is not None:
             test = _to_measure(self._checked(test, on_bad_image))
-            self._test = DetectionDataset(test.annotations, test.read)
-
-    def train_loader(self, trainer: Trainer | None, start_batch: int) -> FolderLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._loader(self._train, trainer, shuffle=True, start_batch=start_batch)
-
-    def val_loader(self, trainer: Trainer | None) -> FolderLoader:
-        """Return the batches of the evaluation images, in order, every image exactly once over all ranks."""
-        return self._loader(self._val, trainer)
-
-    def test_loader(self, trainer: Trainer | None) -> FolderLoader:
-        """Return the batches of the test images, likewise."""
-        return self._loader(self._test, trainer)
-
-    def example(self) -> list[Tensor]:
-        """Return the first and the last training image, each (3, H, W) float32 in [0, 1] on the CPU."""
-        return [self._train.read(index).float() / 255 for index in (0, len(self._train) - 1)]
-
-    def _loader(
-        self, dataset: DetectionDataset, trainer: Trainer | None, *, shuffle: bool = False, start_batch: int = 0
-    ) -> FolderLoader:
-        place = placement(trainer)
-        return FolderLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
+        self.splits = SplitLoaders(
+            training,
+            DetectionDataset(val.annotations, val.read),
+            training.example,
+            batch_size=batch_size,
+            seed=seed,
+            test=None if test is None else DetectionDataset(test.annotations, test.read),
             num_workers=self.num_workers,
-            pin_memory=place.device.type == "cuda",
             drop_last=False,
-            rank=place.rank,
-            world_size=place.world_size,
-            start_batch=start_batch,
             collate=collate_detection,
         )
 

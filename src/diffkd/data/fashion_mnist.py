@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-
 from diffkd.data.augmentation import Augmentation
-from diffkd.data.device_loader import DeviceLoader
 from diffkd.data.idx import read_idx
+from diffkd.data.image_data import ImageData
 from diffkd.data.image_set import ImageSet, check_image_set
 from diffkd.data.in_memory import InMemory
 
@@ -29,7 +26,7 @@ CROP_AND_FLIP = Augmentation(crop_padding=2, flip=True)
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
-class FashionMNIST(LightningDataModule):
+class FashionMNIST(ImageData):
     """Serve the whole of Fashion-MNIST (Xiao et al., 2017, arXiv 1708.07747) from memory.
 
     The four IDX files are read when the module is made, so that a bad one is found before training. Evaluation is on
@@ -59,9 +56,8 @@ class FashionMNIST(LightningDataModule):
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
     ) -> None:
-        super().__init__()
         folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
-        self._memory = InMemory(
+        memory = InMemory(
             read_fashion_mnist(folders, "train"),
             read_fashion_mnist(folders, "t10k"),
             batch_size=batch_size,
@@ -70,31 +66,10 @@ class FashionMNIST(LightningDataModule):
             mean=mean,
             std=std,
         )
-        self.classes = CLASSES
-        self.num_classes = len(CLASSES)
-        self.in_channels = 1
-        self.image_size = (28, 28)
-        self.mean, self.std = self._memory.mean, self._memory.std
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
         self.augmentation = augmentation
         self.batch_size, self.seed = batch_size, seed
         self.root = root
-        self.start_batch = 0
-
-    def train_dataloader(self) -> DeviceLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._memory.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> DeviceLoader:
-        """Return the batches of the test set, each image exactly once."""
-        return self._memory.val_loader(self.trainer)
-
-    def test_dataloader(self) -> DeviceLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, 1, 28, 28) float32 on the CPU."""
-        return self._memory.example()
 
 
 def read_fashion_mnist(folders: list[Path], split: str) -> ImageSet:

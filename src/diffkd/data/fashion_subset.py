@@ -6,17 +6,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
 
 from diffkd.data.augmentation import Augmentation
-from diffkd.data.device_loader import DeviceLoader
 from diffkd.data.fashion_mnist import CLASSES, CROP_AND_FLIP, MEAN, STD
+from diffkd.data.image_data import ImageData
 from diffkd.data.image_set import ImageSet
 from diffkd.data.in_memory import InMemory
 
 
-class FashionSubset(LightningDataModule):
+class FashionSubset(ImageData):
     """Serve a fixed, class-balanced subset of Fashion-MNIST that comes with the package.
 
     It holds the first 800 training and the first 200 test images of each class, in their official order and bit-exact,
@@ -39,35 +37,11 @@ class FashionSubset(LightningDataModule):
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
     ) -> None:
-        super().__init__()
         train, test = read_fashion_subset()
-        self._memory = InMemory(
-            train, test, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std
-        )
-        self.classes = CLASSES
-        self.num_classes = len(CLASSES)
-        self.in_channels = 1
-        self.image_size = (28, 28)
-        self.mean, self.std = self._memory.mean, self._memory.std
+        memory = InMemory(train, test, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std)
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
         self.augmentation = augmentation
         self.batch_size, self.seed = batch_size, seed
-        self.start_batch = 0
-
-    def train_dataloader(self) -> DeviceLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._memory.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> DeviceLoader:
-        """Return the batches of the test part, each image exactly once."""
-        return self._memory.val_loader(self.trainer)
-
-    def test_dataloader(self) -> DeviceLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, 1, 28, 28) float32 on the CPU."""
-        return self._memory.example()
 
 
 def read_fashion_subset() -> tuple[ImageSet, ImageSet]:

@@ -1,21 +1,21 @@
 """Images in folders, one per class: the usual form of ImageNet and of one's own data."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffkd.data.augmentation import Augmentation
 from diffkd.data.decode import MEND
 from diffkd.data.folder_dataset import FolderDataset, eval_transform, train_transform
-from diffkd.data.folder_loader import FolderLoader
 from diffkd.data.folder_scan import FolderSamples, scan_folder
-from diffkd.data.placement import placement
-from diffkd.data.verification import check_every_class, check_readable, verify_images
+from diffkd.data.image_data import ImageData
+from diffkd.data.split_loaders import SplitLoaders
+from diffkd.data.verification import Verified, check_every_class, check_readable, verify_images
 
 # The channels of ImageNet's training images, in units of [0, 1]; pretrained models expect these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,7 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 FLIP = Augmentation(flip=True)
 
 
-class ImageFolder(LightningDataModule):
+class ImageFolder(ImageData):
     """Serve images from `root/train/<class>/` and `root/val/<class>/` (or `root/test/`), decoded by worker processes.
 
     The folders are listed and checked when the module is made. Training images are cut by a random resized crop;
@@ -70,7 +70,6 @@ class ImageFolder(LightningDataModule):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        super().__init__()
         if augmentation.crop_padding:
             raise ValueError(
                 f"crop_padding={augmentation.crop_padding} is for images in memory, folders are cut by min_crop_area; "
@@ -81,71 +80,56 @@ class ImageFolder(LightningDataModule):
                 f"min_crop_area={min_crop_area} and crop_ratio={crop_ratio} must be in (0, 1], "
                 f"image_size={image_size} above 0."
             )
-        self.root = root
-        self.batch_size = batch_size
-        self.seed = seed
-        self.min_crop_area, self.crop_ratio = min_crop_area, crop_ratio
-        self.on_bad_image, self.verify = on_bad_image, verify
-        self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-        self.skipped: list[str] = []
-        self.classes, train, val = scan_folder(root)
+        classes, train, val = scan_folder(root)
+        num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        skipped: list[str] = []
         if verify or on_bad_image == "skip":
-            train = self._verified(train, "train", on_bad_image)
-            val = self._verified(val, "val", on_bad_image)
+            check = partial(_verified, classes=classes, on_bad_image=on_bad_image, threads=num_workers)
+            (train, broken), (val, more) = check(train, split="train"), check(val, split="val")
+            skipped = [*broken, *more]
         else:
             check_readable(train)
             check_readable(val)
         evaluation = eval_transform(image_size, crop_ratio, mean, std)
         training = train_transform(augmentation, image_size, min_crop_area, mean, std)
-        self._train = FolderDataset(train, training, seed)
-        self._val = FolderDataset(val, evaluation)
-        self._plain_train = FolderDataset(train, evaluation)
-        self.num_classes = len(self.classes)
-        self.in_channels = 3
-        self.image_size = (image_size, image_size)
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.augmentation = augmentation
-        self.start_batch = 0
-
-    def train_dataloader(self) -> FolderLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._loader(self._train, train=True)
-
-    def val_dataloader(self) -> FolderLoader:
-        """Return the batches of the evaluation images, each image exactly once."""
-        return self._loader(self._val, train=False)
-
-    def test_dataloader(self) -> FolderLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, 3, image_size, image_size) float32 on the CPU."""
-        return torch.stack([self._plain_train[0, index][0] for index in (0, len(self._plain_train) - 1)])
-
-    def _loader(self, dataset: FolderDataset, *, train: bool) -> FolderLoader:
-        place = placement(self.trainer)
-        return FolderLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=train,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=place.device.type == "cuda",
-            rank=place.rank,
-            world_size=place.world_size,
-            start_batch=self.start_batch if train else 0,
+        loaders = SplitLoaders(
+            FolderDataset(train, training, seed),
+            FolderDataset(val, evaluation),
+            partial(_example, FolderDataset(train, evaluation)),
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
         )
+        super().__init__(loaders, classes, image_size=(image_size, image_size), mean=mean, std=std)
+        self.root = root
+        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
+        self.min_crop_area, self.crop_ratio = min_crop_area, crop_ratio
+        self.num_workers = num_workers
+        self.on_bad_image, self.verify = on_bad_image, verify
+        self.skipped = skipped
 
-    def _verified(self, samples: FolderSamples, split: str, on_bad_image: Literal["error", "skip"]) -> FolderSamples:
-        good, problems = verify_images(samples, self.num_workers)
-        if problems and on_bad_image == "error":
-            raise ValueError(
-                f"{split}: {len(problems)} of {len(samples.paths)} images are broken; the first: {problems[0]}"
-            )
-        check_every_class(good, self.classes, split)
-        if problems:
-            listed = "\n  ".join(problem.removesuffix(MEND) for problem in problems[:10])
-            rank_zero_warn(f"{split}: {len(problems)} of {len(samples.paths)} images are left out:\n  {listed}")
-        self.skipped += problems
-        return good
+
+def _example(data: FolderDataset) -> Tensor:
+    """Return the first and the last image, (2, 3, H, W)."""
+    return torch.stack([data[0, index][0] for index in (0, len(data) - 1)])
+
+
+def _verified(
+    samples: FolderSamples,
+    *,
+    classes: tuple[str, ...],
+    split: str,
+    on_bad_image: Literal["error", "skip"],
+    threads: int,
+) -> Verified:
+    """Return the images that can be decoded, and warn of the others or refuse them."""
+    verified = verify_images(samples, threads)
+    good, problems = verified
+    counted = f"{split}: {len(problems)} of {len(samples.paths)} images are"
+    if problems and on_bad_image == "error":
+        raise ValueError(f"{counted} broken; the first: {problems[0]}")
+    check_every_class(good, classes, split)
+    if problems:
+        listed = "\n  ".join(problem.removesuffix(MEND) for problem in problems[:10])
+        rank_zero_warn(f"{counted} left out:\n  {listed}")
+    return verified

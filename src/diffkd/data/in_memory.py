@@ -75,6 +75,10 @@ class InMemory:
             world_size=place.world_size,
         )
 
+    def test_loader(self, trainer: Trainer | None) -> DeviceLoader:
+        """Return the same as `val_loader`."""
+        return self.val_loader(trainer)
+
     def example(self) -> Tensor:
         """Return two normalised training images, (2, C, H, W) float32 on the CPU, for probing models."""
         two = ImageSet(self.train.images[[0, -1]], self.train.labels[[0, -1]]).to(placement(None).device)

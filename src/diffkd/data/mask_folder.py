@@ -4,11 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-
 from diffkd.data.class_names import Color, class_colors, class_names
-from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.image_data import ImageData
 from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_loaders import SCALE_AND_FLIP, PairLoaders
@@ -16,7 +13,7 @@ from diffkd.data.pair_scan import Pairs, scan_pairs
 from diffkd.data.segmentation_augmentation import SegmentationAugmentation
 
 
-class MaskFolder(LightningDataModule):
+class MaskFolder(ImageData):
     """Serve images and masks from `root/train/images/`, `root/train/masks/` and the same below `root/val/`.
 
     Image and mask are matched by their paths below these folders, less suffix and extension. Files are listed and
@@ -68,6 +65,8 @@ class MaskFolder(LightningDataModule):
             or a value is out of range; while iterating, if a file is broken or a mask holds an id of no class.
     """
 
+    task = "segmentation"
+
     def __init__(
         self,
         root: str | Path,
@@ -96,18 +95,15 @@ class MaskFolder(LightningDataModule):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        super().__init__()
-        self.task = "segmentation"
         top = Path(root)
         if not top.is_dir():
             raise FileNotFoundError(f"{top}: no such folder; give a root with {train}/{images} and {train}/{masks}.")
         table = None if colors is None else class_colors(colors, top)
         names = class_names(classes, top) if classes is not None else tuple(table) if table else None
-        self.classes = _counted(names, num_classes, ignore_index)
-        self.num_classes = len(self.classes)
-        coded = None if table is None else _coded(table, self.classes, ignore_index)
-        self.id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
-        code = MaskCode(self.num_classes, ignore_index, id_map=self.id_map, colors=coded, unknown_colors=unknown_colors)
+        counted = _counted(names, num_classes, ignore_index)
+        coded = None if table is None else _coded(table, counted, ignore_index)
+        id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
+        code = MaskCode(len(counted), ignore_index, id_map=id_map, colors=coded, unknown_colors=unknown_colors)
 
         def scanned(split: str) -> Pairs:
             folders = [_folder(name, split) for name in (images, masks)]
@@ -117,7 +113,7 @@ class MaskFolder(LightningDataModule):
 
         if val is None:
             val = next((split for split in ("val", "test") if (top / _folder(images, split)).is_dir()), "val")
-        self._loaders = PairLoaders(
+        loaders = PairLoaders(
             scanned(train),
             scanned(val),
             code,
@@ -134,35 +130,16 @@ class MaskFolder(LightningDataModule):
             mean=mean,
             std=std,
         )
+        super().__init__(loaders.splits, counted, image_size=loaders.crop_size, mean=mean, std=std)
         self.root, self.train, self.val = root, train, val
-        self.images, self.masks = images, masks
+        self.images, self.masks, self.id_map = images, masks, id_map
         self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
         self.colors, self.unknown_colors, self.ignore_index = table, unknown_colors, ignore_index
-        self.batch_size, self.val_batch_size = batch_size, self._loaders.val_batch_size
+        self.batch_size, self.val_batch_size = batch_size, loaders.val_batch_size
         self.augmentation, self.seed = augmentation, seed
-        self.resize, self.crop_size = self._loaders.resize, self._loaders.crop_size
+        self.resize, self.crop_size = loaders.resize, loaders.crop_size
         self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
-        self.num_workers = self._loaders.num_workers
-        self.mean, self.std = self._loaders.mean, self._loaders.std
-        self.in_channels = 3
-        self.image_size = self.crop_size
-        self.start_batch = 0
-
-    def train_dataloader(self) -> FolderLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._loaders.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> FolderLoader:
-        """Return the batches of the evaluation images, each image exactly once."""
-        return self._loaders.val_loader(self.trainer)
-
-    def test_dataloader(self) -> FolderLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, 3, H, W) float32 of `image_size`, on the CPU."""
-        return self._loaders.example()
+        self.num_workers = loaders.num_workers
 
 
 def _folder(name: str, split: str) -> str:

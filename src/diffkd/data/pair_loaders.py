@@ -2,20 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from diffkd.data.folder_loader import FolderLoader
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_dataset import PairDataset
 from diffkd.data.pair_scan import Pairs, refuse
-from diffkd.data.placement import placement
 from diffkd.data.segmentation_augmentation import SegmentationAugmentation
 from diffkd.data.segmentation_transform import EvalTransform, TrainTransform, fitted
+from diffkd.data.split_loaders import SplitLoaders
 
 SCALE_AND_FLIP = SegmentationAugmentation(scale=(0.5, 2.0), flip=True)
 Size = tuple[int, int]
@@ -41,6 +40,9 @@ class PairLoaders:
         verify: read every pair now.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
+
+    Attributes:
+        splits: the loaders; evaluation images are whole, and those of one size share a batch.
 
     Raises:
         ValueError: if a value is out of range, no mask has a pixel that counts, or `verify` finds a broken pair.
@@ -71,7 +73,6 @@ class PairLoaders:
             raise ValueError(f"mean={tuple(mean)} and std={tuple(std)}: give three values each, std above 0.")
         self.resize = None if resize is None else _size("resize", resize)
         self.crop_size = self.resize or (512, 512) if crop_size is None else _size("crop_size", crop_size)
-        self.batch_size = batch_size
         self.val_batch_size = (batch_size if self.resize else 1) if val_batch_size is None else val_batch_size
         for name, value in (("batch_size", batch_size), ("val_batch_size", self.val_batch_size)):
             if value < 1:
@@ -79,54 +80,35 @@ class PairLoaders:
         if num_workers is None:
             num_workers = 0 if cache == "memory" else min(8, os.cpu_count() or 1)
         self.num_workers = num_workers
-        self.seed = seed
-        self.mean = (float(mean[0]), float(mean[1]), float(mean[2]))
-        self.std = (float(std[0]), float(std[1]), float(std[2]))
-        training = TrainTransform(augmentation, self.crop_size, code.ignore_index, self.mean, self.std)
-        evaluation = EvalTransform(self.mean, self.std)
-        self._evaluation = evaluation
-        self._train = PairDataset(train, code, training, seed=seed, resize=self.resize, cache=cache)
-        self._val = PairDataset(val, code, evaluation, resize=self.resize, full_size_masks=full_size_masks, cache=cache)
+        crop = TrainTransform(augmentation, self.crop_size, code.ignore_index, mean, std)
+        whole = EvalTransform(mean, std)
+        training = PairDataset(train, code, crop, seed=seed, resize=self.resize, cache=cache)
+        evaluation = PairDataset(val, code, whole, resize=self.resize, full_size_masks=full_size_masks, cache=cache)
         if verify:
-            problems = [message for part in (self._train, self._val) for message in part.problems(os.cpu_count() or 1)]
-            refuse(problems, f"{len(problems)} of {len(self._train) + len(self._val)} pairs are broken")
+            problems = [message for part in (training, evaluation) for message in part.problems(os.cpu_count() or 1)]
+            refuse(problems, f"{len(problems)} of {len(training) + len(evaluation)} pairs are broken")
         nothing = f"every pixel of every mask is ignored (id {code.ignore_index}), the first being "
         mend = "Check num_classes, ignore_index, and what maps ids or colours to classes."
-        if not self._train.is_labelled():
+        if not training.is_labelled():
             raise ValueError(f"nothing to train on: {nothing}{train.masks[0]}. {mend}")
-        if not self._val.is_labelled():
+        if not evaluation.is_labelled():
             rank_zero_warn(f"nothing to evaluate on: {nothing}{val.masks[0]}. {mend}")
-
-    def train_loader(self, trainer: Trainer | None, start_batch: int = 0) -> FolderLoader:
-        """Return shuffled, augmented batches of the training pairs; the first epoch begins at `start_batch`."""
-        return self._loader(self._train, trainer, train=True, start_batch=start_batch)
-
-    def val_loader(self, trainer: Trainer | None) -> FolderLoader:
-        """Return the evaluation pairs whole, in order, each exactly once over all ranks."""
-        return self._loader(self._val, trainer, train=False)
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, cut or padded to (2, 3, H, W) of `crop_size`, on the CPU."""
-        pairs = [self._evaluation(*self._train.read(index)) for index in (0, len(self._train) - 1)]
-        ignored = self._train.code.ignore_index
-        return torch.stack([fitted(*pair, self.crop_size, ignored)[0] for pair in pairs])
-
-    def _loader(
-        self, dataset: PairDataset, trainer: Trainer | None, *, train: bool, start_batch: int = 0
-    ) -> FolderLoader:
-        place = placement(trainer)
-        return FolderLoader(
-            dataset,
-            batch_size=self.batch_size if train else self.val_batch_size,
-            shuffle=train,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            pin_memory=place.device.type == "cuda",
-            rank=place.rank,
-            world_size=place.world_size,
-            start_batch=start_batch,
-            sizes=None if train else dataset.sizes(),
+        self.splits = SplitLoaders(
+            training,
+            evaluation,
+            partial(_example, training, whole, self.crop_size),
+            batch_size=batch_size,
+            val_batch_size=self.val_batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            sizes=evaluation.sizes(),
         )
+
+
+def _example(data: PairDataset, transform: EvalTransform, size: Size) -> Tensor:
+    """Return the first and the last image, normalised, cut or padded to (2, 3, H, W) of `size`."""
+    pairs = [transform(*data.read(index)) for index in (0, len(data) - 1)]
+    return torch.stack([fitted(*pair, size, data.code.ignore_index)[0] for pair in pairs])
 
 
 def _size(name: str, size: Sequence[int]) -> Size:

@@ -1,20 +1,19 @@
 """Generated scenes for semantic segmentation, in memory: nothing to download, every pixel's class exact."""
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.image_data import ImageData
 from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
-from diffkd.data.placement import placement
 from diffkd.data.scenes import SceneOptions, Split, make_scenes
 from diffkd.data.seeding import mix_seed
+from diffkd.data.split_loaders import SplitLoaders
 
 BACKGROUND = "background"
 
 
-class SegmentationScenes(LightningDataModule):
+class SegmentationScenes(ImageData):
     """Serve scenes of garments before clutter (`diffkd.data.scenes`), with the class of every pixel.
 
     Class 0 is the background, the garments follow. Scenes are made when the module is, about 2 ms each. Training and
@@ -38,6 +37,7 @@ class SegmentationScenes(LightningDataModule):
     """
 
     task = "segmentation"
+    ignore_index = 255  # no pixel of a scene has it
 
     def __init__(
         self,
@@ -53,61 +53,23 @@ class SegmentationScenes(LightningDataModule):
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
-        super().__init__()
         if classes is not None:
             # The names in `self.classes` are good arguments, too.
             classes = tuple(one for one in classes if one != BACKGROUND)
-        self.options = SceneOptions(size, classes, min_objects, max_objects)
-        self.train_count, self.val_count = train_count, val_count
-        self.size = self.image_size = self.options.size
-        self.classes = (BACKGROUND, *self.options.class_names())
-        self.num_classes = len(self.classes)
-        self.ignore_index = 255  # no pixel of a scene has it
-        self.batch_size = batch_size
-        self.seed = seed
-        self.flip = flip
+        options = SceneOptions(size, classes, min_objects, max_objects)
+
+        def scenes(split: Split, count: int, flip: bool) -> MaskedImages:
+            made = make_scenes(seed, split, count, options)
+            images, masks = zip(*((scene.image, scene.class_mask) for scene in made), strict=True)
+            return MaskedImages(torch.stack(images), torch.stack(masks), mean, std, flip=flip, seed=seed)
+
+        train, val = scenes("train", train_count, flip), scenes("val", val_count, False)
+        loaders = SplitLoaders(train, val, train.example, batch_size=batch_size, seed=seed)
+        names = (BACKGROUND, *options.class_names())
+        super().__init__(loaders, names, image_size=options.size, mean=mean, std=std)
+        self.train_count, self.val_count, self.size = train_count, val_count, options.size
+        self.batch_size, self.seed, self.flip = batch_size, seed, flip
         self.min_objects, self.max_objects = min_objects, max_objects
-        self.in_channels = 3
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.start_batch = 0
-        self._train = self._scenes("train", train_count, flip)
-        self._val = self._scenes("val", val_count, False)
-
-    def train_dataloader(self) -> FolderLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._loader(self._train, train=True)
-
-    def val_dataloader(self) -> FolderLoader:
-        """Return the batches of the evaluation scenes, each scene exactly once."""
-        return self._loader(self._val, train=False)
-
-    def test_dataloader(self) -> FolderLoader:
-        """Return the same as `val_dataloader`."""
-        return self.val_dataloader()
-
-    def example(self) -> Tensor:
-        """Return two normalised training images, (2, 3, H, W) float32 on the CPU."""
-        return self._train.normalised(self._train.images[[0, -1]])
-
-    def _scenes(self, split: Split, count: int, flip: bool) -> "MaskedImages":
-        images, masks = [], []
-        for scene in make_scenes(self.seed, split, count, self.options):
-            images.append(scene.image)
-            masks.append(scene.class_mask)
-        return MaskedImages(torch.stack(images), torch.stack(masks), self.mean, self.std, flip=flip, seed=self.seed)
-
-    def _loader(self, dataset: "MaskedImages", *, train: bool) -> FolderLoader:
-        place = placement(self.trainer)
-        return FolderLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=train,
-            seed=self.seed,
-            pin_memory=place.device.type == "cuda",
-            rank=place.rank,
-            world_size=place.world_size,
-            start_batch=self.start_batch if train else 0,
-        )
 
 
 class MaskedImages(Dataset[tuple[Tensor, Tensor, int]]):
@@ -142,8 +104,12 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor, int]]):
         # The highest bit: a seed is 63 bits long.
         if self.flip and mix_seed(self.seed, epoch, index) >> 62:
             image, mask = image.flip(-1), mask.flip(-1)
-        return self.normalised(image), mask.long(), index
+        return self._normalised(image), mask.long(), index
 
-    def normalised(self, images: Tensor) -> Tensor:
+    def example(self) -> Tensor:
+        """Return the first and the last image, (2, 3, H, W) float32 normalised."""
+        return self._normalised(self.images[[0, -1]])
+
+    def _normalised(self, images: Tensor) -> Tensor:
         """Return (..., 3, H, W) uint8 as normalised float32."""
         return (images.to(torch.float32) / 255 - self._mean) / self._std

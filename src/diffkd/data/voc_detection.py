@@ -2,16 +2,13 @@
 
 import os
 
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-
 from diffkd.data.box_augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection_files import DetectionFiles, OnBadImage
-from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.image_data import ImageData
 from diffkd.data.voc_file import find_voc_split, read_voc
 
 
-class VocDetection(LightningDataModule):
+class VocDetection(ImageData):
     """Serve images whose boxes are in one XML file each, decoded by worker processes at their own sizes.
 
     A split is a list `ImageSets/Main/SPLIT.txt` over `Annotations/*.xml` and `JPEGImages`, or a folder of XML files and
@@ -70,9 +67,8 @@ class VocDetection(LightningDataModule):
         min_size: int | tuple[int, ...] = 800,
         max_size: int = 1333,
     ) -> None:
-        super().__init__()
         training = read_voc(find_voc_split(root, train), classes, first_pixel)
-        self._files = DetectionFiles(
+        files = DetectionFiles(
             training,
             read_voc(find_voc_split(root, val), training.classes, first_pixel),
             None if test is None else read_voc(find_voc_split(root, test), training.classes, first_pixel),
@@ -84,33 +80,12 @@ class VocDetection(LightningDataModule):
             on_bad_image=on_bad_image,
             verify=verify,
         )
+        super().__init__(files.splits, training.classes, image_size=files.image_size)
         self.root, self.train, self.val, self.test = root, train, val, test
         self.first_pixel = first_pixel
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
-        self.keep_empty, self.num_workers = keep_empty, self._files.num_workers
+        self.keep_empty, self.num_workers = keep_empty, files.num_workers
         self.on_bad_image, self.verify = on_bad_image, verify
         self.min_size, self.max_size = min_size, max_size
-        self.classes, self.category_ids = training.classes, training.category_ids
-        self.num_classes = len(self.classes)
-        self.image_size = self._files.image_size
-        self.skipped, self.dropped = self._files.skipped, self._files.dropped
-        self.in_channels = 3
-        # Detectors normalise by themselves; these leave pixels in [0, 1] as they are.
-        self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        self.start_batch = 0
-
-    def train_dataloader(self) -> FolderLoader:
-        """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
-        return self._files.train_loader(self.trainer, self.start_batch)
-
-    def val_dataloader(self) -> FolderLoader:
-        """Return the batches of the evaluation images, each image exactly once."""
-        return self._files.val_loader(self.trainer)
-
-    def test_dataloader(self) -> FolderLoader:
-        """Return the batches of the test images, each image exactly once."""
-        return self._files.test_loader(self.trainer)
-
-    def example(self) -> list[Tensor]:
-        """Return two training images, (3, H, W) float32 in [0, 1] on the CPU, each of its own size."""
-        return self._files.example()
+        self.category_ids = training.category_ids
+        self.skipped, self.dropped = files.skipped, files.dropped
