@@ -7,6 +7,8 @@ import torch
 from torchvision.datasets import CIFAR100
 
 from diffkd.data import Cifar
+from diffkd.tasks.describe import describe
+from diffkd.tasks.evaluation import data_of
 
 
 @pytest.fixture
@@ -39,6 +41,14 @@ def test_the_official_form_is_read(root):
     assert labels.tolist() == [90, 91, 92, 93]
     assert len(data.train_dataloader()) == 2
     assert data.example().shape == (2, 3, 32, 32)
+
+
+def test_data_of_a_run_from_python_can_be_made_again(root):
+    data = Cifar(root, classes=100, batch_size=3)
+    described = describe(data)
+    assert described["init_args"]["classes"] == 100
+    again = data_of({"data": described})
+    assert (again.classes, again.batch_size) == (data.classes, 3)
 
 
 def test_statistics_are_those_of_the_training_set(root):

@@ -69,6 +69,8 @@ class Cifar(ImageData):
             std=std or default_std,
         )
         super().__init__(memory, train.classes, image_size=(32, 32), mean=memory.mean, std=memory.std)
+        # As an argument it is a number, as an attribute the names.
+        self.save_hyperparameters("classes", logger=False)
         self.augmentation = augmentation
         self.batch_size, self.seed = batch_size, seed
         self.root, self.download = root, download

@@ -15,7 +15,8 @@ def describe(value: Any) -> Any:
     """Return `value` in numbers, text, lists and mappings.
 
     Partial calls, data modules and other objects become `{"class_path": ..., "init_args": ...}` as the command line
-    writes them, with the arguments that can be found out.
+    writes them, with the arguments that can be found out: those that a data module has saved as its hyperparameters, or
+    has as attributes of the same names.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -32,6 +33,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, LightningDataModule):
         names = list(inspect.signature(type(value)).parameters)
         known = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        known |= {name: value.hparams[name] for name in names if name in value.hparams}
         return {"class_path": class_path(type(value)), "init_args": describe(known)}
     if callable(value) and not isinstance(value, nn.Module):
         return {"class_path": class_path(value)}
