@@ -104,7 +104,7 @@ def test_refusals() -> None:
         AnySize(nn.Identity(), stride=0)
     with pytest.raises(ValueError, match="padding 'mirror' is unknown"):
         AnySize(nn.Identity(), padding="mirror")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="instead of a class map"):
+    with pytest.raises(TypeError, match="instead of a class map"):
         AnySize(nn.Flatten())(torch.randn(1, 3, 5, 5))
 
 

@@ -91,7 +91,9 @@ def test_auxiliary_only_where_there_is_one(name: str) -> None:
 
 def test_class_map_refuses_what_is_none() -> None:
     assert class_map({"out": torch.zeros(1, 2, 3, 3), "aux": torch.ones(1, 2, 3, 3)}).sum() == 0
-    with pytest.raises(ValueError, match=r"shape \(1, 10\) instead of a class map"):
+    with pytest.raises(TypeError, match=r"shape \(1, 10\) instead of a class map"):
         class_map(torch.zeros(1, 10))
-    with pytest.raises(ValueError, match="returned NoneType"):
+    with pytest.raises(TypeError, match="returned NoneType"):
         class_map(None)
+    with pytest.raises(TypeError, match=r"shape \(1, 2, 3, 3\) instead of a class map of 4 classes"):
+        class_map(torch.zeros(1, 2, 3, 3), 4)

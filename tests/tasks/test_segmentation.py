@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from diffkd import CIRKD, Distiller
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.segmentation import Overlap, Segmentation, SegmentationOptions, class_map_of, overlap
+from diffkd.tasks.segmentation import Overlap, Segmentation, SegmentationOptions, overlap
+from diffkd.tasks.task import Step
 from diffkd.tasks.task_of_data import build_task, padded_example
 
 CPU = torch.device("cpu")
@@ -215,11 +216,11 @@ def test_an_auxiliary_class_map_counts_by_its_weight(weight, names):
 
 @pytest.mark.parametrize(
     ("output", "told"),
-    [(torch.randn(2, 3, 4, 4), "shape .2, 3, 4, 4."), (torch.randn(2, 4), "shape .2, 4."), ("text", "no tensor")],
+    [(torch.randn(2, 3, 4, 4), "shape .2, 3, 4, 4."), (torch.randn(2, 4), "shape .2, 4."), ("text", "returned str")],
 )
 def test_outputs_that_are_no_class_map_are_refused(output, told):
     with pytest.raises(TypeError, match=f"{told}.* 4 classes"):
-        class_map_of(output, 4)
+        Segmentation(CLASSES).losses(output, Step(None, torch.zeros(0), None))
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3, 8]))

@@ -57,7 +57,7 @@ class AnySize(nn.Module):
             Logits (B, K, H, W).
 
         Raises:
-            ValueError: if the model returns no class map.
+            TypeError: if the model returns no class map.
         """
         height, width = images.shape[-2:]
         padded = pad_to_multiple(images, self.stride, self.padding)
@@ -99,18 +99,23 @@ def pad_to_multiple(images: Tensor, stride: int, padding: Padding = "zeros") -> 
     return images.index_select(-2, rows).index_select(-1, columns)
 
 
-def class_map(output: Any) -> Tensor:
+def class_map(output: Any, classes: int | None = None) -> Tensor:
     """Return the logits (B, K, h, w) in what a segmenter returned.
 
+    Args:
+        output: a tensor, a mapping with "out", or an object with `logits`.
+        classes: K; None takes any.
+
     Raises:
-        ValueError: if there are none.
+        TypeError: if there are none, or of other classes.
     """
     logits = select_tensor(output)
-    if logits is None or logits.ndim != 4:
+    if logits is None or logits.ndim != 4 or classes not in (None, logits.shape[1]):
         kind = type(output).__name__ if logits is None else f"shape {tuple(logits.shape)}"
-        raise ValueError(
-            f"the model returned {kind} instead of a class map: it must return (B, K, h, w), a mapping with 'out', "
-            "or an object with logits"
+        wanted = "" if classes is None else f" of {classes} classes"
+        raise TypeError(
+            f"the model returned {kind} instead of a class map{wanted}: it must return (B, {classes or 'K'}, h, w), a "
+            "mapping with 'out', or an object with logits"
         )
     return logits
 

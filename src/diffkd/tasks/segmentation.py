@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from diffkd.layout import select_tensor
-from diffkd.models.any_size import AnySize, upsample
+from diffkd.models.any_size import AnySize, class_map, upsample
 from diffkd.tasks.classification import in_type_of
 from diffkd.tasks.history import Row
 from diffkd.tasks.sliding_window import sliding_window
@@ -96,7 +96,7 @@ class Segmentation:
 
     def losses(self, output: Any, step: Step) -> dict[str, Tensor]:
         """Return the cross entropy of the class map, and of the auxiliary one if there is one and it counts."""
-        maps = {TASK: class_map_of(output, len(self.classes))}
+        maps = {TASK: class_map(output, len(self.classes))}
         auxiliary = output.get("aux") if isinstance(output, dict) else None
         if auxiliary is not None and self.options.auxiliary_weight:
             maps[f"{TASK}/auxiliary"] = auxiliary
@@ -211,18 +211,3 @@ def overlap(counts: Tensor, classes: tuple[str, ...], ignore_index: int | None =
     names = (re.sub(r"[\s,/]+", "_", name) for name in classes)
     each = zip(names, shares.tolist(), union.tolist(), strict=True)
     return row | {f"iou/{name}": share for name, share, pixels in each if pixels}
-
-
-def class_map_of(output: Any, classes: int) -> Tensor:
-    """Return the class scores (B, K, h, w) in a model's output: a tensor, "out" of a mapping, `logits` of an object.
-
-    Raises:
-        TypeError: if there are none.
-    """
-    tensor = select_tensor(output)
-    if tensor is None or tensor.ndim != 4 or tensor.shape[1] != classes:
-        shape = "no tensor" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
-        raise TypeError(
-            f"the student returned {shape}; a segmenter of {classes} classes must return (B, {classes}, h, w)"
-        )
-    return tensor
