@@ -203,3 +203,40 @@ def test_levels_of_a_tiny_image_are_a_pyramid_too():
 def test_common_levels(ours, theirs, expected):
     found = common_levels(levels(**ours), levels(**theirs))
     assert [f"{a[9]}-{b[9]}" for a, b in found] == expected
+
+
+class LooksAtMaps(nn.Module):
+    """Has a map of its own inside, as a decoder's attention has, which is no feature of the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Conv2d(8, 8, 1)
+
+    def forward(self, queries, maps):
+        return queries + self.value(maps).mean(dim=(2, 3))[:, None]
+
+
+class Queries(nn.Module):
+    """Answers as many queries as a grid has positions, each with class scores and a box or mask, as DETR does."""
+
+    def __init__(self, queries: int, masks: bool) -> None:
+        super().__init__()
+        self.queries, self.masks = nn.Parameter(torch.randn(queries, 8)), masks
+        self.trunk, self.decoder = nn.Conv2d(3, 8, 4, 4), LooksAtMaps()
+        self.scores, self.boxes = nn.Linear(8, 11), nn.Linear(8, 4)
+
+    def forward(self, images):
+        maps = self.trunk(images)
+        hidden = self.decoder(self.queries, maps)
+        if self.masks:
+            return {"scores": self.scores(hidden), "masks": torch.einsum("bqc,bchw->bqhw", hidden, maps)}
+        return {"logits": self.scores(hidden), "boxes": self.boxes(hidden)}
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize(("queries", "size"), [(100, (64, 64)), (108, (48, 36)), (101, (48, 36))])
+@pytest.mark.parametrize("method", [FitNet, DiffKD])
+def test_queries_are_no_positions(masks, queries, size, method):
+    images = torch.randn(2, 3, *size)
+    pairs = match_layers(Queries(queries, masks), Queries(queries, masks), images, method=method)
+    assert [(pair.student, pair.teacher) for pair in pairs] == [("trunk", "trunk")]

@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffkd.layout import Layout, fitting_layouts, infer_layout, resize, select_tensor
 from diffkd.locality import change_corner, most_local
 from diffkd.prefix_tokens import prefix_tokens
+from diffkd.queries import count_queries
 from diffkd.shape import FeatureShape, Role
 from diffkd.weights import unwrap
 
@@ -91,6 +92,13 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
         calls[one.name] = calls.get(one.name, 0) + 1
     class_map = _before_upsampling(seen, result)
     layouts = _layouts(model, example, {one.name: one.tensor for one in seen} | {OUTPUT: result})
+    elements = _elements(OUTPUT, output)
+    queries = count_queries(result.shape, [shape for _, shape in elements])
+    for one in seen:
+        if queries is not None and one.tensor.ndim == 3 and one.tensor.shape[1] == queries:
+            layouts[one.name] = Layout("rows")
+    if queries is not None:
+        layouts[OUTPUT] = None  # two models' queries do not go together one by one
     layers = []
     for position, one in enumerate(seen):
         if any(later.name == one.name for later in seen[position + 1 :]):
@@ -111,8 +119,8 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     # A detector returns boxes for each image: nothing that could be compared with another model's.
     detects = isinstance(output, (list, tuple)) and all(isinstance(one, Mapping) for one in output)
     layout = None if detects else layouts[OUTPUT]
-    elements = () if detects else _elements(OUTPUT, output)
-    return [*layers, Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout, elements=elements, scores=True)]
+    last = Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout, elements=elements, scores=True)
+    return [*layers, replace(last, elements=()) if detects else last]
 
 
 def check_values(side: str, model: nn.Module) -> None:
