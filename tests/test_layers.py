@@ -8,7 +8,8 @@ from small_nets import MLP, ConvNet, Pyramid, TokenNet, Twice, TwoInputs, Wrappe
 from torch import nn
 
 from diffkd import list_layers
-from diffkd.layers import evaluation_mode, find_layer
+from diffkd.calling import evaluation_mode
+from diffkd.layers import find_layer
 
 IMAGES = torch.randn(2, 3, 16, 16)
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffkd.calling import check_values, on_device_of, run
 from diffkd.gradient_flow import GradientFlow
-from diffkd.layers import check_values, find_layer, list_layers, on_device_of, run
+from diffkd.layers import find_layer, list_layers
 from diffkd.layout import resize
 from diffkd.matching import Pair, pair_layers
 from diffkd.methods import DiffKD, MethodFactory

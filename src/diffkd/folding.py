@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffkd.layers import evaluation_mode, on_device_of, run
+from diffkd.calling import evaluation_mode, on_device_of, run
 from diffkd.weights import unwrap
 
 # A class that computes anything else inherits from these too, so the functions that do the work are compared.

@@ -2,8 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkd.calling import evaluation_mode, input_size_of, on_device_of, run, shapes_of
 from diffkd.layout import Layout, fitting_layouts, infer_layout, resize, select_tensor
 from diffkd.locality import change_corner, most_local
 from diffkd.prefix_tokens import prefix_tokens
@@ -123,16 +123,6 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     return [*layers, replace(last, elements=()) if detects else last]
 
 
-def check_values(side: str, model: nn.Module) -> None:
-    """Raise ValueError, naming the first, if weights of a model have no values: they are on the device "meta"."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name!r} of the {side} {type(unwrap(model)).__name__} has no values, on the device 'meta': call "
-                "model.to_empty(device='cpu') and load its weights first"
-            )
-
-
 def find_layer(layers: Sequence[Layer], name: str, owner: str) -> Layer:
     """Return the layer called `name`, if it can be distilled.
 
@@ -162,25 +152,6 @@ def describe(layer: Layer) -> str:
     return str(layer.feature_shape or layer.shape)
 
 
-def run(model: nn.Module, inputs: Any) -> Any:
-    """Call `model` with a tensor, a tuple of arguments or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` into evaluation mode, and back as each was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @dataclass
 class _Seen:
     name: str
@@ -205,7 +176,7 @@ def _watch(model: nn.Module, example: Any) -> tuple[Any, list[_Seen]]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(
-            f"{type(model).__name__} cannot take an example of shape {_shapes(example)} "
+            f"{type(model).__name__} cannot take an example of shape {shapes_of(example)} "
             f"({type(error).__name__}: {reason}); give the example as the model is called in training"
         ) from error
     finally:
@@ -289,37 +260,3 @@ def _instead(seen: Sequence[_Seen], position: int, calls: Mapping[str, int]) -> 
     same = (one for one in later if sound(one) and one.tensor.data_ptr() == lost.tensor.data_ptr())
     around = (one for one in later if sound(one) and lost.name.startswith(f"{one.name}."))
     return next((one.name for found in (same, around) for one in found), "")
-
-
-def on_device_of(model: nn.Module, example: Any) -> Any:
-    """Return `example` on the model's device, its floating-point tensors in the model's type."""
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        return example
-    if isinstance(example, Tensor):
-        return example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)
-    if isinstance(example, Mapping):
-        return {key: on_device_of(model, value) for key, value in example.items()}
-    if isinstance(example, (tuple, list)):
-        values = [on_device_of(model, value) for value in example]
-        return type(example)(*values) if hasattr(example, "_fields") else type(example)(values)
-    return example
-
-
-def _tensors(example: Any) -> list[Tensor]:
-    if isinstance(example, Tensor):
-        return [example]
-    values = example.values() if isinstance(example, Mapping) else example if isinstance(example, (tuple, list)) else ()
-    return [tensor for value in values for tensor in _tensors(value)]
-
-
-def input_size_of(example: Any) -> tuple[int, int] | None:
-    """Return (H, W) of the first image in a model's input, None if there is none."""
-    for tensor in _tensors(example):
-        if tensor.ndim >= 3:
-            return tensor.shape[-2], tensor.shape[-1]
-    return None
-
-
-def _shapes(example: Any) -> str:
-    return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(example)) or type(example).__name__

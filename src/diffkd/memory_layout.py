@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.layers import evaluation_mode, on_device_of, run
+from diffkd.calling import evaluation_mode, on_device_of, run
 
 # On a CPU, maps of at most this many positions are computed as rows of channels: 1x1 convolutions are matrix products
 # then, and small batch normalisations faster. On larger ones PyTorch's plain layout is as fast or faster.

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffkd.layers import Layer, evaluation_mode, input_size_of, on_device_of
+from diffkd.calling import evaluation_mode, input_size_of, on_device_of
+from diffkd.layers import Layer
 from diffkd.layout import select_tensor
 from diffkd.prefix_tokens import prefix_tokens
 from diffkd.reader import Reader, SideName, reader_for

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diffkd.layers import OUTPUT, run
+from diffkd.calling import run
+from diffkd.layers import OUTPUT
 from diffkd.layout import select_tensor
 from diffkd.weights import unwrap
 

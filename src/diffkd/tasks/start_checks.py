@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from diffkd.layers import evaluation_mode, run
+from diffkd.calling import evaluation_mode, run
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.task_of_data import padded_example
 

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffkd.calling import run
 from diffkd.data.seeding import mix_seed
 from diffkd.distiller import Distiller
-from diffkd.layers import run
 from diffkd.ramp import ALWAYS, Ramp
 from diffkd.tasks.average import StudentAverage
 from diffkd.tasks.cached_teacher import CachedTeacher

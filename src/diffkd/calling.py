@@ -1,0 +1,73 @@
+"""How a model is called: with a tensor, a tuple of arguments or a mapping of keyword arguments, and in which mode."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffkd.weights import unwrap
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Call `model` with a tensor, a tuple of arguments or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module of `model` into evaluation mode, and back as each was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_values(side: str, model: nn.Module) -> None:
+    """Raise ValueError, naming the first, if weights of a model have no values: they are on the device "meta"."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name!r} of the {side} {type(unwrap(model)).__name__} has no values, on the device 'meta': call "
+                "model.to_empty(device='cpu') and load its weights first"
+            )
+
+
+def on_device_of(model: nn.Module, example: Any) -> Any:
+    """Return `example` on the model's device, its floating-point tensors in the model's type."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return example
+    if isinstance(example, Tensor):
+        return example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)
+    if isinstance(example, Mapping):
+        return {key: on_device_of(model, value) for key, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        values = [on_device_of(model, value) for value in example]
+        return type(example)(*values) if hasattr(example, "_fields") else type(example)(values)
+    return example
+
+
+def _tensors(example: Any) -> list[Tensor]:
+    if isinstance(example, Tensor):
+        return [example]
+    values = example.values() if isinstance(example, Mapping) else example if isinstance(example, (tuple, list)) else ()
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def input_size_of(example: Any) -> tuple[int, int] | None:
+    """Return (H, W) of the first image in a model's input, None if there is none."""
+    for tensor in _tensors(example):
+        if tensor.ndim >= 3:
+            return tensor.shape[-2], tensor.shape[-1]
+    return None
+
+
+def shapes_of(example: Any) -> str:
+    """Return the shapes of a model's input for people."""
+    return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(example)) or type(example).__name__
