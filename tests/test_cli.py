@@ -226,6 +226,15 @@ def test_misspelt_words_are_named_with_the_nearest(words, message, capsys):
     assert message in error_of(capsys)
 
 
+@pytest.mark.parametrize(
+    ("words", "devices"), [(["2"], 2), (["0", "1"], [0, 1]), (["[1]"], [1]), (["auto"], "auto"), (["-1"], -1)]
+)
+def test_one_number_of_devices_is_how_many(recipe, tmp_path, capsys, words, devices):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", str(recipe), f"--out={tmp_path / 'x'}", "--devices", *words, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["devices"] == devices
+
+
 def test_switches_of_a_part_may_stand_alone(recipe, tmp_path, capsys):
     words = ["fit", str(recipe), f"--out={tmp_path / 'x'}", "--segmentation.auxiliary", "--data.augmentation.flip"]
     with pytest.raises(SystemExit):

@@ -165,10 +165,14 @@ def _with_values(words: list[str], flags: set[str]) -> list[str]:
 
 
 def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Let `--methods kd dist` stand for `--methods=["kd", "dist"]`, for arguments that are lists of plain values."""
+    """Let `--methods kd dist` stand for `--methods=["kd", "dist"]`, for arguments that are lists of plain values.
+
+    One word is a list of one only where the argument must be a list: `--devices 2` means two devices, not the third.
+    """
     lists = {
         f"--{name}" for name, one in parameters.items() if str(one.annotation).startswith(("list[str]", "list[int]"))
     }
+    plain = {f"--{name}" for name, one in parameters.items() if {"int", "str"} & set(str(one.annotation).split(" | "))}
     joined: list[str] = []
     position = 0
     while position < len(words):
@@ -178,5 +182,8 @@ def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -
         while word in lists and position < len(words) and not words[position].startswith(("-", "[")):
             values.append(words[position])
             position += 1
-        joined.append(f"{word}={json.dumps(values)}" if values else word)
+        if len(values) == 1 and word in plain:
+            joined.append(f"{word}={values[0]}")
+        else:
+            joined.append(f"{word}={json.dumps(values)}" if values else word)
     return joined
