@@ -38,7 +38,7 @@ def test_pairs_of_two_models(capsys):
 def test_pyramids_of_detectors(capsys):
     layers("retinanet/timm/test_resnet", teacher="fcos/resnet18", task="detection", image_size=64)
     rows = [line for line in capsys.readouterr().out.splitlines() if "DiffKD" in line]
-    assert [row.split("│")[1].strip() for row in rows] == [
+    assert [row.split()[0] for row in rows] == [
         "backbone[0]",
         "backbone[1]",
         "backbone[2]",
@@ -52,3 +52,13 @@ def test_class_maps_of_segmenters(capsys):
     (row,) = (line for line in capsys.readouterr().out.splitlines() if "DiffKD" in line)
     assert "segmentation_head.0" in row
     assert "20x" in row
+
+
+def test_names_are_whole_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    layers("retinanet/timm/test_resnet", teacher="fcos/resnet18", task="detection", image_size=64)
+    text = capsys.readouterr().out
+    assert text.count("backbone[p6]") == 3
+    assert "…" not in text
+    layers("torchvision/densenet121", image_size=64)
+    assert "…" not in capsys.readouterr().out

@@ -50,7 +50,7 @@ def layers(
         return
     table = Table(title=f"{model}, images {in_channels}x{side}x{side}", title_justify="left")
     for column in ("layer", "type", "shape", "layout", ""):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # a name that is cut short cannot be given as that of a pair
     for layer in list_layers(student, padded_example(facts, student)):
         note = "" if layer.instead is None else f"not distillable; take {layer.instead or 'a layer around it'}"
         if layer.elements:

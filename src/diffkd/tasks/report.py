@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -76,11 +77,17 @@ def report(training: Training, batch: Any, console: Console) -> None:
 
 
 def pairs_table(distiller: Distiller) -> Table:
-    """Return the distiller's pairs as a table."""
+    """Return the distiller's pairs as a table, whose names go on in the next line where a terminal is narrow."""
     names = (type(distiller.student).__name__, type(distiller.teacher).__name__)
-    table = Table(title=f"{names[0]} learns from {names[1]}", title_justify="left")
+    table = Table(
+        title=f"{names[0]} learns from {names[1]}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for column in ("pair", "student layer", "shape", "teacher layer", "shape", "method", "parameters"):
-        table.add_column(column, justify="right" if column == "parameters" else "left")
+        table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")
     for row in distiller.rows():
         table.add_row(*(escape(cell) for cell in row))  # "fpn[0]" is a name here, no style
     return table
