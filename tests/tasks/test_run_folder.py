@@ -50,7 +50,7 @@ def test_a_finished_run_returns_its_result(run):
 def test_somebodys_files_are_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     for resume in (False, True):
-        with pytest.raises(FileExistsError, match="not empty"):
+        with pytest.raises(FileExistsError, match="holds no run"):
             RunFolder(tmp_path).check(CONFIG, resume=resume)
 
 

@@ -59,10 +59,10 @@ class RunFolder:
         """
         if not self._holds_work():
             return None
-        if not resume:
-            raise FileExistsError(f"{self.path} is not empty; add --resume to go on there, or give another --out")
         if not self.config.is_file():
             raise FileExistsError(f"{self.path} is not empty and holds no run to resume; give another --out")
+        if not resume:
+            raise FileExistsError(f"{self.path} is not empty; add --resume to go on there, or give another --out")
         stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
         if changed := changed_values(stored, config):
             raise ValueError(
