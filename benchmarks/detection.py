@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -131,11 +132,12 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure the cases named on the command line, print tables and write `results/detection-CASE.json`."""
+    """Measure the cases named on the command line, print tables and write detection-CASE.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=["short"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(words)
     for name in arguments.case:
         found = measure(CASES[name], arguments.rounds, arguments.device)
@@ -154,7 +156,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"{CASES[name].title}, {arguments.device}\n\n{table(rows)}\n")
         measuring = {"clock": usual_clock(arguments.device), "machine": machine(arguments.device)}
         facts = {"case": CASES[name].title, **measuring, "methods": found}
-        save(RESULTS, f"detection-{name}", facts)
+        save(arguments.out, f"detection-{name}", facts)
 
 
 if __name__ == "__main__":
