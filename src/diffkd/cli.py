@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], None]]:
-    found: dict[str, Callable[[list[str]], None]] = {
+    return {
+        "demo": _demo,
         "fit": _fit,
         "test": _test,
         "layers": _layers,
@@ -85,9 +86,6 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "compare": _compare,
         "recipes": _recipes,
     }
-    if find_spec("diffkd.demo") is not None:
-        found = {"demo": _demo, **found}
-    return found
 
 
 def _demo(words: list[str]) -> None:
