@@ -10,13 +10,12 @@ from torch import nn
 
 from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.tasks.data_facts import DataFacts, facts_of
-from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.plain_student import named_model
 from diffkd.tasks.quiet import quiet_trainer
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import lay_out
 from diffkd.tasks.student_file import Which, find_student, read_card
-from diffkd.tasks.task_of_data import build_task, load
+from diffkd.tasks.task_of_data import build_task, load_saved
 from diffkd.tasks.training import Training
 from diffkd.teacher_input import TeacherInput
 
@@ -74,15 +73,7 @@ def evaluate(
     if card.get("task", facts.task) != facts.task:
         raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
     options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
-    built = load(
-        name,
-        facts,
-        num_classes=classes,
-        in_channels=channels,
-        weights=path,
-        auxiliary=options.auxiliary,
-        detection=DetectionOptions(**(card.get("detection") or {})),
-    )
+    built = load_saved(name, facts, path, card)
     lay_out(built, facts, card.get("channels_last"), accelerator)
     training = Training(
         _renormalised(built, card, facts),

@@ -8,13 +8,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from diffkd.layout import select_tensor
 from diffkd.models.any_size import AnySize
 from diffkd.models.detector_graph import DetectorGraph
 from diffkd.models.load_detector import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.tasks.classification import logits_of
 from diffkd.tasks.data_facts import DataFacts, TaskName
-from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.task_of_data import load
+from diffkd.tasks.task_of_data import load_saved
 from diffkd.teacher_input import TeacherInput
 
 
@@ -64,15 +63,7 @@ def rebuild(
     """
     name = model or named_model(card, weights)
     facts = _facts(card, weights, image_size)
-    built = load(
-        name,
-        facts,
-        num_classes=facts.num_classes,
-        in_channels=facts.in_channels,
-        weights=weights,
-        auxiliary=bool((card.get("segmentation") or {}).get("auxiliary")),
-        detection=DetectionOptions(**(card.get("detection") or {})),
-    ).eval()
+    built = load_saved(name, facts, weights, card).eval()
     size = (facts.in_channels, *facts.image_size)
     # Fixed, and of its own generator, so that an export can be repeated.
     draw = torch.Generator().manual_seed(0)
@@ -112,10 +103,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = select_tensor(self.model(images))
-        if logits is None:
-            raise ValueError(f"{type(self.model).__name__} returned no tensor: a classifier must return logits (B, K)")
-        return logits
+        return logits_of(self.model(images))
 
 
 class _OneImage(nn.Module):

@@ -1,7 +1,7 @@
 """What the data decide about a training: its task, and how models are built for it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,29 @@ def load(
                 weights=weights,
                 pretrained=pretrained,
             )
+
+
+def load_saved(name: str, data: DataFacts, weights: str | Path, card: Mapping[str, Any]) -> nn.Module:
+    """Build a model for the task and the classes of the data as its card says it was built, and load its weights.
+
+    Args:
+        name: as for :func:`load`.
+        data: says task, classes and channels, and how a detector is fed.
+        weights: file to load strictly.
+        card: says what `data` cannot: how a detector is built, and whether a segmenter has an auxiliary head.
+
+    Raises:
+        ValueError: if the model is unknown, or the weights do not fit it.
+    """
+    return load(
+        name,
+        data,
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
+        weights=weights,
+        auxiliary=bool((card.get("segmentation") or {}).get("auxiliary")),
+        detection=DetectionOptions(**(card.get("detection") or {})),
+    )
 
 
 def padded_example(data: DataFacts, *models: nn.Module) -> Any:
