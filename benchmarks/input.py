@@ -22,7 +22,7 @@ from torchvision import transforms
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
 from benchmarks.timing import ratios, spread, take_turns
 from diffkd.data import ImageFolder
-from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 
 def make_folder(root: Path, images: int, size: tuple[int, int] = (500, 375)) -> None:

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from diffkd.data import Augmentation, ImageFolder
-from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 EVERYTHING = Augmentation(flip=True, rand_augment=2, color_jitter=0.4, random_erasing=0.5)
 

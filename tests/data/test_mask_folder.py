@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffkd.data import MaskFolder, SegmentationAugmentation
 from diffkd.data.folder_loader import FolderLoader
-from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.describe import describe
 

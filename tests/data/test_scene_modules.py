@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from diffkd.data import DetectionScenes, SegmentationScenes
-from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.data.scenes import SceneOptions, make_scenes
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.tasks.describe import describe
 
 SMALL = {"train_count": 7, "val_count": 3, "size": (48, 64), "batch_size": 2, "seed": 4, "classes": ("Bag", "Trouser")}

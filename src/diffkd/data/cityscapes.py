@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 from diffkd.data.image_data import ImageData
-from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_loaders import SCALE_AND_FLIP, PairLoaders
 from diffkd.data.pair_scan import scan_pairs
 from diffkd.data.segmentation_augmentation import SegmentationAugmentation
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 # Name of each class that counts, in the order of train ids, and its id in *_labelIds.png.
 _CLASSES = {

@@ -15,11 +15,9 @@ from diffkd.data.folder_dataset import FolderDataset, eval_transform, train_tran
 from diffkd.data.folder_scan import FolderSamples, scan_folder
 from diffkd.data.image_data import ImageData
 from diffkd.data.split_loaders import SplitLoaders
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.data.verification import Verified, check_every_class, check_readable, verify_images
 
-# The channels of ImageNet's training images, in units of [0, 1]; pretrained models expect these.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 FLIP = Augmentation(flip=True)
 
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 from diffkd.data.class_names import Color, class_colors, class_names
 from diffkd.data.image_data import ImageData
-from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_loaders import SCALE_AND_FLIP, PairLoaders
 from diffkd.data.pair_scan import Pairs, scan_pairs
 from diffkd.data.segmentation_augmentation import SegmentationAugmentation
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 
 class MaskFolder(ImageData):

@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffkd.data.image_data import ImageData
-from diffkd.data.image_folder import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.data.scenes import SceneOptions, Split, make_scenes
 from diffkd.data.seeding import mix_seed
 from diffkd.data.split_loaders import SplitLoaders
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 BACKGROUND = "background"
 

@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+# The channels of ImageNet's training images, in units of [0, 1]; pretrained models expect these.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Compute the mean and the (population) standard deviation of each channel over all pixels of all images.
