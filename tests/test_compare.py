@@ -6,37 +6,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+from tiny_recipe import write_recipe
 
 from diffkd.arguments import fit_with
 from diffkd.compare import compare, find_method, report
 from diffkd.step_cost import step_costs
 
-MODELS = Path(__file__).parent / "tiny_models.py"
-
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     """A recipe over 40 images that trains in a second, its teacher's weights made on the spot."""
-    generator = np.random.default_rng(0)
-    for split in ("train", "test"):
-        images = generator.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
-        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.arange(40) % 4)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"""
-student: {MODELS}:small
-teacher: {MODELS}:large
-method: diffkd.DiffKD
-data:
-  class_path: diffkd.data.Arrays
-  init_args: {{train: {tmp_path}/train.npz, test: {tmp_path}/test.npz, batch_size: 10}}
-epochs: 2
-""",
-        encoding="utf-8",
-    )
-    return path
+    return write_recipe(tmp_path)
 
 
 def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: Path) -> None:
