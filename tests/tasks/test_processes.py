@@ -31,7 +31,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     data = arrays(files, trip if trip >= 0 else None, action, batch_size=7)
     try:
-        train(data, out, models, method=METHODS["diffkd"], ema=0.8, devices=2, epochs=2, log_every=2, resume=True)
+        told = {"devices": 2, "epochs": 2, "log_every": 2, "resume": True, "progress": True}
+        train(data, out, models, method=METHODS["diffkd"], ema=0.8, **told)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
 """
@@ -60,6 +61,7 @@ def test_two_processes(tmp_path, image_files, model_file):
     result = json.loads((out / "result.json").read_text())
     assert result["device"] == "2 x cpu"
     assert result["last"]["step"] == 2 * (30 // 7 + 1)
+    assert f"epoch 2/2  task loss {result['last']['train/task']:.4f}" in done.stderr
 
     student = load_model(
         f"{model_file}:small", num_classes=6, in_channels=3, weights=out / "student.safetensors"

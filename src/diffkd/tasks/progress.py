@@ -73,7 +73,7 @@ class TrainingProgress(Callback):
         measured = pl_module.measured
         names = [name for name in pl_module.task.headlines if name in measured]
         scores = "  ".join(f"{name} {100 * measured[name]:.2f} %" for name in names)
-        means = pl_module.ledger.means() if trainer.world_size == 1 else {}
+        means = pl_module.ledger.means()  # over all processes, each of which asks for it here
         loss = sum(mean for name, mean in means.items() if name.split("/")[0] == TASK) if means else float("nan")
         seconds = time.monotonic() - self._started
         width = len(str(trainer.max_epochs))
