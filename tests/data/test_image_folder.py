@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,8 @@ from PIL import Image
 
 from diffkd.data import Augmentation, ImageFolder
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.tasks.describe import describe
+from diffkd.tasks.evaluation import data_of
 
 EVERYTHING = Augmentation(flip=True, rand_augment=2, color_jitter=0.4, random_erasing=0.5)
 
@@ -39,6 +43,13 @@ def test_the_module_says_what_it_is(root):
     assert (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert data.example().shape == (2, 3, 16, 16)
     assert data.skipped == []
+
+
+def test_data_of_a_run_from_python_can_be_made_again(root):
+    data = module(root, augmentation=EVERYTHING, crop_ratio=0.8)
+    again = data_of(json.loads(json.dumps({"data": describe(data)})))
+    assert (again.image_size, again.augmentation) == ((16, 16), EVERYTHING)
+    same(list(data.val_dataloader()), list(again.val_dataloader()))
 
 
 def test_evaluation_is_resize_centre_crop_normalise(root):

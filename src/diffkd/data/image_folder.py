@@ -99,6 +99,8 @@ class ImageFolder(ImageData):
             num_workers=num_workers,
         )
         super().__init__(loaders, classes, image_size=(image_size, image_size), mean=mean, std=std)
+        # As an argument it is one side, as an attribute both.
+        self.save_hyperparameters("image_size", logger=False)
         self.root = root
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
         self.min_crop_area, self.crop_ratio = min_crop_area, crop_ratio
