@@ -98,8 +98,13 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _range(values: Sequence[float]) -> str:
-    """Return "smallest to largest", to two digits."""
-    return f"{min(values):.2g} to {max(values):.2g}"
+    """Return the smallest and the largest, to two digits.
+
+    >>> _range([123.4, 0.0567])
+    '0.057 to 120'
+    """
+    low, high = (f"{float(f'{value:.2g}'):g}" for value in (min(values), max(values)))
+    return f"{low} to {high}"
 
 
 if __name__ == "__main__":
