@@ -66,7 +66,8 @@ class RunFolder:
         stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
         if changed := changed_values(stored, config):
             raise ValueError(
-                f"{self.path} was started with other values: {'; '.join(changed)}; give the same ones, or another --out"
+                f"{self.path} was started with other values: {'; '.join(changed)}; give the same ones, or another "
+                f"--out, to which --student_weights {self.path} brings what was learned"
             )
         if not self.result.is_file():
             return None
