@@ -119,8 +119,7 @@ def fit(
         max_steps: stop after so many steps, to try a recipe out.
         log_every: steps between two entries in the log.
         save_every_steps: save within the epochs too, every so many steps.
-        channels_last: memory layout of student and teacher; by default on a CPU. Models and optimisers that do not run
-            like that keep the plain one.
+        channels_last: memory layout of student and teacher; by default on a CPU.
         compile: compile the training step; reduce-overhead and max-autotune record CUDA graphs.
         accelerator: cpu, gpu, mps, or auto.
         devices: how many, or which; the batch size is per device.
