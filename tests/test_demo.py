@@ -4,16 +4,24 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from diffkd import demo as demonstration
 from diffkd.compare import DEFAULT_METHODS
-from diffkd.demo import demo
+from diffkd.recipes import find_recipe
 from diffkd.tasks.evaluation import evaluate
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("demo") / "out"
-    demo(out, seeds=1, epochs=1, jobs=1)
-    return out
+    """The demo, each of its runs ended after 20 of 63 steps."""
+    place = tmp_path_factory.mktemp("demo")
+    recipe = place / "short.yaml"
+    recipe.write_text(
+        find_recipe(demonstration.RECIPE).read_text(encoding="utf-8") + "max_steps: 20\n", encoding="utf-8"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demonstration, "RECIPE", str(recipe))
+        demonstration.demo(place / "out", seeds=1, epochs=1, jobs=1)
+    return place / "out"
 
 
 def test_every_method_is_trained_and_in_the_table(folder: Path) -> None:

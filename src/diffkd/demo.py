@@ -21,6 +21,7 @@ from diffkd.tasks.history import read_csv
 from diffkd.tasks.setup import build_teacher
 from diffkd.weights import unwrap
 
+RECIPE = "demo"
 TEACHER = "cifar/compact_resnet14"
 STUDENT = "cifar/compact_resnet8"
 
@@ -55,7 +56,7 @@ def demo(
         return segmentation_demo(out, seeds or 1, epochs or 8, jobs, console)
     seeds, epochs = seeds or 3, epochs or 7
     console.print(f"{task}: {TEACHER} teaches {STUDENT}, {len(DEFAULT_METHODS)} methods, {seeds} seeds each, in {out}")
-    rows = compare("demo", out, seeds=seeds, jobs=jobs or cores(), options=[f"--epochs={epochs}"])
+    rows = compare(RECIPE, out, seeds=seeds, jobs=jobs or cores(), options=[f"--epochs={epochs}"])
     run = out / "diffkd" / "seed-0"
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")

@@ -121,9 +121,8 @@ def test_exported_program_takes_every_size(padding: str) -> None:
         torch.testing.assert_close(run(session, images), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["smp/Unet/resnet18", "torchvision/lraspp_mobilenet_v3_large"])
-def test_onnx_takes_every_size(name: str) -> None:
-    model = AnySize(load_segmenter(name, num_classes=3)).eval()
+def test_onnx_takes_every_size() -> None:
+    model = AnySize(load_segmenter("smp/Unet/resnet18", num_classes=3)).eval()
     dynamic = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
     session = onnx_session(torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=dynamic))
     for size in [(2, 3, 71, 45), (1, 3, 33, 130)]:

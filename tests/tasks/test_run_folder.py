@@ -33,7 +33,9 @@ def test_a_run_is_not_overwritten(run):
 def test_a_run_is_resumed_with_the_same_values_only(run):
     assert run.check(CONFIG, resume=True) is None
     changed = {**CONFIG, "epochs": 4, "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.2}}}
-    with pytest.raises(ValueError, match=r"epochs is 3 there, 4 here; optimizer\.lr is 0\.1 there, 0\.2 here.*--student_weights"):
+    with pytest.raises(
+        ValueError, match=r"epochs is 3 there, 4 here; optimizer\.lr is 0\.1 there, 0\.2 here.*--student_weights"
+    ):
         run.check(changed, resume=True)
 
 
