@@ -6,17 +6,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 data=$(realpath "$1")
 export PYTHONPATH=.:src
+contestants=(alone kd fitnet diffkd checkpointed)
+python -c "import diffusers" 2>/dev/null && contestants+=(plain) || echo "no diffusers: without the plain transcription" >&2
 run() { echo "+ $*"; "$@" || echo "failed: $*" >&2; }
 
 for compile in "" "--compile" "--compile reduce-overhead"; do
     # shellcheck disable=SC2086
-    run python -m benchmarks.step --device cuda --case cifar --rounds 31 $compile --name "step-gpu-cifar${compile//[ -]/_}"
+    run python -m benchmarks.step --device cuda --case cifar --contestants "${contestants[@]}" --rounds 31 $compile \
+        --name "step-gpu-cifar${compile//[ -]/_}"
     # shellcheck disable=SC2086
-    run python -m benchmarks.step --device cuda --case imagenet224 --batch 128 --precision bf16 --rounds 15 $compile \
-        --name "step-gpu-imagenet224-bf16${compile//[ -]/_}"
+    run python -m benchmarks.step --device cuda --case imagenet224 --batch 128 --precision bf16 \
+        --contestants "${contestants[@]}" --rounds 15 $compile --name "step-gpu-imagenet224-bf16${compile//[ -]/_}"
 done
-run python -m benchmarks.step --device cuda --case imagenet fpn segmentation --rounds 15 --name step-gpu-others
-run python -m benchmarks.growth --device cuda --clock wall
+run python -m benchmarks.step --device cuda --case imagenet --contestants "${contestants[@]}" --rounds 15 --name step-gpu-imagenet
+run python -m benchmarks.step --device cuda --case fpn segmentation --contestants "${contestants[@]:2}" --rounds 15 \
+    --name step-gpu-dense
+run python -m benchmarks.growth --device cuda --clock wall --contestants "${contestants[@]:3}"
 
 epoch() {
     run python -m benchmarks.epoch --epochs 4 --case cifar --random-teacher cifar/resnet56 --name "epoch-gpu-$1" -- \
