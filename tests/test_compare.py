@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -5,13 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny_recipe import write_recipe
 
 from diffkd.arguments import fit_with
-from diffkd.compare import compare, find_method, report
+from diffkd.compare import compare, find_method, report, rich_table
 from diffkd.step_cost import step_costs
+from diffkd.tables import summarize
 
 
 @pytest.fixture
@@ -112,3 +116,20 @@ def test_nonsense_is_refused_before_anything_is_trained(
 def test_unknown_method_names_the_nearest() -> None:
     with pytest.raises(FileNotFoundError, match="methods/diffkd"):
         find_method("difkd")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_the_table_on_a_terminal_cuts_no_number(width: int) -> None:
+    def run(seed: int) -> dict[str, Any]:
+        last = {"top1": 0.7 + seed / 50, "seconds": 123.0}
+        return {"last": last, "best": {"top1": 0.75}, "parameters": 11_689_512, "peak_memory": 3392.0}
+
+    methods = ("alone", "kd", "diffkd-dist")
+    costs = {"reference": "kd", "methods": {method: {"median": 1.0} for method in methods}}
+    rows = summarize({method: {seed: run(seed) for seed in range(3)} for method in methods}, "top1", costs)
+    written = io.StringIO()
+    Console(width=width, file=written).print(rich_table(rows, width))
+    shown = written.getvalue()
+    assert "…" not in shown
+    assert "72.00 ± 2.00" in shown
+    assert ("best epoch" in shown) == (width >= 120)

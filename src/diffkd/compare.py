@@ -30,6 +30,8 @@ from diffkd.tasks.run_folder import RunFolder
 from diffkd.weights import write_text
 
 COSTS = "step_cost.json"
+# Columns that a terminal shows only if there is room, the first to go first.
+_SPARED = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
 DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
 
 
@@ -175,13 +177,16 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
 
 def rich_table(rows: Sequence[Row], width: int) -> Table:
     """Return the rows as a table for a terminal of `width` columns; a narrow one leaves out what files still hold."""
-    head, *body = cells(rows)
-    kept = [title for title in head if width >= 110 or title not in ("best epoch", "+ training", "MiB")]
+    kept = {title: column for title, *column in zip(*cells(rows), strict=True)}
+    for title in _SPARED:
+        if sum(3 + max(len(title), *map(len, column)) for title, column in kept.items()) <= width:
+            break
+        kept.pop(title, None)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in kept:
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
-    for line in body:
-        table.add_row(*(cell for title, cell in zip(head, line, strict=True) if title in kept))
+    for line in zip(*kept.values(), strict=True):
+        table.add_row(*line)
     return table
 
 
