@@ -13,15 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from benchmarks.report import RESULTS, machine, save, table
-from diffkd.arguments import fit_with
 from diffkd.compare import find_method
-from diffkd.tasks.build_training import build_training
+from diffkd.step_cost import training_of
 from diffkd.tasks.task import TASK
-from diffkd.tasks.training import Training
 
 
 def pulls(words: Sequence[str], at: Sequence[int]) -> dict[int, float]:
@@ -34,18 +31,12 @@ def pulls(words: Sequence[str], at: Sequence[int]) -> dict[int, float]:
     Raises:
         ValueError: if no method teaches the student.
     """
-    made: dict[str, Any] = {}
-
-    def build(data: LightningDataModule, **values: Any) -> None:
-        made.update(training=build_training(data=data, **values), data=data)
-
-    fit_with(list(words), use=build)
-    training: Training = made["training"]
+    training, data = training_of(words)
     if training.distiller is None:
         raise ValueError(f"no method teaches the student of diffkd fit {' '.join(words)}")
     training.train()
     optimizer, student = training.configure_optimizers(), list(training.student.parameters())
-    loader = made["data"].train_dataloader()
+    loader = data.train_dataloader()
     torch.manual_seed(0)
     found = {}
     for number, batch in enumerate(islice(chain.from_iterable(repeat(loader)), max(at)), start=1):

@@ -1,6 +1,6 @@
 """How a model is called: with a tensor, a tuple of arguments or a mapping of keyword arguments, and in which mode."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,19 +38,25 @@ def check_values(side: str, model: nn.Module) -> None:
             )
 
 
+def with_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a model's input with every tensor in it changed, in the same tuples, lists and mappings."""
+    if isinstance(example, Tensor):
+        return change(example)
+    if isinstance(example, Mapping):
+        return {key: with_tensors(value, change) for key, value in example.items()}
+    if isinstance(example, (tuple, list)):
+        values = [with_tensors(value, change) for value in example]
+        return type(example)(*values) if hasattr(example, "_fields") else type(example)(values)
+    return example
+
+
 def on_device_of(model: nn.Module, example: Any) -> Any:
     """Return `example` on the model's device, its floating-point tensors in the model's type."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         return example
-    if isinstance(example, Tensor):
-        return example.to(parameter.device, parameter.dtype if example.is_floating_point() else None)
-    if isinstance(example, Mapping):
-        return {key: on_device_of(model, value) for key, value in example.items()}
-    if isinstance(example, (tuple, list)):
-        values = [on_device_of(model, value) for value in example]
-        return type(example)(*values) if hasattr(example, "_fields") else type(example)(values)
-    return example
+    device, dtype = parameter.device, parameter.dtype
+    return with_tensors(example, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
 
 def _tensors(example: Any) -> list[Tensor]:

@@ -5,13 +5,14 @@ in two ways, (N, N, N) as channels first or last, or tokens as several grids, th
 the changed corner is the right one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffkd.calling import with_tensors
 from diffkd.layout import Layout
 
 # A reading is right if the changes look as much like the corner as LEAST, and more than in any other by MARGIN: on
@@ -22,17 +23,7 @@ LEAST, MARGIN = 0.7, 0.1
 
 def change_corner(example: Any) -> Any:
     """Return a model's input with the upper left quarter of its images, floating-point tensors (..., H, W), changed."""
-    if isinstance(example, Tensor):
-        if example.ndim < 3 or not example.is_floating_point():
-            return example
-        spread = example.std() if example.numel() > 1 else 0
-        return example + (1 + spread) * _corner(example.shape[-2], example.shape[-1]).to(example)
-    if isinstance(example, Mapping):
-        return {key: change_corner(value) for key, value in example.items()}
-    if isinstance(example, (tuple, list)):
-        values = [change_corner(value) for value in example]
-        return type(example)(*values) if hasattr(example, "_fields") else type(example)(values)
-    return example
+    return with_tensors(example, _with_corner)
 
 
 def most_local(layouts: Sequence[Layout], before: Tensor, after: Tensor) -> Layout | None:
@@ -51,6 +42,13 @@ def most_local(layouts: Sequence[Layout], before: Tensor, after: Tensor) -> Layo
     likeness = torch.stack([_likeness(layout.read(change).mean(dim=(0, 1))) for layout in layouts])
     best, second = likeness.topk(2).values
     return layouts[int(likeness.argmax())] if best > LEAST and best - second > MARGIN else None
+
+
+def _with_corner(images: Tensor) -> Tensor:
+    if images.ndim < 3 or not images.is_floating_point():
+        return images
+    spread = images.std() if images.numel() > 1 else 0
+    return images + (1 + spread) * _corner(images.shape[-2], images.shape[-1]).to(images)
 
 
 def _likeness(change: Tensor) -> Tensor:

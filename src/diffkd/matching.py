@@ -128,7 +128,7 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
             pairs.append(Pair(ours_last.name, theirs_last.name, method))
     if "logits" in wants and same_classes and not (too_few or maps[0]):
         pairs.append(Pair(OUTPUT, OUTPUT, method))
-    name = getattr(method, "__name__", None) or getattr(getattr(method, "func", None), "__name__", "this method")
+    name = attribute_of(method, "__name__", "this method")
     if not pairs:
         scored = f"{classes[0] or 'no'} and {classes[1] or 'no'} classes"
         detectors = len(common_levels(student, teacher)) > 0

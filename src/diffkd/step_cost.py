@@ -59,7 +59,7 @@ def step_costs(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # On a CPU the time that this process has computed, which other processes disturb least.
     clock = time.process_time if device.type == "cpu" else time.perf_counter
-    steps = {method: _stepper(list(words), device) for method, words in commands.items()}
+    steps = {method: _stepper(words, device) for method, words in commands.items()}
     seconds: dict[str, list[float]] = {method: [] for method in steps}
     for round_ in range(rounds + 2):
         for method, step in steps.items():
@@ -77,19 +77,23 @@ def step_costs(
     return costs
 
 
-def _stepper(words: list[str], device: torch.device) -> Callable[[], None]:
+def training_of(words: Sequence[str]) -> tuple[Training, LightningDataModule]:
+    """Return what the words of a `diffkd fit` would train, and on which data."""
+
+    def build(data: LightningDataModule, **values: Any) -> tuple[Training, LightningDataModule]:
+        return build_training(data=data, **values), data
+
+    made: tuple[Training, LightningDataModule] = fit_with(list(words), use=build)
+    return made
+
+
+def _stepper(words: Sequence[str], device: torch.device) -> Callable[[], None]:
     """Return a function that takes one training step of the run that `words` describe."""
-    made: dict[str, Any] = {}
-
-    def build(data: LightningDataModule, **values: Any) -> None:
-        made.update(training=build_training(data=data, **values), data=data)
-
     torch.manual_seed(0)
-    fit_with(words, use=build)
-    training: Training = made["training"]
+    training, data = training_of(words)
     training.to(device).train()
     optimizer = training.configure_optimizers()
-    batch = training.transfer_batch_to_device(next(iter(made["data"].train_dataloader())), device, 0)
+    batch = training.transfer_batch_to_device(next(iter(data.train_dataloader())), device, 0)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

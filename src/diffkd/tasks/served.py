@@ -38,10 +38,9 @@ def check_methods(methods: Any, data: DataFacts) -> None:
     for method in _all(methods):
         tasks = attribute_of(method, "tasks", None)
         if tasks is not None and data.task not in tasks:
-            name = getattr(method, "__name__", None) or getattr(getattr(method, "func", method), "__name__", None)
+            name = attribute_of(method, "__name__", type(method).__name__)
             raise ValueError(
-                f"{name or type(method).__name__} is for {' and '.join(sorted(tasks))}, the data are for {data.task}: "
-                f"take {INSTEAD[data.task]}"
+                f"{name} is for {' and '.join(sorted(tasks))}, the data are for {data.task}: take {INSTEAD[data.task]}"
             )
 
 
