@@ -1,6 +1,6 @@
 """Knowledge distillation for vision models, with DiffKD (*Knowledge Diffusion for Distillation*, NeurIPS 2023)."""
 
-from diffkd.distiller import Distiller, Observation
+from diffkd.distiller import Distiller
 from diffkd.layers import Layer, list_layers
 from diffkd.layout import Layout
 from diffkd.matching import Pair, match_layers
@@ -29,6 +29,7 @@ from diffkd.methods import (
     ReviewKD,
 )
 from diffkd.methods.shared import Shared
+from diffkd.observation import Observation
 from diffkd.ramp import Ramp
 from diffkd.shape import FeatureShape
 from diffkd.teacher_input import TeacherInput

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffkd.weights import unwrap
-
 
 def run(model: nn.Module, inputs: Any) -> Any:
     """Call `model` with a tensor, a tuple of arguments or a mapping of keyword arguments."""
@@ -26,16 +24,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def check_values(side: str, model: nn.Module) -> None:
-    """Raise ValueError, naming the first, if weights of a model have no values: they are on the device "meta"."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name!r} of the {side} {type(unwrap(model)).__name__} has no values, on the device 'meta': call "
-                "model.to_empty(device='cpu') and load its weights first"
-            )
 
 
 def with_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:

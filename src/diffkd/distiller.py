@@ -1,18 +1,19 @@
 """The distiller: a student, a frozen teacher, and one method for each pair of their layers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffkd.calling import check_values, on_device_of, run
+from diffkd.calling import on_device_of, run
 from diffkd.gradient_flow import GradientFlow
 from diffkd.layers import find_layer, list_layers
-from diffkd.layout import resize
 from diffkd.matching import Pair, pair_layers
 from diffkd.methods import DiffKD, MethodFactory
+from diffkd.model_checks import check_models
+from diffkd.observation import Observation, handed_to, read_pair
 from diffkd.pair_table import as_text, pair_rows, unique_names
 from diffkd.probe import probe, watch
 from diffkd.reader import Reader, agree
@@ -21,17 +22,6 @@ from diffkd.student_view import StudentView
 from diffkd.teacher_head import pooled_classifier
 from diffkd.teacher_options import AS_GIVEN, TeacherOptions, prepare_teacher
 from diffkd.weights import unwrap
-
-
-class Observation(NamedTuple):
-    """One pair's features in a batch, each (B, C, H, W) or (B, C), or a list of such, and what its method returned.
-
-    For DiffKD, `result` is a :class:`~diffkd.DiffKDOutput` with the denoised feature.
-    """
-
-    student: Tensor | list[Tensor]
-    teacher: Tensor | list[Tensor]
-    result: Any
 
 
 class Distiller(nn.Module):
@@ -89,14 +79,7 @@ class Distiller(nn.Module):
         teacher_options: TeacherOptions = AS_GIVEN,
     ) -> None:
         super().__init__()
-        trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
-        if unwrap(student) is unwrap(teacher) or any(id(parameter) in trained for parameter in teacher.parameters()):
-            raise ValueError(
-                "student and teacher share parameters: training the student would change the teacher; "
-                "copy.deepcopy one of them"
-            )
-        check_values("student", student)
-        check_values("teacher", teacher)
+        check_models(student, teacher)
         self.student = student
         self._lowers = teacher_options.lowers
         self.teacher_input = teacher_input
@@ -272,19 +255,14 @@ class Distiller(nn.Module):
             context = self.teacher_input.context(inputs, calls) | context
         results = []
         for name, (our_reader, their_reader), method in zip(self.names, self.readers, self.methods, strict=True):
-            student, teacher = our_reader.read(ours), their_reader.read(theirs)
-            if isinstance(student, Tensor) and isinstance(teacher, Tensor) and student.ndim == 4:
-                student = resize(student, (teacher.shape[2], teacher.shape[3]))
-            needed = getattr(method, "needs", ())
-            if "teacher_head" in needed and context.get("teacher_head") is None and isinstance(teacher, Tensor):
+            student, teacher = read_pair(our_reader, their_reader, ours, theirs)
+            if (
+                "teacher_head" in getattr(method, "needs", ())
+                and context.get("teacher_head") is None
+                and isinstance(teacher, Tensor)
+            ):
                 context = {**context, "teacher_head": pooled_classifier(self.teacher, teacher.shape[1])}
-            missing = [need for need in needed if context.get(need) is None]
-            if missing:
-                raise TypeError(
-                    f"{type(method).__name__} of pair '{name}' needs {', '.join(missing)}: call "
-                    f"distiller(images, {', '.join(f'{need}=...' for need in missing)})"
-                )
-            result = method(student, teacher, **{need: context[need] for need in needed})
+            result = method(student, teacher, **handed_to(method, name, context))
             results.append(Observation(student, teacher, result))
         return output, results
 

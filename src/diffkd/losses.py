@@ -5,6 +5,7 @@ return a scalar. Classes or channels lie in dimension 1.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, float32, promote_types
@@ -134,3 +135,25 @@ def attentions(feature: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     channels = (strength.mean(dim=(2, 3)) / temperature).softmax(dim=1)
     batch, count, height, width = feature.shape
     return height * width * space.reshape(batch, height, width), count * channels
+
+
+def distance_by_name(name: str, temperature: float = 1.0, *, class_map: bool = False) -> Distance:
+    """Return the distance called "mse", "kl", "dist" or "attention_mse".
+
+    Args:
+        name: of the distance.
+        temperature: of those between distributions.
+        class_map: whether it compares class maps, (B, C, H, W), each position being a distribution.
+
+    Raises:
+        ValueError: if there is no such distance.
+    """
+    known: dict[str, Distance] = {
+        "mse": mse,
+        "kl": partial(kl_by_position if class_map else kl_divergence, temperature=temperature),
+        "dist": partial(dist, temperature=temperature, pool_positions=class_map),
+        "attention_mse": attention_mse,
+    }
+    if name not in known:
+        raise ValueError(f"distance must be one of {', '.join(known)} or a callable, got {name!r}")
+    return known[name]

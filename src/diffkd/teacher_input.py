@@ -54,3 +54,11 @@ class TeacherInput(nn.Module):
         if self.size is not None and tuple(images.shape[2:]) != tuple(self.size):
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
         return images
+
+
+def same_normalization(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> bool:
+    """Whether two normalisations, each (means, standard deviations) by channel, agree up to rounding."""
+    return all(
+        len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
+        for a, b in zip(ours, theirs, strict=True)
+    )

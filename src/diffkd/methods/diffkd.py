@@ -1,22 +1,12 @@
 """DiffKD: denoise the student's feature with a diffusion model trained on the teacher's, then match the two."""
 
-from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
-from diffkd.losses import (
-    Distance,
-    at_least_float32,
-    attention_mse,
-    check_several_classes,
-    dist,
-    kl_by_position,
-    kl_divergence,
-    mse,
-)
+from diffkd.losses import Distance, at_least_float32, check_several_classes, distance_by_name, mse
 from diffkd.memory_layout import drawn, fast_layout
 from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
 from diffkd.passes import DenoiserPasses
@@ -143,7 +133,12 @@ class DiffKD(nn.Module):
             distance = logits_distance or distance or ("dist" if self.is_map else "kl")
         if distance in ("kl", "dist"):
             check_several_classes(f"DiffKD(distance={distance!r})", latent)
-        self.distance = _distance(distance or "mse", temperature, class_map=is_logits and self.is_map)
+        distance = distance or "mse"
+        self.distance = (
+            distance_by_name(distance, temperature, class_map=is_logits and self.is_map)
+            if isinstance(distance, str)
+            else distance
+        )
 
         self.student_projection = pointwise(self.student_channels, latent, self.is_map)
         self.autoencoder = (
@@ -288,20 +283,6 @@ def _is_map(kind: Literal["map", "vector"] | None, *features: int | FeatureShape
             f"student {features[0]}, teacher {features[1]} and kind={kind!r} mix maps and vectors; pool the map first"
         )
     return kinds.pop() if kinds else True
-
-
-def _distance(distance: str | Distance, temperature: float, class_map: bool) -> Distance:
-    if not isinstance(distance, str):
-        return distance
-    known: dict[str, Distance] = {
-        "mse": mse,
-        "kl": partial(kl_by_position if class_map else kl_divergence, temperature=temperature),
-        "dist": partial(dist, temperature=temperature, pool_positions=class_map),
-        "attention_mse": attention_mse,
-    }
-    if distance not in known:
-        raise ValueError(f"distance must be one of {', '.join(known)} or a callable, got {distance!r}")
-    return known[distance]
 
 
 def _or(value: bool | None, default: bool) -> bool:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffkd.recorder import Call
+from diffkd.teacher_input import TeacherInput, same_normalization
 
 _TRANSFORM, _POOL = "transform", "roi_heads.box_roi_pool"
 
@@ -47,3 +48,29 @@ class DetectorView:
             return {}
         height, width = batch.tensors.shape[2:]
         return {"boxes": [target["boxes"] / target["boxes"].new_tensor([width, height] * 2) for target in targets]}
+
+
+def view_of_detectors(student: nn.Module, teacher: nn.Module, *, heads: bool) -> DetectorView:
+    """Return how the teacher sees what the student's transform has made of the images.
+
+    Raises:
+        ValueError: if one of them has no such transform, or the outputs of heads of different kinds are to be compared.
+    """
+    transforms = [getattr(model, "transform", None) for model in (student, teacher)]
+    for side, model, transform in zip(("student", "teacher"), (student, teacher), transforms, strict=True):
+        if not hasattr(transform, "image_mean") or not hasattr(transform, "image_std"):
+            raise ValueError(
+                f"{side} {type(model).__name__} has no module 'transform' with image_mean and image_std, as detectors "
+                "of torchvision have: so that both see the same pixels, let it resize and normalise there"
+            )
+    two_stage = [hasattr(model, "roi_heads") for model in (student, teacher)]
+    if heads and two_stage[0] != two_stage[1]:
+        kinds = " and a ".join(f"{'two' if two else 'one'}-stage" for two in two_stage)
+        raise ValueError(
+            f"{type(student).__name__} and {type(teacher).__name__} are a {kinds} detector, whose outputs are of "
+            "different boxes: distil the feature pyramid alone"
+        )
+    ours, theirs = ((list(one.image_mean), list(one.image_std)) for one in transforms)  # type: ignore[union-attr]
+    return DetectorView(
+        None if same_normalization(ours, theirs) else TeacherInput(*ours, *theirs), proposals=heads and two_stage[1]
+    )

@@ -21,11 +21,11 @@ from diffkd.models.detector_teacher import DetectorTeacher
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.describe import factory_of
 from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.detector_view import DetectorView
+from diffkd.tasks.detector_view import DetectorView, view_of_detectors
 from diffkd.tasks.served import check_methods, check_needs
 from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, load, padded_example
-from diffkd.teacher_input import TeacherInput
+from diffkd.teacher_input import TeacherInput, same_normalization
 from diffkd.teacher_options import AS_GIVEN, TeacherOptions
 from diffkd.weights import check_savable, read_weights
 
@@ -149,7 +149,7 @@ def build_teacher(
     theirs = (card["mean"], card["std"]) if card.get("mean") else None
     if theirs is None and pretrained:
         theirs = input_normalization(teacher, name)
-    if theirs is None or _close(theirs, (data.mean, data.std)):
+    if theirs is None or same_normalization(theirs, (data.mean, data.std)):
         return teacher, None
     return teacher, TeacherInput(data.mean, data.std, theirs[0], theirs[1])
 
@@ -189,7 +189,7 @@ def build_distiller(
             if isinstance(pairs, str)
             else any(not name.startswith("backbone") for pair in pairs for name in pair.teacher_names)
         )
-        view = _detector_view(student, teacher, heads=wanted)
+        view = view_of_detectors(student, teacher, heads=wanted)
         teacher = DetectorTeacher(teacher.eval(), heads=wanted)
     example = padded_example(data, student, teacher)
     distiller = Distiller(
@@ -222,32 +222,6 @@ def _read_as_detectors(pair: Pair) -> Pair:
         pair,
         student_layout=known(pair.student_names, pair.student_layout),
         teacher_layout=known(pair.teacher_names, pair.teacher_layout),
-    )
-
-
-def _detector_view(student: nn.Module, teacher: nn.Module, *, heads: bool) -> DetectorView:
-    """Return how the teacher sees what the student's transform has made of the images.
-
-    Raises:
-        ValueError: if one of them has no such transform, or the outputs of heads of different kinds are to be compared.
-    """
-    transforms = [getattr(model, "transform", None) for model in (student, teacher)]
-    for side, model, transform in zip(("student", "teacher"), (student, teacher), transforms, strict=True):
-        if not hasattr(transform, "image_mean") or not hasattr(transform, "image_std"):
-            raise ValueError(
-                f"{side} {type(model).__name__} has no module 'transform' with image_mean and image_std, as detectors "
-                "of torchvision have: so that both see the same pixels, let it resize and normalise there"
-            )
-    two_stage = [hasattr(model, "roi_heads") for model in (student, teacher)]
-    if heads and two_stage[0] != two_stage[1]:
-        kinds = " and a ".join(f"{'two' if two else 'one'}-stage" for two in two_stage)
-        raise ValueError(
-            f"{type(student).__name__} and {type(teacher).__name__} are a {kinds} detector, whose outputs are of "
-            "different boxes: distil the feature pyramid alone"
-        )
-    ours, theirs = ((list(one.image_mean), list(one.image_std)) for one in transforms)  # type: ignore[union-attr]
-    return DetectorView(
-        None if _close(ours, theirs) else TeacherInput(*ours, *theirs), proposals=heads and two_stage[1]
     )
 
 
@@ -294,10 +268,3 @@ def _classes_in(weights: Path, name: str, data: DataFacts, channels: int | None,
     }
     count = found.pop() if len(found) == 1 else 0
     return int(count) if count >= 1 and count == int(count) else classes
-
-
-def _close(ours: Any, theirs: Any) -> bool:
-    return all(
-        len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
-        for a, b in zip(ours, theirs, strict=True)
-    )
