@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffkd import FeatureShape
+from diffkd import KD, FeatureShape
 from diffkd.methods.dkd import DKD, decoupled
 from diffkd.methods.standardization import standardize
 
@@ -61,7 +61,22 @@ def test_maps_are_many_samples_and_unknown_labels_are_left_out():
                 if 0 <= labels[b, y, x] < 4:
                     where = (slice(b, b + 1), slice(None), y, x)
                     expected += reference(student[where], teacher[where], labels[b, y, x][None], 1, 8, 4.0)
-    assert method(student, teacher, labels=labels)["kd"].item() == pytest.approx(expected.item() / 2, abs=1e-10)
+    assert method(student, teacher, labels=labels)["kd"].item() == pytest.approx(expected.item() / 30, abs=1e-10)
+
+
+def test_on_maps_it_counts_as_much_as_kd():
+    """With alpha = 1 and beta = 1 - p_t it is KD, whatever the resolution."""
+    student, teacher = torch.randn(2, 2, 4, 3, 5, dtype=torch.float64)
+    teacher = teacher[:, :, :1, :1].expand(-1, -1, 3, 5)
+    labels = torch.full((2, 3, 5), 2)
+    expected = KD(temperature=4.0)(student, teacher)["kd"]
+    total = 0.0
+    for image in range(2):
+        beta = 1 - (teacher[image, :, 0, 0] / 4).softmax(0)[2].item()
+        part = slice(image, image + 1)
+        method = DKD(*shapes(4, (3, 5)), beta=beta)
+        total += method(student[part], teacher[part], labels=labels[part])["kd"] / 2
+    torch.testing.assert_close(total, expected)
 
 
 def test_standardized_logits():

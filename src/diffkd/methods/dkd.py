@@ -58,7 +58,7 @@ class DKD(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor, *, labels: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for logits (B, K) and labels (B,), or (B, K, H, W) and (B, H', W') of any resolution.
 
-        Labels outside of 0..K-1 are ignored. On maps the sum runs over positions too, as in KD.
+        Labels outside of 0..K-1 are ignored. On maps the loss is averaged over positions too, as in KD.
         """
         batch, classes = student.shape[:2]
         if student.ndim == 4:
@@ -74,7 +74,7 @@ class DKD(nn.Module):
         known = (labels >= 0) & (labels < classes)
         target, others = decoupled(student, teacher, labels.clamp(0, classes - 1), self.temperature)
         losses = (self.alpha * target + self.beta * others) * known
-        return {"kd": self.weight * self.temperature**2 / batch * losses.sum()}
+        return {"kd": self.weight * self.temperature**2 * losses.mean()}
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
