@@ -1,6 +1,7 @@
 import json
 import math
 import statistics
+import struct
 from typing import Any
 
 import pytest
@@ -48,6 +49,18 @@ def test_p_value_is_students_paired_t_test() -> None:
     # The distribution function of Student's t with 2 degrees of freedom has a closed form.
     expected = 2 * (0.5 - t / (2 * math.sqrt(2 + t * t)))
     assert difference(ours, theirs).p == pytest.approx(expected)
+
+
+def test_equal_differences_have_no_p_value_whatever_their_rounding() -> None:
+    """A spread of zero says nothing about chance; as float32 shares they differ in the last place."""
+    ours, theirs = ({0: 0.7123, 1: 0.7210}, {0: 0.7011, 1: 0.7098})
+    for rounded in (float, lambda share: struct.unpack("f", struct.pack("f", share))[0]):
+        in_percent = [{seed: 100 * rounded(share) for seed, share in shares.items()} for shares in (ours, theirs)]
+        found = difference(*in_percent)
+        assert found.mean == pytest.approx(1.12, abs=1e-4)
+        assert found.p is None
+    # One image of a million is more than that.
+    assert difference({0: 71.0001, 1: 72.0}, {0: 70.0, 1: 71.0}).p is not None
 
 
 def test_one_seed_has_neither_spread_nor_p() -> None:
