@@ -37,12 +37,23 @@ def run(part):
     }
 
 
+def normalizers(part):
+    """CRD's Z after the first step. With one sample in each class, all negatives are the other one, on any process."""
+    torch.manual_seed(3)
+    method = CRD(*SHAPES, samples=2, negatives=5)
+    student, teacher = (torch.randn(2, s.channels, 2, 3)[part] for s in SHAPES)
+    indices = torch.arange(2)[part]
+    method(student, teacher, indices=indices, labels=indices)
+    return method.log_normalizers.clone()
+
+
 def work(process, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=process, world_size=2)
     half = BATCH // 2
     result = run(slice(process * half, (process + 1) * half))
     result["gathered"] = gathered(torch.tensor([process, 10 + process]))
     result["averaged"] = averaged(torch.tensor([2.0 * process, 1.0]))
+    result["normalizers"] = normalizers(slice(process, process + 1))
     assert rank() == process
     torch.save(result, f"{folder}/{process}.pt")
     distributed.destroy_process_group()
@@ -63,6 +74,7 @@ def test_two_processes_hold_what_one_would(tmp_path):
     assert first["averaged"].tolist() == [1, 1]
     for name in first:
         assert torch.equal(first[name], second[name]), name
+    torch.testing.assert_close(first["normalizers"], normalizers(slice(None)))
     alone = run(slice(None))
     for name in alone:
         # Which pixels are kept and which samples are drawn differs between processes; the rest follows from the batch.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffkd.losses import at_least_float32
 from diffkd.methods.counter_random import random_integers
-from diffkd.methods.gathering import averaged, gathered, rank
+from diffkd.methods.gathering import gathered, rank
 from diffkd.methods.inputs import check_labels, embed, full_precision, like_parameters, unit
 from diffkd.shape import FeatureShape, Want
 
@@ -130,7 +130,8 @@ class CRD(nn.Module):
         scores = scores.gather(1, candidates)
         first = scores.detach().logsumexp(dim=(0, 1)) - log(scores.numel()) + log(self.samples)
         if self.training:
-            first = averaged(first)
+            each = gathered(first[None])
+            first = each.logsumexp(dim=0) - log(len(each))
         log_z = torch.where(self.step == 0, first, self.log_normalizers[side].to(first.dtype))
         if self.training:
             self.log_normalizers[side] = log_z
