@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffkd import FeatureShape
+from diffkd import DIST, KD, FeatureShape, FitNet
 from diffkd.methods.at import AT
 from diffkd.methods.cirkd import CIRKD
 from diffkd.methods.crd import CRD
@@ -40,7 +40,7 @@ class Case:
         return "levels" in self.method.wants
 
     def build(self, **options):
-        role = "logits" if self.method is DKD else "feature"
+        role = "logits" if self.method in (KD, DKD, DIST) else "feature"
         shapes = [[FeatureShape(c, size, role) for size in self.sizes] for c in self.channels]
         return self.method(*(shapes if self.several else (of[0] for of in shapes)), **self.options, **options)
 
@@ -64,6 +64,12 @@ class Case:
 
 VECTOR = ((),)
 CASES = [
+    Case(KD, (7, 7), VECTOR),
+    Case(KD, (7, 7), options={"standardize": True}),
+    Case(DIST, (7, 7), VECTOR),
+    Case(DIST, (7, 7), options={"standardize": True}),
+    Case(FitNet),
+    Case(FitNet, sizes=VECTOR),
     Case(DKD, (7, 7), VECTOR),
     Case(DKD, (7, 7), options={"standardize": True}),
     Case(SRRL),

@@ -53,6 +53,7 @@ class DIST(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
+        teacher = teacher.detach()
         if self.standardize:
             student, teacher = standardized(student), standardized(teacher)
         loss = dist(student, teacher, self.beta, self.gamma, self.temperature, self.pool_positions)

@@ -37,4 +37,4 @@ class FitNet(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for features (B, Cs, H, W), (B, Ct, H, W), or (B, Cs), (B, Ct)."""
         projected = self.student_projection(student.to(next(self.parameters()).dtype))
-        return {"kd": self.weight * mse(projected, teacher)}
+        return {"kd": self.weight * mse(projected, teacher.detach())}
