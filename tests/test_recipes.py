@@ -6,7 +6,10 @@ import pytest
 import torch
 import yaml
 
-from diffkd import cli
+from diffkd import DiffKD, cli
+from diffkd.arguments import values_of_fit
+from diffkd.layers import list_layers
+from diffkd.matching import pair_layers
 from diffkd.models import load_detector, load_model, load_segmenter
 from diffkd.recipes import find_recipe, recipe_names
 
@@ -72,6 +75,47 @@ def test_a_recipe_names_models_that_exist(name):
                 load_detector(values[side], num_classes=3, **values.get("detection", {}))
         else:
             assert values["teacher_pretrained"] is True
+
+
+@pytest.mark.parametrize("name", [name for name in TRAININGS if name.startswith("imagenet/")])
+def test_a_comparison_on_imagenet_trains_what_it_says(name):
+    """A preset takes the place of the recipe's method; another DiffKD keeps the recipe's autoencoder."""
+
+    def values(preset):
+        resolved = values_of_fit([name, f"--config={find_recipe(f'methods/{preset}')}", "--out=somewhere"])
+        assert "pairs" not in resolved or resolved["pairs"] == "auto"
+        return resolved
+
+    assert values("alone").get("method") is values("alone").get("teacher") is None
+    assert values("imagenet/kd")["method"]["class_path"] == "diffkd.KD"
+    plain, dagger = (values(preset)["method"]["init_args"] for preset in ("diffkd", "diffkd-dist"))
+    assert plain["ae_channels"] == (768 if "swin_large" in name else 1024)
+    assert plain["logits_autoencoder"] is False
+    assert dagger == plain | {"logits_distance": "dist"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_takes_the_place_of_pairs_with_methods_of_their_own(preset, tmp_path):
+    """Otherwise a comparison would train those under the preset's name."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("student: a\nteacher: b\nout: c\npairs: [{student: x, teacher: y, method: diffkd.AT}]\n")
+    data = "--data=diffkd.data.FashionSubset"
+    pairs = values_of_fit([str(recipe), f"--config={find_recipe(preset)}", data]).get("pairs", "auto")
+    assert "AT" not in str(pairs)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "layer"),
+    [("torchvision/resnet18", "torchvision/resnet34", "layer4"), ("timm/mobilenetv1_100", "timm/resnet50", "bn2")],
+)
+def test_the_pairs_of_imagenet_are_found(student, teacher, layer):
+    """The last map before pooling, and the logits (Sec. 4.1 of the paper)."""
+    images = torch.zeros(2, 3, 64, 64)
+    layers = [list_layers(load_model(one, num_classes=10).eval(), images) for one in (student, teacher)]
+    assert [(pair.student, pair.teacher) for pair in pair_layers(*layers, DiffKD)] == [
+        (layer, "layer4"),
+        ("output", "output"),
+    ]
 
 
 @pytest.mark.parametrize("pair", TABLE_9)

@@ -61,6 +61,14 @@ class TestOptions:
         result = DiffKD(shape, shape, distance="mse")(student, teacher)
         torch.testing.assert_close(result.losses["kd"], mse(result.denoised, result.target))
 
+    def test_one_factory_may_give_features_an_autoencoder_and_logits_none(self):
+        make = partial(DiffKD, ae_channels=4, logits_autoencoder=False)
+        assert make(FeatureShape(6, (3, 3)), FeatureShape(8, (3, 3))).latent_channels == 4
+        for size in ((), (3, 3)):
+            logits = FeatureShape(8, size, "logits")
+            assert make(logits, logits).autoencoder is None
+            assert DiffKD(logits, logits, ae_channels=4).latent_channels == 4
+
     def test_weights_scale_their_terms(self):
         plain = DiffKD(6, 8, ae_channels=4)
         heavy = DiffKD(6, 8, ae_channels=4, kd_weight=2.0, diffusion_weight=3.0, reconstruction_weight=0.0)

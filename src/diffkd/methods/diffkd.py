@@ -53,6 +53,8 @@ class DiffKD(nn.Module):
         kind: "map" for (B, C, H, W), "vector" for (B, C) or (B, C, 1, 1). None: as the shapes say, else "map".
         ae_channels: channels of the latent, made by a linear autoencoder from the teacher's feature; None: no
             autoencoder, the latent is the teacher's feature.
+        logits_autoencoder: whether logits get one too, where one DiffKD is made for several pairs; the paper gives them
+            none (Sec. 4.1).
         inference_steps: denoiser evaluations per forward (NFE).
         num_train_timesteps: number of timesteps T of the diffusion process.
         beta_schedule: "linear", "scaled_linear" or "cosine".
@@ -87,6 +89,7 @@ class DiffKD(nn.Module):
         *,
         kind: Literal["map", "vector"] | None = None,
         ae_channels: int | None = None,
+        logits_autoencoder: bool = True,
         inference_steps: int = 5,
         num_train_timesteps: int = 1000,
         beta_schedule: BetaSchedule = "linear",
@@ -120,6 +123,9 @@ class DiffKD(nn.Module):
         activate = paper if activate is None else activate
         start_timestep = (500 if paper else -1) if start_timestep is None else start_timestep
 
+        is_logits = isinstance(teacher_channels, FeatureShape) and teacher_channels.role == "logits"
+        if is_logits and not logits_autoencoder:
+            ae_channels = None
         self.is_map = _is_map(kind, student_channels, teacher_channels)
         self.student_channels, self.teacher_channels = channels_of(student_channels), channels_of(teacher_channels)
         self.latent_channels = latent = self.teacher_channels if ae_channels is None else ae_channels
@@ -128,7 +134,6 @@ class DiffKD(nn.Module):
         self.error = error or ("sum" if paper else "mean")
         self.detach_target = paper if detach_target is None else detach_target
         self.weights = {"kd": kd_weight, "diffusion": diffusion_weight, "reconstruction": reconstruction_weight}
-        is_logits = isinstance(teacher_channels, FeatureShape) and teacher_channels.role == "logits"
         if is_logits:
             distance = logits_distance or distance or ("dist" if self.is_map else "kl")
         if distance in ("kl", "dist"):

@@ -18,7 +18,8 @@ class DKD(nn.Module):
     `tau^2 / B * sum(alpha * TCKD + beta * NCKD)`, with :func:`decoupled` at temperature tau.
 
     The defaults are those of the authors' code for CIFAR-100, which takes a beta of 2 for ResNet-56 to ResNet-20 and
-    of 6 for WRN-40-2 to WRN-40-1, and warms the loss up linearly over 20 epochs. On ImageNet: tau 1, beta 0.5.
+    of 6 for WRN-40-2 to WRN-40-1, and warms the loss up linearly over 20 epochs. On ImageNet: tau 1, beta 0.5 for
+    ResNet-34 to ResNet-18 and 2 for ResNet-50 to MobileNetV1.
 
     Args:
         student: the student's shape.
