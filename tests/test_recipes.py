@@ -35,7 +35,12 @@ def values_of(name):
 
 def test_the_papers_trainings_are_there():
     assert {f"cifar100/{pair}" for pair in TABLE_9} <= set(TRAININGS)
-    assert len([name for name in TRAININGS if name.startswith("imagenet/")]) == 7
+    on_imagenet = [name for name in TRAININGS if name.startswith("imagenet/")]
+    assert len(on_imagenet) == 7
+    for name in on_imagenet:
+        values, width = values_of(name), 768 if "swin_large" in name else 1024
+        assert "pairs" not in values
+        assert values["method"]["init_args"] == {"ae_channels": width, "logits_autoencoder": False}
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -77,13 +82,13 @@ def test_a_recipe_names_models_that_exist(name):
             assert values["teacher_pretrained"] is True
 
 
-@pytest.mark.parametrize("name", [name for name in TRAININGS if name.startswith("imagenet/")])
+@pytest.mark.parametrize("name", ["imagenet/resnet34-resnet18", "imagenet/swin_large-swin_tiny"])
 def test_a_comparison_on_imagenet_trains_what_it_says(name):
     """A preset takes the place of the recipe's method; another DiffKD keeps the recipe's autoencoder."""
 
     def values(preset):
         resolved = values_of_fit([name, f"--config={find_recipe(f'methods/{preset}')}", "--out=somewhere"])
-        assert "pairs" not in resolved or resolved["pairs"] == "auto"
+        assert resolved["pairs"] == "auto"
         return resolved
 
     assert values("alone").get("method") is values("alone").get("teacher") is None
@@ -95,13 +100,18 @@ def test_a_comparison_on_imagenet_trains_what_it_says(name):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_takes_the_place_of_pairs_with_methods_of_their_own(preset, tmp_path):
-    """Otherwise a comparison would train those under the preset's name."""
+def test_a_preset_says_which_pairs(preset):
+    """Otherwise a comparison would train the recipe's pairs, with methods of their own, under the preset's name."""
+    assert "pairs" in values_of(preset)
+
+
+def test_a_preset_takes_the_place_of_pairs_with_methods_of_their_own(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("student: a\nteacher: b\nout: c\npairs: [{student: x, teacher: y, method: diffkd.AT}]\n")
-    data = "--data=diffkd.data.FashionSubset"
-    pairs = values_of_fit([str(recipe), f"--config={find_recipe(preset)}", data]).get("pairs", "auto")
-    assert "AT" not in str(pairs)
+    words = [str(recipe), "--data=diffkd.data.FashionSubset"]
+    assert "AT" in str(values_of_fit(words)["pairs"])
+    for preset in ("alone", "kd", "diffkd"):
+        assert values_of_fit([*words, f"--config={find_recipe(f'methods/{preset}')}"])["pairs"] == "auto"
 
 
 @pytest.mark.parametrize(
