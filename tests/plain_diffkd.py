@@ -1,7 +1,8 @@
 """DiffKD written out a second time: plain functions on a flat dict of parameters under the authors' names.
 
-Shares no code with the package. Everything is a 1x1 or 3x3 convolution on maps, batch normalisation is spelled out, and
-each DDIM step goes through the estimate of the clean feature. Vectors come as (B, C, 1, 1).
+Shares no code with the package; computes what the authors' code does, or what the paper's text says. Everything is a
+1x1 or 3x3 convolution on maps, batch normalisation is spelled out, and each DDIM step goes through the estimate of the
+clean feature. Vectors come as (B, C, 1, 1).
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ class Parameters:
 
     values: dict[str, Tensor]
     training: bool
+    paper: bool = False
     updated: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -43,14 +45,16 @@ def norm(p: Parameters, name: str, x: Tensor) -> Tensor:
 def bottleneck(p: Parameters, name: str, x: Tensor) -> Tensor:
     h = F.relu(norm(p, f"{name}.block.1", conv(p, f"{name}.block.0", x)))
     h = F.relu(norm(p, f"{name}.block.4", conv(p, f"{name}.block.3", h, padding=1)))
-    return x + norm(p, f"{name}.block.7", conv(p, f"{name}.block.6", h))
+    total = x + norm(p, f"{name}.block.7", conv(p, f"{name}.block.6", h))
+    return F.relu(total) if p.paper else total
 
 
 def predict_noise(p: Parameters, x: Tensor, timesteps: Tensor, is_map: bool) -> Tensor:
     x = x + p.values["model.time_embedding.weight"][timesteps][..., None, None]
     if is_map:
         x = bottleneck(p, "model.pred.1", bottleneck(p, "model.pred.0", x))
-        return norm(p, "model.pred.3", conv(p, "model.pred.2", x))
+        x = conv(p, "model.pred.2", x)
+        return x if p.paper else norm(p, "model.pred.3", x)
     x = F.relu(norm(p, "model.pred.1", conv(p, "model.pred.0", x)))
     x = norm(p, "model.pred.4", conv(p, "model.pred.3", x))
     x = F.relu(norm(p, "model.pred.6", conv(p, "model.pred.5", x)))
@@ -83,27 +87,33 @@ def plain_diffkd(
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), dim=0).to(student.dtype)
     results = {}
 
+    def squared_error(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().sum() / len(a) if p.paper else (a - b).square().mean()
+
     z = conv(p, "trans", student)
-    target = teacher
+    target = teacher.detach() if p.paper else teacher
     if "ae.encoder.0.weight" in p.values:
-        latent = norm(p, "ae.encoder.1", conv(p, "ae.encoder.0", teacher))
-        results["reconstruction"] = (conv(p, "ae.decoder.0", latent) - teacher).square().mean()
+        latent = conv(p, "ae.encoder.0", teacher)
+        latent = latent if p.paper else norm(p, "ae.encoder.1", latent)
+        results["reconstruction"] = squared_error(conv(p, "ae.decoder.0", latent), teacher)
         target = latent.detach()
 
     gamma = match_noise(p, z, is_map)
     x = gamma[:, None, None, None] * z + (1 - gamma[:, None, None, None]) * noise
-    stride = 1000 // (2 * steps)
-    for k in range(steps - 1, -1, -1):
-        now = abar[k * stride]
-        before = abar[(k - 1) * stride] if k else torch.ones_like(now)
-        eps = predict_noise(p, x, torch.tensor([k * stride]), is_map)
+    stride = 500 // steps
+    # The text goes down from 500 and arrives at the clean feature at 0; the code is a stride late, and arrives beyond.
+    visited = [500 - k * stride for k in range(steps)] if p.paper else [k * stride for k in range(steps)[::-1]]
+    for timestep in visited:
+        now, earlier = abar[timestep], timestep - stride
+        before = abar[earlier] if earlier > (0 if p.paper else -1) else torch.ones_like(now)
+        eps = predict_noise(p, x, torch.tensor([timestep]), is_map)
         clean = (x - (1 - now).sqrt() * eps) / now.sqrt()
         x = before.sqrt() * clean + (1 - before).sqrt() * eps
-    denoised = norm(p, "proj.1", conv(p, "proj.0", x))
+    denoised = x if p.paper else norm(p, "proj.1", conv(p, "proj.0", x))
 
     level = abar[timesteps][:, None, None, None]
     noisy = level.sqrt() * target + (1 - level).sqrt() * diffusion_noise
     eps = predict_noise(p, noisy, timesteps, is_map)
-    results["diffusion"] = (eps - diffusion_noise).square().mean()
+    results["diffusion"] = squared_error(eps, diffusion_noise)
     results["kd"] = (denoised - target).square().mean()
     return results | {"denoised": denoised, "target": target, "gamma": gamma}
