@@ -88,6 +88,16 @@ def test_a_last_batch_of_one_is_dropped_in_training_only():
     assert not drops_last(9, 4, train=True, drop_last=False)
 
 
+def test_a_last_batch_of_two_is_dropped_in_training_where_it_is_a_small_part():
+    assert drops_last(66, 64, train=True)
+    assert drops_last(10, 8, train=True)
+    assert not drops_last(10, 8, train=False)
+    assert not drops_last(67, 64, train=True)
+    assert not drops_last(9, 7, train=True)
+    assert not drops_last(2, 8, train=True)
+    assert not drops_last(66, 64, train=True, drop_last=False)
+
+
 def test_no_batch_at_all_is_an_error():
     with pytest.raises(ValueError, match="fill no batch of 4"):
         drops_last(1, 4, train=True)

@@ -28,7 +28,8 @@ class DeviceLoader:
         augmentation: what to do to training images; None normalises only.
         seed: seed of order and augmentation.
         shuffle: True for training, False for evaluation; see `EpochSampler` for what this means to the ranks' shards.
-        drop_last: drop a short last batch; None drops it only in training and only if it holds a single image.
+        drop_last: drop a short last batch; None drops it only in training, and only if it holds one image, or two of
+            8 or more.
         rank: this process among `world_size`.
         world_size: number of processes.
         start_batch: batches to skip in the first epoch that is iterated; `len` and the numbers behind the augmentation

@@ -32,7 +32,8 @@ class FolderLoader:
         seed: seed of the order.
         num_workers: worker processes, kept over the epochs; 0 decodes in this process.
         pin_memory: whether batches lie in pinned memory, for copies to CUDA.
-        drop_last: drop a short last batch; None drops it only in training and only if it holds a single image.
+        drop_last: drop a short last batch; None drops it only in training, and only if it holds one image, or two of
+            8 or more.
         rank: this process among `world_size`.
         world_size: number of processes.
         start_batch: batches to skip in the first epoch that is iterated; `len` still counts them.

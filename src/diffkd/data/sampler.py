@@ -99,7 +99,9 @@ def drops_last(samples: int, batch_size: int, *, train: bool, drop_last: bool | 
     Args:
         samples: samples per process and epoch.
         batch_size: samples per batch and process.
-        train: True for training, where a batch of one is dropped because BatchNorm cannot normalise it.
+        train: True for training, where a batch of one is dropped because BatchNorm cannot normalise it, and one of two
+            instead of 8 or more because it makes -1 and 1 of any two values: through several of them, as DiffKD has on
+            logits, gradients grow a millionfold.
         drop_last: the user's choice; None decides.
 
     Returns:
@@ -111,7 +113,8 @@ def drops_last(samples: int, batch_size: int, *, train: bool, drop_last: bool | 
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is not a number of images: give 1 or more.")
     if drop_last is None:
-        drop_last = train and batch_size > 1 and samples % batch_size == 1
+        short = samples % batch_size
+        drop_last = train and batch_size > 1 and (short == 1 or (short == 2 and samples > batch_size >= 8))
     if drop_last and samples < batch_size:
         raise ValueError(
             f"{samples} sample(s) per process fill no batch of {batch_size} and the last batch is dropped: "
