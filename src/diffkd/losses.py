@@ -31,7 +31,10 @@ def check_several_classes(who: str, classes: int) -> None:
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared error over all entries (Eq. 7 of the DiffKD paper, for features)."""
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    # Of two types, older PyTorch (2.11) has no gradient.
+    common = promote_types(student.dtype, teacher.dtype)
+    return F.mse_loss(student.to(common), teacher.to(common))
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

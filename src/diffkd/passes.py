@@ -35,7 +35,7 @@ class DenoiserPasses:
         layers = [layer for layer in denoiser.pred if isinstance(layer, nn.Linear)]
         rows = len(noisy)
         self.denoiser, self.checkpoint, self.noisy = denoiser, checkpoint, noisy
-        self.together = bool(layers) and all(is_wide(layer, 2 * rows) for layer in layers)
+        self.together = len(layers) > 0 and all(is_wide(layer, 2 * rows) for layer in layers)
         counts = [rows] * (len(chain) - 1) + ([2 * rows] if self.together else [rows, rows])
         per_layer = [linear_passes(layer, counts) for layer in layers]
         self.linears: list[tuple[LinearPass, ...]] = (

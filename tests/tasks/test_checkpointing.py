@@ -155,7 +155,7 @@ class Counting(KD):
         self.calls = state["calls"]
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.filterwarnings("ignore:Validating sparse", "ignore:Sparse invariant checks are implicitly disabled")
 def test_methods_may_keep_more_than_dense_tensors(tmp_path, image_files, model_file):
     with pytest.raises(Interrupted):
         train(arrays(image_files, 8, signal_self(signal.SIGTERM)), tmp_path, model_file, method=Counting)

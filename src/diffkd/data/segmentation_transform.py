@@ -108,10 +108,9 @@ def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if tuple(mask.shape) == size:
         return mask
-    moved: Tensor = functional.resize(
-        tv_tensors.Mask(mask), list(size), interpolation=v2.InterpolationMode.NEAREST_EXACT
-    )
-    return moved
+    # As an image, since older torchvision (0.26) takes corners for every mask, whatever it is asked for.
+    exact = v2.InterpolationMode.NEAREST_EXACT
+    return tv_tensors.Mask(functional.resize_image(mask.as_subclass(Tensor)[None], list(size), interpolation=exact)[0])
 
 
 def normalised(image: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:

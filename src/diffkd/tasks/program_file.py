@@ -21,6 +21,7 @@ _CARD = "diffkd"  # the name under which the card is in the file
 _KNOWN = (
     (".*create_unbacked_symint.*", FutureWarning),  # torchvision's own calls
     (".*LeafSpec.*", FutureWarning),
+    ("The given buffer is not writable.*", UserWarning),  # of PyTorch 2.11's own reading
 )
 
 
