@@ -38,9 +38,16 @@ def with_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return example
 
 
+def first_parameter(model: nn.Module) -> nn.Parameter | None:
+    """Return the first parameter of a model, which stands for its device and type; None if it has none."""
+    for parameter in model.parameters():  # the compiler of PyTorch 2.8 does not follow next(..., None)
+        return parameter
+    return None
+
+
 def on_device_of(model: nn.Module, example: Any) -> Any:
     """Return `example` on the model's device, its floating-point tensors in the model's type."""
-    parameter = next(model.parameters(), None)
+    parameter = first_parameter(model)
     if parameter is None:
         return example
     device, dtype = parameter.device, parameter.dtype

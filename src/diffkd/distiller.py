@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffkd.calling import on_device_of, run
+from diffkd.calling import first_parameter, on_device_of, run
 from diffkd.gradient_flow import GradientFlow
 from diffkd.layers import find_layer, list_layers
 from diffkd.matching import Pair, pair_layers
@@ -125,7 +125,7 @@ class Distiller(nn.Module):
             )
             self.readers.append((ours, theirs))
             self.methods.append(_build(methods[0] if pair.method is None else pair.method, ours, theirs))
-        if (parameter := next(student.parameters(), None)) is not None:
+        if (parameter := first_parameter(student)) is not None:
             self.methods.to(parameter.device)
         device = None if parameter is None else parameter.device
         self.register_buffer("ramp_factors", torch.ones(len(self.pairs), device=device), persistent=False)

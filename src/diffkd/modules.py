@@ -146,12 +146,12 @@ class Denoiser(nn.Module):
         time = timesteps if timesteps.is_floating_point() else self.time_embedding(timesteps)  # (B, C)
         time = time.reshape(*time.shape, *[1] * (noisy.ndim - 2))
         x: Tensor = noisy.to(time.dtype) + time
-        instead = iter(linears)
+        instead = list(linears)
         for layer in self.pred:
             if batches > 1 and isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 x = torch.cat([layer(one) for one in x.chunk(batches)])
                 continue
-            run = next(instead, layer) if isinstance(layer, nn.Linear) else layer
+            run = instead.pop(0) if instead and isinstance(layer, nn.Linear) else layer
             x = run(x)
         return x
 

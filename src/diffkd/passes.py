@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from diffkd.modules import Denoiser
 from diffkd.shared_gradients import LinearPass, is_wide, linear_passes
 
+# The compiler of PyTorch 2.8 updates running statistics in the recomputation too: there, compiled, nothing is recomputed.
+_STATISTICS_TWICE = torch.__version__ < "2.9"
+
 
 class DenoiserPasses:
     """The passes of one forward: a chain of denoising steps, and one pass beside it that does not depend on them.
@@ -70,12 +73,13 @@ class DenoiserPasses:
 
     def _run(self, noisy: Tensor, time: Tensor, linears: tuple[LinearPass, ...], batches: int = 1) -> Tensor:
         turn = (noisy, time, linears, batches)
-        if not (self.checkpoint and torch.is_grad_enabled()):
+        compiling = torch.compiler.is_compiling()
+        if not (self.checkpoint and torch.is_grad_enabled()) or (compiling and _STATISTICS_TWICE):
             result: Tensor = self.denoiser(*turn)
             return result
         # A compiler plans the recomputation itself, statistics aside, and takes no contexts.
         context = partial(_contexts, self.denoiser)
-        extra: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": context}
+        extra: dict[str, Any] = {} if compiling else {"context_fn": context}
         # No random numbers are drawn inside, so that there is no state of a generator to keep.
         result = recomputed(self.denoiser, *turn, use_reentrant=False, preserve_rng_state=False, **extra)
         return result

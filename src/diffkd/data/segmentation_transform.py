@@ -110,7 +110,9 @@ def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
         return mask
     # As an image, since older torchvision (0.26) takes corners for every mask, whatever it is asked for.
     exact = v2.InterpolationMode.NEAREST_EXACT
-    return tv_tensors.Mask(functional.resize_image(mask.as_subclass(Tensor)[None], list(size), interpolation=exact)[0])
+    moved: Tensor = functional.resize_image(mask.as_subclass(Tensor)[None], list(size), interpolation=exact)
+    resized: Tensor = tv_tensors.Mask(moved[0])
+    return resized
 
 
 def normalised(image: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkd.calling import first_parameter
 from diffkd.losses import at_least_float32
 from diffkd.modules import pointwise
 from diffkd.shape import FeatureShape
@@ -55,7 +56,7 @@ def align(student: FeatureShape, teacher: FeatureShape) -> nn.Module:
 
 def like_parameters(tensor: Tensor, module: nn.Module) -> Tensor:
     """Return `tensor` in the type of the parameters of `module`; as it is if there are none."""
-    parameter = next(module.parameters(), None)
+    parameter = first_parameter(module)
     return tensor if parameter is None else tensor.to(parameter.dtype)
 
 
