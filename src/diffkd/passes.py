@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from diffkd.modules import Denoiser
 from diffkd.shared_gradients import LinearPass, is_wide, linear_passes
 
-# The compiler of PyTorch 2.8 updates running statistics in the recomputation too: there, compiled, nothing is recomputed.
+# The compiler of PyTorch 2.8 would update running statistics in the recomputation too: there it keeps activations.
 _STATISTICS_TWICE = torch.__version__ < "2.9"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -67,13 +68,14 @@ def draw_results(
     axes.grid(alpha=0.3)
     axes.legend(title="mean ± std" if any(len(runs) > 1 for runs in curves.values()) else None)
     if maps is not None and images is not None:
-        _draw_maps(panels[1], images, maps)
+        draw_maps(panels[1], images, maps)
     path = Path(path)
     write_whole(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png"))
     return path
 
 
-def _draw_maps(figure: Figure | SubFigure, images: Tensor, maps: Mapping[str, Tensor]) -> None:
+def draw_maps(figure: Figure | SubFigure, images: Tensor, maps: Mapping[str, Tensor]) -> None:
+    """Draw into a figure a row for each image (C, H, W), and beside it a map (h, w) under each title."""
     columns = ["image", *maps]
     grid = figure.subplots(len(images), len(columns), squeeze=False)
     for row, image in enumerate(images):
@@ -85,5 +87,13 @@ def _draw_maps(figure: Figure | SubFigure, images: Tensor, maps: Mapping[str, Te
             if column:
                 axes.imshow(maps[title][row].numpy(), cmap="viridis")
             else:
-                low, high = image.amin(), image.amax()
-                axes.imshow(((image - low) / (high - low).clamp(min=1e-8)).movedim(0, -1).numpy(), cmap="gray")
+                draw_image(axes, image)
+
+
+def draw_image(axes: Axes, image: Tensor) -> None:
+    """Draw an image (C, H, W), in any range, of one or three channels; of others their mean."""
+    low, high = image.amin(), image.amax()
+    pixels = (image - low) / (high - low).clamp(min=1e-8)
+    pixels = pixels if len(pixels) in (1, 3) else pixels.mean(dim=0, keepdim=True)
+    axes.imshow(pixels.movedim(0, -1).numpy(), cmap="gray")
+    axes.set_axis_off()

@@ -53,7 +53,7 @@ def test_a_resize_scales_boxes_and_areas(picture, tall, wide):
     assert bigger.shape == (3, height * tall, width * wide)
     assert torch.equal(scaled.boxes, boxes.boxes * torch.tensor([wide, tall, wide, tall]))
     assert torch.equal(scaled.area, boxes.area * tall * wide)
-    # A bilinear filter blurs the border by less than one old pixel: half bright (127 or 128, as it is rounded) is inside.
+    # A bilinear filter blurs the border by less than one old pixel: half bright, 127 or 128, is inside.
     for box, label in zip(scaled.boxes.tolist(), scaled.labels.tolist(), strict=True):
         assert seen(bigger[label - 1] >= 127) == box
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from diffkd.data import SegmentationAugmentation
@@ -42,6 +42,7 @@ def test_crop_and_flip_move_image_and_mask_alike(seed, height, width, crop_heigh
         assert (moved[:, ~counted] == 0).all()
 
 
+@example(0, 9, 4, 0.3125, False)  # a single column
 @given(st.integers(0, 10**6), st.integers(4, 40), st.integers(4, 40), st.floats(0.3, 3), st.booleans())
 def test_scaling_moves_image_and_mask_alike(seed, height, width, factor, flip):
     image, columns, rows = coordinates(height, width)

@@ -94,10 +94,10 @@ def resized(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor,
 
 
 def _resized_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    # Torch 2.15 fails on bytes that become a single pixel.
-    given = functional.to_dtype(image, torch.float32) if size == (1, 1) else image
+    # Torch makes nonsense of a single column, unless the channels are stored last.
+    given = image[None].contiguous(memory_format=torch.channels_last)[0] if size[1] == 1 else image
     moved: Tensor = functional.resize(tv_tensors.Image(given), list(size), antialias=True)
-    return moved if given is image else tv_tensors.Image(moved.round().to(image.dtype))
+    return moved
 
 
 def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
