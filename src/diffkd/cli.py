@@ -84,6 +84,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "layers": _layers,
         "export": _export,
         "compare": _compare,
+        "plot": _plot,
         "recipes": _recipes,
     }
 
@@ -144,6 +145,13 @@ def _export(words: list[str]) -> None:
     from diffkd.tasks.student_file import export
 
     call(export, words, "export", positional="source")
+
+
+def _plot(words: list[str]) -> None:
+    """Draw the course of a run, and what student, denoiser and teacher see: diffkd plot RUN [OPTIONS]."""
+    from diffkd.plot_run import plot
+
+    call(plot, words, "plot", positional="run")
 
 
 def _recipes(words: list[str]) -> None:

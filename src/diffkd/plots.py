@@ -74,7 +74,9 @@ def draw_results(
     return path
 
 
-def draw_maps(figure: Figure | SubFigure, images: Tensor, maps: Mapping[str, Tensor]) -> None:
+def draw_maps(
+    figure: Figure | SubFigure, images: Tensor | Sequence[Tensor], maps: Mapping[str, Tensor | Sequence[Tensor]]
+) -> None:
     """Draw into a figure a row for each image (C, H, W), and beside it a map (h, w) under each title."""
     columns = ["image", *maps]
     grid = figure.subplots(len(images), len(columns), squeeze=False)
