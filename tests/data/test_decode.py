@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffkd.data.decode import read_rgb
+from diffkd.data.decode import read_rgb, upright_size
 
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(8, 32)
 
@@ -65,6 +65,15 @@ def test_the_orientation_is_applied(tmp_path):
     assert shown[12:].max() < 60
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_the_head_tells_the_size_of_the_upright_picture(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = stored(tmp_path, Image.new("RGB", (20, 10)), name, exif=exif)
+    assert upright_size(path) == pixels(path).shape[:2]
+
+
 @pytest.mark.parametrize("keep", [0, 4, 60, 200])
 @pytest.mark.parametrize("name", ["image.png", "image.jpg", "image.webp", "image.gif", "image.tiff"])
 def test_truncated_files_are_named_with_the_mend(tmp_path, name, keep):
@@ -87,5 +96,6 @@ def test_text_and_missing_files_are_errors_too(tmp_path):
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
     path = stored(tmp_path, Image.new("RGB", (40, 40)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ValueError, match=r"cannot be read.*(exceed|bomb)"):
-        read_rgb(path)
+    for read in (read_rgb, upright_size):
+        with pytest.raises(ValueError, match=r"cannot be read.*(exceed|bomb)"):
+            read(path)

@@ -1,12 +1,26 @@
 """One image file to RGB, whatever its kind: upright, 8 bits, nothing clipped, and a clear error if it is broken."""
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+_ORIENTATION = 0x0112  # EXIF tag
 # How the message about a broken image ends; it is no advice where such images are left out already.
 MEND = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
+
+
+class Header(NamedTuple):
+    """Hold what the head of an image file says.
+
+    Args:
+        size: (height, width) in pixels, once the picture is upright.
+        stored: (height, width) as stored.
+    """
+
+    size: tuple[int, int]
+    stored: tuple[int, int]
 
 
 def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
@@ -28,8 +42,7 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
+            header_of(image)
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
         raise _unreadable(path, error) from error
@@ -48,16 +61,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def header_of(image: Image.Image) -> Header:
+    """Return the sizes of an opened image that is not decoded yet; raise ValueError if it has too many pixels."""
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
+    stored = image.height, image.width
+    # To look for EXIF behind the pixels of a PNG, Pillow would decode them.
+    seen = image.format != "PNG" or "exif" in image.info
+    turned = seen and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    if turned and image.format == "TIFF":  # Pillow has swapped the sides of these already
+        return Header(stored, stored[::-1])
+    return Header(stored[::-1] if turned else stored, stored)
+
+
 def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return the height and width that `read_rgb` gives an image, from the head of its file.
 
     Raises:
-        ValueError: if the head cannot be read; names the file and the mend.
+        ValueError: if the head cannot be read, or states too many pixels; names the file and the mend.
     """
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
-            return (image.width, image.height) if turned else (image.height, image.width)
+            return header_of(image).size
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
 

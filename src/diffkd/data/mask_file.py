@@ -3,36 +3,23 @@
 import io
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from diffkd.data.decode import read_rgb
+from diffkd.data.decode import Header, header_of, read_rgb
 
-_ORIENTATION = 0x0112  # EXIF tag
 _IDS = ("1", "L", "P", "I;16", "I")
 _COLOURS = ("1", "L", "P", "RGB", "RGBA")
-
-
-class Header(NamedTuple):
-    """Hold what the head of an image file says.
-
-    Args:
-        size: (height, width) in pixels, once the picture is upright.
-        stored: (height, width) as stored.
-    """
-
-    size: tuple[int, int]
-    stored: tuple[int, int]
 
 
 def image_header(path: str | os.PathLike[str]) -> Header:
     """Read the size of an image without decoding it; raise ValueError, naming the file, if that fails."""
     try:
         with Image.open(path) as image:
-            return _header(image)
+            return header_of(image)
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
         raise ValueError(f"image {path} {_unreadable(error)}; replace it, or remove it and its mask.") from error
 
@@ -53,7 +40,7 @@ def mask_header(path: str | os.PathLike[str], *, colours: bool) -> Header:
     """
     try:
         with Image.open(path) as image:
-            kind, mode, header = image.format, image.mode, _header(image)
+            kind, mode, header = image.format, image.mode, header_of(image)
     except Exception as error:
         raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
     if kind != "PNG":
@@ -114,18 +101,6 @@ def read_image(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
         raise ValueError(
             f"image {path} {_unreadable(error.__cause__ or error)}; replace it, or remove it and its mask."
         ) from error
-
-
-def _header(image: Image.Image) -> Header:
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
-    stored = image.height, image.width
-    # To look for EXIF behind the pixels of a PNG, Pillow would decode them.
-    seen = image.format != "PNG" or "exif" in image.info
-    turned = seen and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    if turned and image.format == "TIFF":  # Pillow has swapped the sides of these already
-        return Header(stored, stored[::-1])
-    return Header(stored[::-1] if turned else stored, stored)
 
 
 def _unreadable(error: BaseException) -> str:
