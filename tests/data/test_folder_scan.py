@@ -22,7 +22,8 @@ def test_classes_and_files_are_sorted(root):
     for ignored in (".DS_Store", ".hidden.png", "notes.txt"):
         (root / "train" / "cat" / ignored).touch()
     (root / "train" / ".cache").mkdir()
-    classes, train, val = scan_folder(root)
+    with pytest.warns(UserWarning, match=r"root: 1 file\(s\) are passed over, .* \('.txt'\)"):
+        classes, train, val = scan_folder(root)
     assert classes == ("cat", "dog")
     names = [str(Path(path).relative_to(root / "train")) for path in train.paths]
     assert names == ["cat/a.JPG", "cat/b.png", "cat/more/c.webp", "dog/a.JPG", "dog/b.png"]
@@ -30,16 +31,19 @@ def test_classes_and_files_are_sorted(root):
     assert val.labels == [0, 0, 1, 1]
 
 
-def test_test_stands_in_for_val(root):
+def test_the_evaluation_images_may_have_any_of_the_usual_names(root):
     (root / "val").rename(root / "test")
-    assert len(scan_folder(root).val.paths) == 4
+    assert scan_folder(root).val.paths[0].startswith(str(root / "test"))
+    (root / "valid" / "cat").mkdir(parents=True)
+    (root / "valid" / "cat" / "a.png").touch()
+    assert scan_folder(root).val.paths == [str(root / "valid" / "cat" / "a.png")]
 
 
 def test_missing_folders_are_named(root, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"elsewhere/train: no such folder"):
         scan_folder(tmp_path / "elsewhere")
-    (root / "val").rename(root / "valid")
-    with pytest.raises(FileNotFoundError, match=r"val: no such folder"):
+    (root / "val").rename(root / "evaluation")
+    with pytest.raises(FileNotFoundError, match=r"val: no such folder.*or valid/, validation/, test/"):
         scan_folder(root)
 
 
@@ -55,20 +59,30 @@ def test_a_split_without_classes(root):
 def test_an_empty_class(root):
     for path in (root / "train" / "dog").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="dog: no images, it is empty"):
+    (root / "train" / "bird").mkdir()
+    with pytest.raises(ValueError, match=r"train: no images of class.* 'bird', 'dog', .*bird is empty; add"):
         scan_folder(root)
+    (root / "train" / "bird").rmdir()
     (root / "train" / "dog" / "a.heic").touch()
-    with pytest.raises(ValueError, match=r"dog: no images, only '.heic'"):
+    with pytest.raises(ValueError, match=r"class.* 'dog', .*dog holds only '.heic'"):
         scan_folder(root)
 
 
-def test_classes_of_the_splits_must_agree(root):
+def test_classes_may_lack_evaluation_images_but_not_all_of_them(root):
+    for path in (root / "val" / "dog").iterdir():
+        path.unlink()
+    assert scan_folder(root).val.labels == [0, 0]
+    (root / "val" / "dog").rmdir()
+    assert scan_folder(root).val.labels == [0, 0]
+    for path in (root / "val" / "cat").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"val: no images, .*val is empty"):
+        scan_folder(root)
+
+
+def test_evaluation_images_of_other_classes_are_refused(root):
     (root / "val" / "bird").mkdir()
     with pytest.raises(ValueError, match=r"val: class\(es\) 'bird' are not in .*train"):
-        scan_folder(root)
-    (root / "val" / "bird").rmdir()
-    (root / "train" / "bird").mkdir()
-    with pytest.raises(ValueError, match=r"val: class\(es\) 'bird' of .*train are missing"):
         scan_folder(root)
 
 

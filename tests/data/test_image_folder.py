@@ -134,10 +134,29 @@ def test_skip_leaves_broken_images_out_and_says_so(root):
     assert len(torch.cat([batch[2] for batch in data.val_dataloader()])) == 6
 
 
-def test_skip_does_not_empty_a_class(root):
+def test_skip_does_not_empty_a_class_of_training(root):
+    for index in range(5):
+        broken(root, "train", f"cat/{index}.png")
+    with (
+        pytest.warns(UserWarning, match="5 of 10 images are left out"),
+        pytest.raises(ValueError, match=r"train: no readable image of class\(es\) 'cat' is left"),
+    ):
+        module(root, on_bad_image="skip")
+
+
+def test_classes_that_are_not_measured_are_named(root):
     for index in range(3):
-        broken(root, "val", f"cat/{index}.png")
-    with pytest.raises(ValueError, match="no readable image of class 'cat'"):
+        (root / "val" / "cat" / f"{index}.png").unlink()
+    with pytest.warns(UserWarning, match=r"val: no image of class\(es\) 'cat'"):
+        data = module(root)
+    assert [batch[1].tolist() for batch in data.val_dataloader()] == [[1, 1, 1]]
+    (root / "val" / "dog" / "0.png").write_bytes(b"x")
+    (root / "val" / "dog" / "1.png").write_bytes(b"x")
+    (root / "val" / "dog" / "2.png").write_bytes(b"x")
+    with (
+        pytest.warns(UserWarning, match="3 of 3 images are left out"),
+        pytest.raises(ValueError, match="val: no readable image is left"),
+    ):
         module(root, on_bad_image="skip")
 
 

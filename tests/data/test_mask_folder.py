@@ -174,6 +174,8 @@ def test_val_is_chosen_and_test_stands_in(root):
     assert module(root).val == "val"
     (root / "val").rename(root / "dev")
     assert module(root).val == "test"
+    pair(root, "valid", "only", (5, 6))
+    assert module(root).val == "valid"
     assert len(list(module(root, val="dev").test_dataloader())) == 5
     with pytest.raises(FileNotFoundError, match=r"nope/images: no such folder"):
         module(root, val="nope")

@@ -1,12 +1,21 @@
 """What a folder of image folders holds: classes, files, and every reason why it cannot be used."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from diffkd.data.absent_classes import absent_classes, quoted
 
 EXTENSIONS = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
+
+
+# Of the images that are evaluated; the first that is there is taken. Roboflow exports "valid" beside "test".
+EVALUATION_SPLITS = ("val", "valid", "validation", "test")
 
 
 class FolderSamples(NamedTuple):
@@ -29,11 +38,21 @@ class FolderScan(NamedTuple):
     val: FolderSamples
 
 
-def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
-    """List `root/train/<class>/...` and `root/val/<class>/...` (or `root/test/...`) and check that they fit together.
+def evaluation_split(root: Path, folder: str = "{split}") -> str:
+    """Return which of the usual names the folder of the evaluation images has, "val" if none is there.
 
-    Files are found by extension at any depth below a class folder; hidden ones and those of other kinds are passed
-    over.
+    Args:
+        root: the folder of the data.
+        folder: where a split is, "{split}" standing for its name.
+    """
+    return next((name for name in EVALUATION_SPLITS if (root / folder.replace("{split}", name)).is_dir()), "val")
+
+
+def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+    """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
+
+    Files are found by extension at any depth below a class folder; hidden ones are passed over, and with a warning
+    those of other kinds. Classes may lack evaluation images.
 
     Args:
         root: the folder.
@@ -43,32 +62,35 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if there are no classes, a class has no image, the classes of the splits differ, or a symbolic link
-            leaves the root; names the folder and the mend.
+        ValueError: if there are no classes, a class has no training image, no class an evaluation image, `val` has
+            classes that `train` has not, or a symbolic link leaves the root; names the folder and the mend.
     """
     top = Path(root)
-    train = top / "train"
-    val = next((top / name for name in ("val", "test") if (top / name).is_dir()), top / "val")
+    train, val = top / "train", top / evaluation_split(top)
     for folder in (train, val):
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{folder}: no such folder; give a root with train/<class>/*.jpg and val/<class>/*.jpg (or test/)."
+                f"{folder}: no such folder; give a root with train/<class>/*.jpg and val/<class>/*.jpg (or "
+                f"{', '.join(f'{name}/' for name in EVALUATION_SPLITS[1:])})."
             )
-    classes, val_classes = _class_names(train), _class_names(val)
-    unknown = sorted(set(val_classes) - set(classes))
-    missing = sorted(set(classes) - set(val_classes))
+    classes = _class_names(train)
+    unknown = sorted(set(_class_names(val)) - set(classes))
     if unknown:
-        raise ValueError(f"{val}: class(es) {_some(unknown)} are not in {train}; add images to train or remove them.")
-    if missing:
-        raise ValueError(
-            f"{val}: class(es) {_some(missing)} of {train} are missing; add them or remove them from train."
-        )
+        raise ValueError(f"{val}: class(es) {quoted(unknown)} are not in {train}; add images to train or remove them.")
     real = top.resolve()
-    return FolderScan(classes, _samples(train, classes, real), _samples(val, classes, real))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    others: Counter[str] = Counter()
+    scan = FolderScan(classes, _samples(train, classes, real, others), _samples(val, classes, real, others))
+    empty = absent_classes(scan.train.labels, classes)
+    if empty:
+        raise ValueError(f"{train}: no images of class(es) {quoted(empty)}, {_contents(train / empty[0])}")
+    if not scan.val.paths:
+        raise ValueError(f"{val}: no images, {_contents(val)}")
+    if others:
+        rank_zero_warn(
+            f"{top}: {others.total()} file(s) are passed over, being no images that are read by their names "
+            f"({quoted(sorted(others))}); if they are images, save them as .png or .jpg."
+        )
+    return scan
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -78,26 +100,33 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _samples(split: Path, classes: tuple[str, ...], root: Path) -> FolderSamples:
+def _contents(folder: Path) -> str:
+    """Say what a folder holds instead of images, and what to do about it."""
+    others = sorted({path.suffix or path.name for path in folder.rglob("*") if path.is_file()})
+    found = f"{folder} holds only {quoted(others)}" if others else f"{folder} is empty"
+    return f"{found}; add images ({', '.join(sorted(EXTENSIONS))}) or remove the folder."
+
+
+def _samples(split: Path, classes: tuple[str, ...], root: Path, others: Counter[str]) -> FolderSamples:
     samples = FolderSamples([], [])
     stay_inside(split, root)
     for label, name in enumerate(classes):
         folder = split / name
         stay_inside(folder, root)
-        paths = image_files(folder, root)
-        if not paths:
-            others = sorted({path.suffix or path.name for path in folder.rglob("*") if path.is_file()})
-            found = f"only {_some(others)}" if others else "it is empty"
-            raise ValueError(
-                f"{folder}: no images, {found}; add images ({', '.join(sorted(EXTENSIONS))}) or remove it."
-            )
+        paths = image_files(folder, root, others) if folder.is_dir() else []
         samples.paths.extend(paths)
         samples.labels.extend([label] * len(paths))
     return samples
 
 
-def image_files(folder: Path | str, root: Path) -> list[str]:
-    """Return the image files below a folder, sorted; links to files may point anywhere inside the root."""
+def image_files(folder: Path | str, root: Path, others: Counter[str] | None = None) -> list[str]:
+    """Return the image files below a folder, sorted; links to files may point anywhere inside the root.
+
+    Args:
+        folder: where to look, at any depth.
+        root: what no link may leave.
+        others: counts the extensions of the files that are passed over, hidden ones apart.
+    """
     paths = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -110,9 +139,13 @@ def image_files(folder: Path | str, root: Path) -> list[str]:
                         f"{entry.path}: a link to a folder inside a class could loop; move the images here."
                     )
             if entry.is_dir():
-                paths.extend(image_files(entry.path, root))
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:  # noqa: PTH122 - half the time for a million files
+                paths.extend(image_files(entry.path, root, others))
+                continue
+            extension = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - half the time for a million files
+            if extension in EXTENSIONS:
                 paths.append(entry.path)
+            elif others is not None:
+                others[extension or entry.name] += 1
     return paths
 
 

@@ -22,11 +22,11 @@ FLIP = Augmentation(flip=True)
 
 
 class ImageFolder(ImageData):
-    """Serve images from `root/train/<class>/` and `root/val/<class>/` (or `root/test/`), decoded by worker processes.
+    """Serve images from `root/train/<class>/` and `root/val/<class>/`, decoded by worker processes.
 
-    The folders are listed and checked when the module is made. Training images are cut by a random resized crop;
-    evaluation images are resized and cut in the middle. Every kind of image becomes upright 8-bit RGB
-    (`diffkd.data.decode`).
+    Instead of `val` the folder may be called `valid`, `validation` or `test`. The folders are listed and checked when
+    the module is made. Training images are cut by a random resized crop; evaluation images are resized and cut in the
+    middle. Every kind of image becomes upright 8-bit RGB (`diffkd.data.decode`).
 
     Args:
         root: the folder.
@@ -49,8 +49,8 @@ class ImageFolder(ImageData):
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if a class is empty, the classes of the splits differ, a link leaves the root, or a value is out of
-            range.
+        ValueError: if a class has no training image, evaluation images are of other classes, a link leaves the root,
+            or a value is out of range.
     """
 
     def __init__(
@@ -82,12 +82,13 @@ class ImageFolder(ImageData):
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         skipped: list[str] = []
         if verify or on_bad_image == "skip":
-            check = partial(_verified, classes=classes, on_bad_image=on_bad_image, threads=num_workers)
+            check = partial(_verified, on_bad_image=on_bad_image, threads=num_workers)
             (train, broken), (val, more) = check(train, split="train"), check(val, split="val")
             skipped = [*broken, *more]
         else:
             check_readable(train)
             check_readable(val)
+        check_every_class(train, val, classes)
         evaluation = eval_transform(image_size, crop_ratio, mean, std)
         training = train_transform(augmentation, image_size, min_crop_area, mean, std)
         loaders = SplitLoaders(
@@ -117,18 +118,16 @@ def _example(data: FolderDataset) -> Tensor:
 def _verified(
     samples: FolderSamples,
     *,
-    classes: tuple[str, ...],
     split: str,
     on_bad_image: Literal["error", "skip"],
     threads: int,
 ) -> Verified:
     """Return the images that can be decoded, and warn of the others or refuse them."""
     verified = verify_images(samples, threads)
-    good, problems = verified
+    problems = verified.problems
     counted = f"{split}: {len(problems)} of {len(samples.paths)} images are"
     if problems and on_bad_image == "error":
         raise ValueError(f"{counted} broken; the first: {problems[0]}")
-    check_every_class(good, classes, split)
     if problems:
         listed = "\n  ".join(problem.removesuffix(MEND) for problem in problems[:10])
         rank_zero_warn(f"{counted} left out:\n  {listed}")

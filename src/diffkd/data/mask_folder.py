@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffkd.data.class_names import Color, class_colors, class_names
+from diffkd.data.folder_scan import evaluation_split
 from diffkd.data.image_data import ImageData
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_loaders import SCALE_AND_FLIP, PairLoaders
@@ -42,7 +43,7 @@ class MaskFolder(ImageData):
         resize: (H, W) that all images are brought to first, at evaluation too; None leaves them.
         full_size_masks: at evaluation leave masks at their own size while images are resized.
         train: the split that is trained on.
-        val: the split that is evaluated; None takes "val", or "test" if there is no such folder.
+        val: the split that is evaluated; None takes "val", or else "valid", "validation" or "test".
         images: folder of a split's images; "{split}" stands for the split, as in "images/{split}". Without it the
             folder lies in the split's.
         masks: likewise of the masks.
@@ -112,7 +113,7 @@ class MaskFolder(ImageData):
             )
 
         if val is None:
-            val = next((split for split in ("val", "test") if (top / _folder(images, split)).is_dir()), "val")
+            val = evaluation_split(top, _folder(images, "{split}"))
         loaders = PairLoaders(
             scanned(train),
             scanned(val),

@@ -6,6 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_warn
+
+from diffkd.data.absent_classes import absent_classes, quoted
 from diffkd.data.decode import read_rgb
 from diffkd.data.folder_scan import FolderSamples
 
@@ -46,12 +49,18 @@ def check_readable(samples: FolderSamples) -> None:
         )
 
 
-def check_every_class(samples: FolderSamples, classes: Sequence[str], split: str) -> None:
-    """Raise ValueError if a class has no image left."""
-    empty = sorted(set(range(len(classes))) - set(samples.labels))
+def check_every_class(train: FolderSamples, val: FolderSamples, classes: Sequence[str]) -> None:
+    """Warn of classes that cannot be measured; raise ValueError if one cannot be learned, or nothing be measured."""
+    empty = absent_classes(train.labels, classes)
     if empty:
-        raise ValueError(
-            f"{split}: no readable image of class {classes[empty[0]]!r} is left; add some or remove the class."
+        raise ValueError(f"train: no readable image of class(es) {quoted(empty)} is left; add some or remove them.")
+    if not val.paths:
+        raise ValueError("val: no readable image is left; add some.")
+    unmeasured = absent_classes(val.labels, classes)
+    if unmeasured:
+        rank_zero_warn(
+            f"val: no image of class(es) {quoted(unmeasured)}, of which accuracy will say nothing; add some, or remove "
+            "them from train."
         )
 
 
