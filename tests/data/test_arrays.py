@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,21 @@ def test_classes_are_counted_when_they_have_no_names(tmp_path):
     assert data.classes == ("0", "1", "2", "3")
 
 
+@pytest.mark.parametrize("names", [None, np.array(list("abcdefgh"))])
+def test_classes_without_a_training_image_are_named(tmp_path, names):
+    train = save(tmp_path, images=IMAGES, labels=LABELS * 2 + 1, **({} if names is None else {"classes": names}))
+    unseen = r"'0', '2', '4', '6'" if names is None else r"'a', 'c', 'e', 'g'"
+    with pytest.warns(UserWarning, match=rf"train.npz: no image of class\(es\) {unseen}, .* without gaps"):
+        assert Arrays(train, train).num_classes == 8
+
+
+def test_names_may_be_bytes_or_in_the_test_file_alone(tmp_path):
+    names = np.array(list("abcd"))
+    assert Arrays(*pair(tmp_path, classes=names.astype(bytes))).classes == ("a", "b", "c", "d")
+    train, _ = pair(tmp_path)
+    assert Arrays(train, save(tmp_path, "named.npz", images=IMAGES, labels=LABELS, classes=names)).classes[0] == "a"
+
+
 def test_given_statistics_are_used(tmp_path):
     data = Arrays(*pair(tmp_path), mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
     assert data.mean == (0.1, 0.2, 0.3)
@@ -95,6 +112,9 @@ def changed(array, index, value):
         ({"images": IMAGES[0, 0]}, r"images have shape \(5, 3\)"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "no images"),
         ({"images": np.array([object()] * 12)}, "not plain arrays"),
+        ({"labels": LABELS + 10**9}, "label 1000000003 makes 1000000004 classes; number"),
+        ({"classes": np.array("abcd")}, r"classes are <U4 \(\); give texts of shape"),
+        ({"classes": np.array([list("abcd")])}, r"classes are <U1 \(1, 4\)"),
         ({"images": IMAGES[:, :4]}, r"test.npz: images are .*\(3, 6, 5\).*train.npz are .*\(3, 4, 5\)"),
     ],
 )
@@ -131,6 +151,15 @@ def test_flipped_bytes_are_noticed(tmp_path):
     train.write_bytes(content)
     with pytest.raises(ValueError, match=r"train.npz: damaged"):
         Arrays(train, test)
+
+
+def test_a_member_that_is_no_array_is_refused(tmp_path):
+    path = tmp_path / "train.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images", b"pixels")
+        archive.writestr("labels", b"0")
+    with pytest.raises(ValueError, match=r"train.npz: damaged, or not plain arrays \(images is no array"):
+        read_npz(path)
 
 
 def test_a_pickle_does_not_run(tmp_path):

@@ -2,6 +2,10 @@
 
 import os
 
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from diffkd.data.absent_classes import absent_classes, quoted
 from diffkd.data.augmentation import Augmentation
 from diffkd.data.image_data import ImageData
 from diffkd.data.image_set import check_image_set
@@ -9,6 +13,7 @@ from diffkd.data.in_memory import InMemory
 from diffkd.data.npz import Layout, read_npz
 
 NO_AUGMENTATION = Augmentation()
+_MOST_CLASSES = 1_000_000  # labels beyond are numbers of something else, and so many names could fill the memory
 
 
 class Arrays(ImageData):
@@ -48,12 +53,17 @@ class Arrays(ImageData):
         train_set, classes = read_npz(train, layout)
         test_set, test_classes = read_npz(test, layout)
         if classes is None:
-            count = int(train_set.labels.max()) + 1 if len(train_set.labels) else 1
-            classes = tuple(str(label) for label in range(count))
+            classes = test_classes or _counted(train_set.labels, train)
         elif test_classes not in (None, classes):
             raise ValueError(f"{test}: its classes {test_classes} are not those of {train}, {classes}; write the same.")
         check_image_set(train_set, len(classes), os.fspath(train))
         check_image_set(test_set, len(classes), os.fspath(test))
+        unseen = absent_classes(train_set.labels.tolist(), classes)
+        if unseen:
+            rank_zero_warn(
+                f"{train}: no image of class(es) {quoted(unseen)}, which cannot be learned; number the classes "
+                "from 0 without gaps, or add images."
+            )
         shape, test_shape = tuple(train_set.images.shape[1:]), tuple(test_set.images.shape[1:])
         if shape != test_shape or train_set.images.dtype != test_set.images.dtype:
             raise ValueError(
@@ -67,3 +77,11 @@ class Arrays(ImageData):
         self.augmentation = augmentation
         self.batch_size, self.seed = batch_size, seed
         self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
+
+
+def _counted(labels: Tensor, source: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return the numbers of the classes as their names, where nothing names them."""
+    count = int(labels.max()) + 1 if len(labels) else 1
+    if count > _MOST_CLASSES:
+        raise ValueError(f"{source}: label {count - 1} makes {count} classes; number the classes from 0 without gaps.")
+    return tuple(map(str, range(count)))

@@ -49,8 +49,16 @@ def read_npz(path: str | os.PathLike[str], layout: Layout = "auto") -> LabelledA
         raise ValueError(f"{path}: images are {images.dtype}; give uint8 in 0..255, or floats.")
     images = np.ascontiguousarray(_channels_first(images, layout, path))
     tensor = torch.from_numpy(images if images.dtype == np.uint8 else images.astype(np.float32))
-    classes = tuple(str(name) for name in arrays["classes"]) if "classes" in arrays else None
-    return LabelledArrays(ImageSet(tensor, torch.from_numpy(labels.astype(np.int64))), classes)
+    return LabelledArrays(ImageSet(tensor, torch.from_numpy(labels.astype(np.int64))), _names(arrays, path))
+
+
+def _names(arrays: dict[str, np.ndarray[Any, Any]], path: Path) -> tuple[str, ...] | None:
+    names = arrays.get("classes")
+    if names is None:
+        return None
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise ValueError(f"{path}: classes are {names.dtype} {names.shape}; give texts of shape (K,).")
+    return tuple(name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names)
 
 
 def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -61,6 +69,9 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             keys = list(file) if isinstance(file, np.lib.npyio.NpzFile) else ["a single array"]
             wanted = [key for key in keys if key in ("images", "labels", "classes")]
             arrays: dict[str, np.ndarray[Any, Any]] = {key: file[key] for key in wanted}
+        bare = [key for key in wanted if not isinstance(arrays[key], np.ndarray)]
+        if bare:
+            raise ValueError(f"{bare[0]} is no array of NumPy")
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, ValueError) as error:
         raise ValueError(
             f"{path}: damaged, or not plain arrays ({error}); copy it again, or save it with "
