@@ -102,6 +102,18 @@ def test_a_jpeg_mask_is_refused(root):
         scan_pairs(root, "images", "masks")
 
 
+def test_a_reason_that_many_files_share_is_said_once(root):
+    for path in root.glob("masks/**/*.png"):
+        Image.new("RGB", (6, 4)).save(path)
+    mask(root / "masks" / "a.png", (4, 6))
+    with pytest.raises(ValueError, match=r"3 pair\(s\)") as error:
+        scan_pairs(root, "images", "masks")
+    first, second = str(error.value).splitlines()[1:]
+    assert "a.png is 4x6" in first
+    assert f"mask {root}/masks/b.png holds pixels of mode RGB" in second
+    assert second.endswith(f"with a palette. Likewise '{root}/masks/deep/er/c.png'.")
+
+
 def test_empty_files_are_named(root):
     (root / "images" / "a.jpg").write_bytes(b"")
     (root / "masks" / "b.png").write_bytes(b"")

@@ -1,8 +1,6 @@
-"""Classes that a list of labels lacks, and how messages name them."""
+"""Classes that a list of labels lacks."""
 
 from collections.abc import Iterable, Sequence
-
-_NAMED = 5  # of many names those that a message spells out
 
 
 def absent_classes(labels: Iterable[int], classes: Sequence[str]) -> list[str]:
@@ -13,13 +11,3 @@ def absent_classes(labels: Iterable[int], classes: Sequence[str]) -> list[str]:
     """
     present = set(labels)
     return [name for label, name in enumerate(classes) if label not in present]
-
-
-def quoted(names: Sequence[str]) -> str:
-    """Return names for a message, the first five of many.
-
-    >>> quoted("abcdefg")
-    "'a', 'b', 'c', 'd', 'e' and 2 more"
-    """
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(map(repr, names[:_NAMED])) + more

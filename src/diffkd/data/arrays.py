@@ -5,12 +5,13 @@ import os
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from diffkd.data.absent_classes import absent_classes, quoted
+from diffkd.data.absent_classes import absent_classes
 from diffkd.data.augmentation import Augmentation
 from diffkd.data.image_data import ImageData
 from diffkd.data.image_set import check_image_set
 from diffkd.data.in_memory import InMemory
 from diffkd.data.npz import Layout, read_npz
+from diffkd.data.quoting import quoted
 
 NO_AUGMENTATION = Augmentation()
 _MOST_CLASSES = 1_000_000  # labels beyond are numbers of something else, and so many names could fill the memory

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from diffkd.data.absent_classes import absent_classes, quoted
+from diffkd.data.absent_classes import absent_classes
+from diffkd.data.quoting import quoted
 
 EXTENSIONS = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

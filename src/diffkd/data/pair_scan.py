@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from diffkd.data.folder_scan import image_files
 from diffkd.data.mask_file import image_header, mask_header
+from diffkd.data.quoting import quoted
 
 _LISTED = 10  # problems that an error spells out
 
@@ -82,19 +83,24 @@ def check_pairs(root: Path, pairs: Iterable[tuple[str | Path, str | Path]], *, c
 
     Raises:
         ValueError: if an image cannot be read, a mask is not a PNG or not of the expected kind, or the sizes of a pair
-            differ; names up to ten of them.
+            differ; names up to ten of them, and each reason that they share once.
     """
-    good, problems = Pairs([], [], []), []
+    good = Pairs([], [], [])
+    alike: dict[str, tuple[str, list[str]]] = {}  # the first message and all files, by what is wrong with them
     for image, mask in pairs:
         try:
             size = _checked(image, mask, colors)
         except ValueError as error:
-            problems.append(str(error))
+            message = str(error)
+            _, files = alike.setdefault(message.replace(str(image), "").replace(str(mask), ""), (message, []))
+            files.append(str(mask if message.startswith("mask") else image))
             continue
         good.images.append(str(image))
         good.masks.append(str(mask))
         good.sizes.append(size)
-    refuse(problems, f"{root}: {len(problems)} pair(s) of image and mask cannot be used")
+    listed = [f"{message} Likewise {quoted(files[1:])}." if files[1:] else message for message, files in alike.values()]
+    count = sum(len(files) for _, files in alike.values())
+    refuse(listed, f"{root}: {count} pair(s) of image and mask cannot be used")
     return good
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from diffkd.data.absent_classes import absent_classes, quoted
+from diffkd.data.absent_classes import absent_classes
 from diffkd.data.decode import read_rgb
 from diffkd.data.folder_scan import FolderSamples
+from diffkd.data.quoting import quoted
 
 
 class Verified(NamedTuple):
