@@ -267,6 +267,18 @@ def test_masks_in_which_nothing_counts_are_noticed_at_the_start(root):
         module(root, id_map={7: 0, 8: 1, 9: 2})
 
 
+def test_masks_of_a_single_class_are_refused_at_the_start(root):
+    binary = np.zeros((9, 13), dtype=np.uint8)
+    binary[:4] = 255
+    for index in range(5):
+        pair(root, "train", str(index), (9, 13), binary)
+    with pytest.raises(ValueError, match=r"every pixel .* is of class 0 or ignored \(id 255\).*id_map={0: 0, 255: 1}"):
+        module(root, num_classes=2)
+    module(root, num_classes=2, id_map={0: 0, 255: 1})
+    pair(root, "train", "3", (9, 13), binary // 255)  # one of five will do
+    module(root)
+
+
 def test_bad_ids_stop_with_their_file_or_before_with_verify(root):
     ids = np.full((9, 13), 7, dtype=np.uint8)
     path = pair(root, "val", "bad", (9, 13), ids)

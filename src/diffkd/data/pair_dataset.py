@@ -1,9 +1,11 @@
 """One image with its mask at a time: decoded or remembered, augmented by a seed of its own, normalised."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -102,16 +104,24 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
             self._kept[index] = pair
         return pair
 
-    def is_labelled(self) -> bool:
-        """Whether any pixel of any mask counts. Masks are read until one does, so usually one; broken ones are not."""
-        for index in range(len(self)):
+    def ids_seen(self, enough: int) -> set[int] | None:
+        """Return class ids that the masks hold; None if a mask is broken, which whoever reads the pair will say.
+
+        Args:
+            enough: how many different ones to look for. Masks are read until they are found: usually one mask.
+        """
+        seen: set[int] = set()
+        # Not one after the other: masks without any object are often neighbours.
+        step = math.isqrt(len(self)) + 1
+        for index in sorted(range(len(self)), key=lambda index: index % step):
             try:
                 mask = self.code.read(self.pairs.masks[index])
             except ValueError:
-                return True  # whoever reads the pair will say what is wrong with it
-            if (mask != self.code.ignore_index).any():
-                return True
-        return False
+                return None
+            seen.update(np.unique(mask[mask != self.code.ignore_index]).tolist())
+            if len(seen) >= enough:
+                break
+        return seen
 
     def problems(self, threads: int = 1) -> list[str]:
         """Decode every pair once and return a message for each that is broken."""

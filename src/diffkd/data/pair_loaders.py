@@ -45,7 +45,8 @@ class PairLoaders:
         splits: the loaders; evaluation images are whole, and those of one size share a batch.
 
     Raises:
-        ValueError: if a value is out of range, no mask has a pixel that counts, or `verify` finds a broken pair.
+        ValueError: if a value is out of range, the pixels that count in the training masks are not of two classes at
+            least, or `verify` finds a broken pair.
     """
 
     def __init__(
@@ -89,9 +90,16 @@ class PairLoaders:
             refuse(problems, f"{len(problems)} of {len(training) + len(evaluation)} pairs are broken")
         nothing = f"every pixel of every mask is ignored (id {code.ignore_index}), the first being "
         mend = "Check num_classes, ignore_index, and what maps ids or colours to classes."
-        if not training.is_labelled():
+        learned = training.ids_seen(2)
+        if learned is not None and not learned:
             raise ValueError(f"nothing to train on: {nothing}{train.masks[0]}. {mend}")
-        if not evaluation.is_labelled():
+        if learned is not None and len(learned) == 1:
+            raise ValueError(
+                f"nothing to tell apart: every pixel of the training masks is of class {learned.pop()} or ignored (id "
+                f"{code.ignore_index}), the first mask being {train.masks[0]}. {mend} Masks of 0 and 255 want "
+                "id_map={0: 0, 255: 1}."
+            )
+        if evaluation.ids_seen(1) == set():
             rank_zero_warn(f"nothing to evaluate on: {nothing}{val.masks[0]}. {mend}")
         self.splits = SplitLoaders(
             training,
