@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -40,6 +42,17 @@ def test_a_list_of_images_and_labels_beside_them(root):
     files = read(root, "some.txt")
     assert files.paths == (str(root / "images/train/a.jpg"), str(root / "d.jpg"))
     assert files.annotations.of(1).boxes.tolist() == [[0, 0, 10, 10]]
+
+
+@pytest.mark.parametrize("place", ["{root}/images/train", "../images/train", "absolute.txt"])
+def test_places_in_the_root_may_be_written_otherwise(root, place, monkeypatch):
+    (root / "absolute.txt").write_text(
+        "".join(f"{root}/images/train/{name}\n" for name in ("a.jpg", "b.png", "sub/c.jpg"))
+    )
+    monkeypatch.chdir(root.parent)
+    files = read(Path(root.name), place.format(root=root))
+    assert len(files.paths) == 3
+    assert files.annotations.of(0).labels.tolist() == [2, 1]
 
 
 def test_turned_images_have_boxes_of_the_upright_picture(root):
@@ -103,8 +116,8 @@ def test_facts_of_a_data_yaml(tmp_path):
     facts = read_yolo_facts(file)
     assert facts.classes == ("cat", "dog")
     assert facts.splits == {"train": ["images/train"], "val": ["a", "b"]}
-    file.write_text("names: [cat, 7]\n")
-    assert read_yolo_facts(file) == (("cat", "7"), {})
+    file.write_text("names: [cat, 1]\n")
+    assert read_yolo_facts(file) == (("cat", "1"), {})
     file.write_text("{}")
     assert read_yolo_facts(file) == (None, {})
 
@@ -118,6 +131,8 @@ def test_facts_of_a_data_yaml(tmp_path):
         ("names: cat", "names is 'cat'"),
         ("names: []", r"names is \[\]"),
         ("names: {0: cat, 2: dog}", "without gaps"),
+        ("names: [yes, no]", r"names is \[True, False\]; .* in quotes"),
+        ("names: [null]", r"names is \[None\]"),
         ("names: [cat]\nnc: 2", "nc is 2, but there are 1 names"),
         ("train: 5", "train is 5"),
     ],

@@ -43,8 +43,11 @@ def read_yolo_facts(file: str | os.PathLike[str]) -> YoloFacts:
         if sorted(names, key=str) != sorted(range(len(names)), key=str):
             raise ValueError(f"{source}: names has the keys {list(names)}; number the classes from 0 without gaps.")
         names = [names[number] for number in range(len(names))]
-    if names is not None and (not isinstance(names, list) or not names):
-        raise ValueError(f"{source}: names is {names!r}; write a list of the names of the classes.")
+    if names is not None and not (isinstance(names, list) and names and all(map(_is_name, names))):
+        raise ValueError(
+            f"{source}: names is {names!r}; write a list of the names of the classes, in quotes where YAML takes them "
+            "for something else."
+        )
     if names is not None and content.get("nc", len(names)) != len(names):
         raise ValueError(f"{source}: nc is {content['nc']!r}, but there are {len(names)} names.")
     splits = {}
@@ -58,6 +61,10 @@ def read_yolo_facts(file: str | os.PathLike[str]) -> YoloFacts:
     return YoloFacts(None if names is None else tuple(map(str, names)), splits)
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
 def read_yolo(
     root: str | os.PathLike[str], places: Sequence[str], classes: Sequence[str], *, skip_bad: bool = False
 ) -> AnnotatedFiles:
@@ -69,7 +76,7 @@ def read_yolo(
 
     Args:
         root: the folder of the data set.
-        places: folders of images, or text files that list images, relative to it.
+        places: folders of images, or text files that list images, relative to it or absolute.
         classes: the names of classes 0 to K - 1; labels count from 1.
         skip_bad: whether images whose size cannot be read are let pass, with size 0 and without boxes.
 
@@ -98,12 +105,24 @@ def read_yolo(
 
 def _image_names(top: Path, place: str) -> list[str]:
     """Return the images of a folder or list, relative to the root."""
+    roots = (top.absolute(), top.resolve())
+    place = _relative(place, roots)
     (path,) = enclosed_files(top, [place], f"{top}")
     if place.endswith(".txt") and Path(path).is_file():
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        return [_relative(line.strip(), roots) for line in lines if line.strip()]
     folder = enclosed_folder(top, place)
     return [str(Path(file).relative_to(top)) for file in image_files(folder, top.resolve())]
+
+
+def _relative(name: str, roots: Sequence[Path]) -> str:
+    """Return a name relative to the root where it is absolute, or written from a folder beside as Roboflow does."""
+    path = PurePath(name)
+    for root in roots:
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    inside = PurePath(*path.parts[1:])
+    return str(inside) if path.parts[:1] == ("..",) and (roots[0] / inside).exists() else name
 
 
 def _label_name(name: str) -> str:
