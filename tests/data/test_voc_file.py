@@ -63,6 +63,12 @@ def test_what_is_in_the_official_folders(root):
     assert "c.JPG" in files.dropped[0]
 
 
+def test_an_image_is_found_whatever_the_case_of_its_extension(root):
+    (root / "JPEGImages/b.png").unlink()
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/b.WEBP")
+    assert read(root).paths[1] == str(root / "JPEGImages/b.WEBP")
+
+
 def test_official_corners_count_from_one(root):
     files = read(root, first_pixel=1)
     assert files.annotations.of(0).boxes.tolist() == [[0, 1.5, 10, 20], [29, 4, 40, 30]]
@@ -90,6 +96,8 @@ FETCH = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]>' + text(one("&b;
         ("<annotation>", "no XML"),
         (b"", "no XML"),
         (b"\xff\xd8\xff", "no XML"),
+        ("<html/>", "its root is 'html', not 'annotation'"),
+        (text(one("dog", 1, 2, 3, 4)).replace("<annotation", "<annotation xmlns='http://x'"), "{http://x}annotation"),
         (BOMB, "document type"),
         (BOMB.encode("utf-16"), "document type"),
         (FETCH, "document type"),

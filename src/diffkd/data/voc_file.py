@@ -116,6 +116,8 @@ def _parse(file: str) -> ElementTree.Element:
         root: ElementTree.Element = parser.close()
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{file}: no XML of Pascal VOC ({error}).") from error
+    if root.tag != "annotation" and not _objects(root):
+        raise ValueError(f"{file}: no XML of Pascal VOC (its root is {root.tag!r}, not 'annotation').")
     return root
 
 
@@ -137,11 +139,15 @@ def _box(one: ElementTree.Element, number: int, labels: dict[str, int], file: st
 
 def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
     """Return the image that a file names or, where that is none, the one with the same stem."""
-    stem = Path(file).stem
-    names = [name for name in ((root.findtext("filename") or "").strip(),) if name]
-    names += [stem + extension for extension in (".jpg", *sorted(EXTENSIONS), ".JPG", ".JPEG", ".PNG")]
-    paths = enclosed_files(folder, names, file)
-    return next((path for path in paths if Path(path).is_file()), paths[0])
+    stem, stated = Path(file).stem, (root.findtext("filename") or "").strip()
+    extensions = (".jpg", *sorted(EXTENSIONS))
+    names = [stated] if stated else []
+    names += [stem + extension for extension in (*extensions, *map(str.upper, extensions))]
+    for name in names:
+        (path,) = enclosed_files(folder, [name], file)
+        if Path(path).is_file():
+            return path
+    return str(folder / names[0])
 
 
 def _size(root: ElementTree.Element, file: str, path: str) -> tuple[int, int]:
