@@ -68,6 +68,15 @@ def test_the_module_says_what_it_is(root):
     assert (module(root).min_size, module(root).max_size) == (800, 1333)
 
 
+def test_images_that_are_there_twice_are_named(root):
+    content = json.loads((root / "train.json").read_text())
+    content["images"][4]["file_name"] = "./train0.png"
+    content["images"][4] |= {"width": 30, "height": 20}
+    (root / "train.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"train.json: 1 image files are there more than once, .*train0.png"):
+        assert len(module(root).train_dataloader()) == 3
+
+
 def test_evaluation_is_the_images_as_they_are(root):
     batches = run(module(root).val_dataloader())
     assert [len(images) for images, _, _ in batches] == [2, 2, 1]

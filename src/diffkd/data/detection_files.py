@@ -1,6 +1,7 @@
 """The part that all data modules of annotated image files share: their splits, and the loaders over them."""
 
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -90,6 +91,12 @@ class DetectionFiles:
         if files.dropped:
             rank_zero_warn(f"{len(files.dropped)} box(es) are left out; the first: {files.dropped[0]}")
             self.dropped += files.dropped
+        repeated = [path for path, count in Counter(files.paths).items() if count > 1]
+        if repeated:
+            rank_zero_warn(
+                f"{files.source}: {len(repeated)} image files are there more than once, first {repeated[0]}: "
+                "where each time has some of its boxes only, the others pass for background: put them together."
+            )
         if not self._decodes:
             _check_present(files)
             return files
