@@ -108,6 +108,20 @@ def test_other_classes_are_refused(run, tmp_path):
         evaluate(str(run[0]), data=Arrays(tmp_path / "train.npz", tmp_path / "test.npz"), **QUIET)
 
 
+def test_classes_of_other_names_or_in_another_order_are_noticed(run, tmp_path):
+    learned = read_card(find_student(str(run[0])))["classes"]
+
+    def measured(names):
+        path = tmp_path / "named.npz"
+        np.savez(path, images=np.zeros((6, 8, 8, 3), np.uint8), labels=np.arange(6), classes=np.array(names))
+        return evaluate(str(run[0]), data=Arrays(path, path), **QUIET)
+
+    with pytest.raises(ValueError, match=rf"another order: class 0 is '{learned[0]}' there, '{learned[-1]}' here"):
+        measured(learned[::-1])
+    with pytest.warns(UserWarning, match=rf"otherwise than the data: class 5 is '{learned[5]}' there, 'other' here"):
+        measured([*learned[:5], "other"])
+
+
 def test_a_run_is_exported(run, tmp_path, capsys):
     out = export(str(run[0]), tmp_path / "plain.safetensors")
     assert same_weights(out, run[0] / "student.safetensors")

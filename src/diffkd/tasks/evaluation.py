@@ -2,6 +2,9 @@
 
 import importlib
 import inspect
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
@@ -12,6 +15,7 @@ from diffkd.tasks.build_training import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.tasks.data_facts import DataFacts, facts_of
 from diffkd.tasks.plain_student import named_model
 from diffkd.tasks.quiet import quiet_trainer
+from diffkd.tasks.same_data import first_difference
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.setup import lay_out
 from diffkd.tasks.student_file import Which, find_student, read_card
@@ -52,7 +56,8 @@ def evaluate(
 
     Raises:
         FileNotFoundError: if there are no such weights, or the data are not where they were.
-        ValueError: if the weights do not fit the model, or neither the arguments nor the card say what is needed.
+        ValueError: if the weights do not fit the model, the data have their classes in another order, or neither the
+            arguments nor the card say what is needed.
     """
     path = find_student(student, which)
     card = read_card(path)
@@ -72,6 +77,7 @@ def evaluate(
         )
     if card.get("task", facts.task) != facts.task:
         raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
+    _check_names(path, card.get("classes") or facts.classes, facts.classes)
     options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
     built = load_saved(name, facts, path, card)
     lay_out(built, facts, card.get("channels_last"), accelerator)
@@ -105,6 +111,18 @@ def evaluate(
         note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}, {card.get('which', '')})"
         console.print(f"{metric:{width}}  {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
     return measured
+
+
+def _check_names(path: Path, learned: Sequence[str], given: Sequence[str]) -> None:
+    other = first_difference(learned, given)
+    if other is not None and sorted(learned) == sorted(given):
+        raise ValueError(f"{path} has the classes of the data in another order: {other}. Give the data that order")
+    if other is not None:
+        warnings.warn(
+            f"{path} names its classes otherwise than the data: {other}. If they are others, or in another order, what "
+            "is measured says nothing",
+            stacklevel=3,
+        )
 
 
 def _pairs_as_tuples(values: dict[str, Any]) -> dict[str, Any]:
