@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from diffkd.data import Augmentation, ImageFolder
+from diffkd.data.folder_dataset import eval_transform
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.tasks.describe import describe
 from diffkd.tasks.evaluation import data_of
@@ -63,6 +64,21 @@ def test_evaluation_is_resize_centre_crop_normalise(root):
         resized = np.asarray(image.resize((26, 20), Image.Resampling.BILINEAR))[2:18, 5:21]
     expected = (torch.from_numpy(resized.copy()) / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
     torch.testing.assert_close(images[5], expected.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_strips_are_cut_before_they_are_scaled(turned):
+    ramp = np.linspace(0, 255, 32000).round().astype(np.uint8)
+    strip = Image.fromarray(np.stack([ramp] * 2)).convert("RGB")
+    if turned:
+        strip = strip.transpose(Image.Transpose.ROTATE_270)
+    transform = eval_transform(32, 0.5, (0, 0, 0), (1, 1, 1))
+    sizes = []
+    transform.transforms[2].register_forward_pre_hook(lambda _, inputs: sizes.append(max(inputs[0].size)))
+    image = transform(strip)
+    assert image.shape == (3, 32, 32)
+    assert (image - 0.5).abs().max() < 0.01  # the middle of the ramp
+    assert sizes == [16 * 64]
 
 
 def test_training_labels_follow_the_indices(root):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -94,7 +95,17 @@ def eval_transform(image_size: int, crop_ratio: float, mean: Sequence[float], st
     Returns:
         A transform from PIL image to (3, image_size, image_size) float32.
     """
-    return v2.Compose([v2.Resize(round(image_size / crop_ratio)), v2.CenterCrop(image_size), _normalised(mean, std)])
+    resize, crop = v2.Resize(round(image_size / crop_ratio)), v2.CenterCrop(image_size)
+    return v2.Compose([v2.Lambda(_shortened), resize, crop, _normalised(mean, std)])
+
+
+def _shortened(image: Image.Image) -> Image.Image:
+    """Return the middle of a strip: scaled to the shorter side as a whole, one of few rows would fill the memory."""
+    longest = 16 * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    middle: Image.Image = v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
+    return middle
 
 
 def _normalised(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
