@@ -292,6 +292,27 @@ def test_bad_ids_stop_with_their_file_or_before_with_verify(root):
     assert f"mask {path} holds id 7" in str(error.value)
 
 
+def test_skip_leaves_broken_pairs_out_and_says_so(root):
+    (root / "train" / "images" / "0.png").write_bytes(b"")  # found by its head
+    cut = root / "train" / "masks" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:-40])  # when it is decoded
+    bad = pair(root, "val", "4", (9, 13), np.full((9, 13), 7, dtype=np.uint8))
+    with pytest.warns(UserWarning, match="pairs are left out") as warned:
+        data = module(root, on_bad_image="skip", val_batch_size=2)
+    assert [str(one.message).split(" left")[0] for one in warned] == [
+        "2 of 5 training pairs are",
+        "1 of 5 evaluation pairs are",
+    ]
+    assert len(data.skipped) == 3
+    assert f"mask {bad} holds id 7" in data.skipped[2]
+    assert [len(batch[2]) for batch in data.train_dataloader()] == [2]  # the last, alone, is dropped
+    assert [len(batch[2]) for batch in data.val_dataloader()] == [2, 1, 1]
+    with pytest.raises(
+        ValueError, match=r"5 of 5 training pairs are broken, so that none is left:[\s\S]*colour \(1, 1, 1\)"
+    ):
+        module(root, on_bad_image="skip", num_classes=None, colors={"a": (0, 0, 0)})
+
+
 def test_a_mask_that_changed_its_size_is_noticed(root):
     data = module(root)
     pair(root, "val", "0", (4, 4))

@@ -57,8 +57,13 @@ class MaskFolder(ImageData):
         num_workers: worker processes; None takes none with the cache, and otherwise one per core, at most 8.
         verify: read every image and mask now, and list those that cannot be used, instead of stopping at the first in
             mid-epoch.
+        on_bad_image: "error" refuses pairs that cannot be used; "skip" reads every pair now and leaves such out, with a
+            warning that counts and names them.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
+
+    Attributes:
+        skipped: one message per pair left out.
 
     Raises:
         FileNotFoundError: if a folder or file is missing.
@@ -93,6 +98,7 @@ class MaskFolder(ImageData):
         cache: Literal["none", "memory"] = "none",
         num_workers: int | None = None,
         verify: bool = False,
+        on_bad_image: Literal["error", "skip"] = "error",
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
@@ -109,7 +115,12 @@ class MaskFolder(ImageData):
         def scanned(split: str) -> Pairs:
             folders = [_folder(name, split) for name in (images, masks)]
             return scan_pairs(
-                top, *folders, image_suffix=image_suffix, mask_suffix=mask_suffix, colors=code.holds_colors
+                top,
+                *folders,
+                image_suffix=image_suffix,
+                mask_suffix=mask_suffix,
+                colors=code.holds_colors,
+                skip_bad=on_bad_image == "skip",
             )
 
         if val is None:
@@ -130,6 +141,7 @@ class MaskFolder(ImageData):
             verify=verify,
             mean=mean,
             std=std,
+            on_bad_image=on_bad_image,
         )
         super().__init__(loaders.splits, counted, image_size=loaders.crop_size, mean=mean, std=std)
         self.root, self.train, self.val = root, train, val
@@ -141,6 +153,7 @@ class MaskFolder(ImageData):
         self.resize, self.crop_size = loaders.resize, loaders.crop_size
         self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
         self.num_workers = loaders.num_workers
+        self.on_bad_image, self.skipped = on_bad_image, loaders.skipped
 
 
 def _folder(name: str, split: str) -> str:

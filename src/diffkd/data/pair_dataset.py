@@ -123,11 +123,11 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
                 break
         return seen
 
-    def problems(self, threads: int = 1) -> list[str]:
-        """Decode every pair once and return a message for each that is broken."""
+    def problems(self, threads: int = 1) -> dict[int, str]:
+        """Decode every pair once and return a message for each that is broken, by its index."""
         with ThreadPoolExecutor(max(threads, 1)) as pool:
             found = pool.map(self._problem, range(len(self)))
-            return [problem for problem in found if problem is not None]
+            return {index: problem for index, problem in enumerate(found) if problem is not None}
 
     def _problem(self, index: int) -> str | None:
         try:

@@ -40,9 +40,11 @@ class PairLoaders:
         verify: read every pair now.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
+        on_bad_image: "error" or "skip", see `MaskFolder`.
 
     Attributes:
         splits: the loaders; evaluation images are whole, and those of one size share a batch.
+        skipped: one message per pair left out.
 
     Raises:
         ValueError: if a value is out of range, the pixels that count in the training masks are not of two classes at
@@ -67,9 +69,12 @@ class PairLoaders:
         verify: bool,
         mean: Sequence[float],
         std: Sequence[float],
+        on_bad_image: Literal["error", "skip"] = "error",
     ) -> None:
         if cache not in ("none", "memory"):
             raise ValueError(f"cache={cache!r}: give 'none' or 'memory'.")
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image={on_bad_image!r}: give 'error' or 'skip'.")
         if not len(mean) == len(std) == 3 or min(std) <= 0:
             raise ValueError(f"mean={tuple(mean)} and std={tuple(std)}: give three values each, std above 0.")
         self.resize = None if resize is None else _size("resize", resize)
@@ -83,10 +88,15 @@ class PairLoaders:
         self.num_workers = num_workers
         crop = TrainTransform(augmentation, self.crop_size, code.ignore_index, mean, std)
         whole = EvalTransform(mean, std)
+        self.skipped: list[str] = []
+        if on_bad_image == "skip":
+            train = self._without_broken(PairDataset(train, code, whole), "training")
+            val = self._without_broken(PairDataset(val, code, whole), "evaluation")
         training = PairDataset(train, code, crop, seed=seed, resize=self.resize, cache=cache)
         evaluation = PairDataset(val, code, whole, resize=self.resize, full_size_masks=full_size_masks, cache=cache)
-        if verify:
-            problems = [message for part in (training, evaluation) for message in part.problems(os.cpu_count() or 1)]
+        if verify and on_bad_image == "error":
+            threads = os.cpu_count() or 1
+            problems = [*training.problems(threads).values(), *evaluation.problems(threads).values()]
             refuse(problems, f"{len(problems)} of {len(training) + len(evaluation)} pairs are broken")
         nothing = f"every pixel of every mask is ignored (id {code.ignore_index}), the first being "
         mend = "Check num_classes, ignore_index, and what maps ids or colours to classes."
@@ -111,6 +121,19 @@ class PairLoaders:
             num_workers=num_workers,
             sizes=evaluation.sizes(),
         )
+
+    def _without_broken(self, data: PairDataset, split: str) -> Pairs:
+        """Return the pairs that can be read; collect and warn of the others."""
+        broken = data.problems(os.cpu_count() or 1)
+        problems = list(broken.values())
+        counted = f"{len(broken)} of {len(data)} {split} pairs are"
+        if len(broken) == len(data):
+            refuse(problems, f"{counted} broken, so that none is left")
+        if broken:
+            listed = "\n  ".join(problems[:10])
+            rank_zero_warn(f"{counted} left out:\n  {listed}")
+        self.skipped += problems
+        return data.pairs.select([index for index in range(len(data)) if index not in broken])
 
 
 def _example(data: PairDataset, transform: EvalTransform, size: Size) -> Tensor:

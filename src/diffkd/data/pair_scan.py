@@ -24,6 +24,14 @@ class Pairs(NamedTuple):
     masks: list[str]
     sizes: list[tuple[int, int]]
 
+    def select(self, indices: list[int]) -> "Pairs":
+        """Return some of the pairs, in the given order."""
+        return Pairs(
+            [self.images[index] for index in indices],
+            [self.masks[index] for index in indices],
+            [self.sizes[index] for index in indices],
+        )
+
 
 def scan_pairs(
     root: Path,
@@ -33,6 +41,7 @@ def scan_pairs(
     image_suffix: str = "",
     mask_suffix: str = "",
     colors: bool = False,
+    skip_bad: bool = False,
 ) -> Pairs:
     """Pair the files of two folders by their paths below them, less suffix and extension, and check each pair.
 
@@ -45,6 +54,7 @@ def scan_pairs(
         image_suffix: what the names of images end in, with or without their extension.
         mask_suffix: likewise of masks.
         colors: whether masks hold colours instead of class ids.
+        skip_bad: as for `check_pairs`.
 
     Returns:
         The pairs, in the order of their names.
@@ -67,16 +77,19 @@ def scan_pairs(
         f"{root}: {len(lonely)} file(s) of {images} and {masks} are without the other part of their pair; add it or "
         "remove them, or set image_suffix and mask_suffix to what the names end in",
     )
-    return check_pairs(root, [(path, wanted[key]) for key, path in found.items()], colors=colors)
+    return check_pairs(root, [(path, wanted[key]) for key, path in found.items()], colors=colors, skip_bad=skip_bad)
 
 
-def check_pairs(root: Path, pairs: Iterable[tuple[str | Path, str | Path]], *, colors: bool = False) -> Pairs:
+def check_pairs(
+    root: Path, pairs: Iterable[tuple[str | Path, str | Path]], *, colors: bool = False, skip_bad: bool = False
+) -> Pairs:
     """Read the heads of all files, and return the pairs with their sizes.
 
     Args:
         root: the folder of the data.
         pairs: image and mask files.
         colors: whether masks hold colours instead of class ids.
+        skip_bad: whether pairs that cannot be used are let pass, with size 0, for whoever decodes them to leave out.
 
     Returns:
         The pairs, in the order given.
@@ -91,13 +104,15 @@ def check_pairs(root: Path, pairs: Iterable[tuple[str | Path, str | Path]], *, c
         try:
             size = _checked(image, mask, colors)
         except ValueError as error:
+            size = (0, 0)
             message = str(error)
             _, files = alike.setdefault(message.replace(str(image), "").replace(str(mask), ""), (message, []))
             files.append(str(mask if message.startswith("mask") else image))
-            continue
         good.images.append(str(image))
         good.masks.append(str(mask))
         good.sizes.append(size)
+    if skip_bad:
+        return good
     listed = [f"{message} Likewise {quoted(files[1:])}." if files[1:] else message for message, files in alike.values()]
     count = sum(len(files) for _, files in alike.values())
     refuse(listed, f"{root}: {count} pair(s) of image and mask cannot be used")
