@@ -77,6 +77,31 @@ def test_images_that_are_there_twice_are_named(root):
         assert len(module(root).train_dataloader()) == 3
 
 
+def with_boxes(root, change):
+    content = json.loads((root / "train.json").read_text())
+    for entry, image in zip(content["annotations"], content["images"], strict=True):
+        entry["bbox"] = change(*entry["bbox"], image["width"], image["height"])
+    (root / "train.json").write_text(json.dumps(content))
+    return root
+
+
+def test_boxes_written_as_corners_are_noticed(root):
+    with_boxes(root, lambda left, top, width, height, *_: [left + 3, top + 3, left + width + 3, top + height + 3])
+    with pytest.warns(UserWarning, match=r"5 box\(es\) are cut .*train.json: box 0 of .*train0.png: .* reaches out of"):
+        module(root)
+
+
+def test_boxes_may_reach_a_pixel_out_of_their_image(root):
+    with_boxes(root, lambda left, top, width, height, *size: [-0.5, 0, size[0] + 1, height])
+    assert module(root).dropped == []
+
+
+def test_boxes_in_shares_of_the_image_are_refused(root):
+    with_boxes(root, lambda left, top, width, height, *size: [left / size[0], top / size[1], 0.5, 0.5])
+    with pytest.raises(ValueError, match=r"train.json: all boxes lie in the first pixel of their image; write pixels"):
+        module(root)
+
+
 def test_evaluation_is_the_images_as_they_are(root):
     batches = run(module(root).val_dataloader())
     assert [len(images) for images, _, _ in batches] == [2, 2, 1]

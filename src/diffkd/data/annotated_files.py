@@ -59,6 +59,8 @@ class AnnotatedFiles:
         classes: the names of labels 1 to K.
         category_ids: the number each has in the format.
         dropped: one message for each box that has no extent inside its image.
+        cut: how many of the others reach more than a pixel out of their image.
+        first_cut: a message for the first of them.
     """
 
     source: str
@@ -68,6 +70,8 @@ class AnnotatedFiles:
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     dropped: tuple[str, ...]
+    cut: int
+    first_cut: str
 
     def select(self, indices: list[int]) -> "AnnotatedFiles":
         """Return some of the images, in the given order."""
@@ -144,11 +148,13 @@ def annotated_files(
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
     starts = ends[torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])]
     owners = torch.arange(len(images)).repeat_interleave(counts)
-    dropped = tuple(
-        f"{source}: box {listed[index].name} of {images[owner].path}: {list(listed[index].corners)} (left, top, right, "
-        f"bottom) has no extent inside its {images[owner].size[1]}x{images[owner].size[0]} image"
-        for index, owner in zip((~kept).nonzero()[:, 0].tolist(), owners[~kept].tolist(), strict=True)
-    )
+
+    def told(index: int, what: str) -> str:
+        box, image = listed[index], images[int(owners[index])]
+        corners, size = list(box.corners), f"{image.size[1]}x{image.size[0]}"
+        return f"{source}: box {box.name} of {image.path}: {corners} (left, top, right, bottom) {what} its {size} image"
+
+    beyond = (kept & ((stated - boxes).abs() > 1).any(dim=1)).nonzero()[:, 0].tolist()
     ids = torch.tensor([image.image_id for image in images], dtype=torch.int64)
     return AnnotatedFiles(
         source,
@@ -157,7 +163,9 @@ def annotated_files(
         Annotations(ids, starts, every.keep(kept)),
         tuple(classes),
         tuple(category_ids),
-        dropped,
+        tuple(told(index, "has no extent inside") for index in (~kept).nonzero()[:, 0].tolist()),
+        len(beyond),
+        told(beyond[0], "reaches out of") if beyond else "",
     )
 
 

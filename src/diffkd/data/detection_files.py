@@ -91,6 +91,16 @@ class DetectionFiles:
         if files.dropped:
             rank_zero_warn(f"{len(files.dropped)} box(es) are left out; the first: {files.dropped[0]}")
             self.dropped += files.dropped
+        if files.cut:
+            rank_zero_warn(
+                f"{files.cut} box(es) are cut at the border of their image: if they are many, they may be in another "
+                f"format; the first: {files.first_cut}"
+            )
+        corners = files.annotations.boxes.boxes
+        if len(corners) and corners.max() <= 1 and files.sizes.max() > 2:
+            raise ValueError(
+                f"{files.source}: all boxes lie in the first pixel of their image; write pixels, not shares."
+            )
         repeated = [path for path, count in Counter(files.paths).items() if count > 1]
         if repeated:
             rank_zero_warn(

@@ -88,8 +88,8 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
         raise ValueError(f"{val}: no images, {_contents(val)}")
     if others:
         rank_zero_warn(
-            f"{top}: {others.total()} file(s) are passed over, being no images that are read by their names "
-            f"({quoted(sorted(others))}); if they are images, save them as .png or .jpg."
+            f"{top}: {others.total()} file(s) are passed over, whose names are not those of images "
+            f"({quoted(sorted(others))}); save images as .png or .jpg."
         )
     return scan
 
