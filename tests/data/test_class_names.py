@@ -18,9 +18,20 @@ def test_names_come_from_code_or_from_a_file(tmp_path):
     [("", "no classes"), ("a\n\nb\n", "class 1 is empty"), ("a\nb\na", "'a' is listed twice, as 0 and 2")],
 )
 def test_names_that_cannot_be_told_apart(tmp_path, content, message):
-    (tmp_path / "names.txt").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        class_names("names.txt", tmp_path)
+    for name in ("names.txt", "names.csv"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            class_names(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("_classes.csv", "Pixel Value, Class\n0, sky\n"), ("names.json", '["sky",\n"tree"]'), ("data.yaml", "names:")],
+)
+def test_tables_are_not_taken_for_names(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}: no plain list, it begins with '.*one name a line"):
+        class_names(name, tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path):

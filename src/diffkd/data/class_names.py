@@ -28,8 +28,11 @@ def class_names(classes: str | Path | Sequence[str], root: Path) -> tuple[str, .
         ValueError: if there are none, one is empty, or two are equal.
     """
     if isinstance(classes, (str, Path)):
-        source = str(_file(classes, root, "classes"))
-        names = [line.strip() for line in _text(Path(source)).rstrip().splitlines()]
+        path = _file(classes, root, "classes")
+        source, names = str(path), [line.strip() for line in _text(path).rstrip().splitlines()]
+        kind = path.suffix.lower()
+        if names and (kind in (".json", ".yaml", ".yml") or (kind == ".csv" and "," in names[0])):
+            raise ValueError(f"{source}: no plain list, it begins with {names[0]!r}; give a file with one name a line.")
     else:
         source, names = "classes", [str(name) for name in classes]
     for index, name in enumerate(names):
