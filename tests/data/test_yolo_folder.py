@@ -55,6 +55,12 @@ def test_places_in_the_root_may_be_written_otherwise(root, place, monkeypatch):
     assert files.annotations.of(0).labels.tolist() == [2, 1]
 
 
+def test_labels_that_lie_elsewhere_are_noticed(root):
+    (root / "labels").rename(root / "annotations")
+    with pytest.warns(UserWarning, match=r"no image has a file of labels; .* would be .*labels/train/a.txt"):
+        assert len(read(root).annotations.boxes.labels) == 0
+
+
 def test_turned_images_have_boxes_of_the_upright_picture(root):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files
 from diffkd.data.decode import upright_size
@@ -90,6 +91,8 @@ def read_yolo(
     names = [name for place in places for name in _image_names(top, place)]
     paths = enclosed_files(top, names, source)
     texts = enclosed_files(top, [_label_name(name) for name in names], source)
+    if texts and not any(Path(text).is_file() for text in texts):
+        rank_zero_warn(f"{source}: no image has a file of labels; that of the first would be {texts[0]}.")
     images = []
     for index, (path, text) in enumerate(zip(paths, texts, strict=True)):
         try:
