@@ -21,6 +21,11 @@ def test_an_image_of_one_value_and_no_maps_are_drawn(tmp_path):
     assert draw_overlays(tmp_path / "a.svg", torch.ones(1, 3, 4, 4), {}, ["a"]).read_text().startswith("<?xml")
 
 
+def test_names_are_no_formulas(tmp_path):
+    path = draw_overlays(tmp_path / "a.svg", torch.ones(1, 3, 4, 4), {}, [r"a$\frac$"])
+    assert r"<!-- a$\frac$ -->" in path.read_text(encoding="utf-8")
+
+
 def test_colours_are_laid_over_grey_and_ignored_pixels_are_left():
     pixels = np.stack([np.full((2, 2), 0.3), np.full((2, 2), 0.6), np.full((2, 2), 0.9)], axis=2)
     colours = np.array([[255, 0, 0], [0, 255, 0]], np.uint8)

@@ -96,10 +96,13 @@ def test_the_course_shows_what_there_is(tmp_path):
 def test_scores_are_of_the_teachers_likeliest_classes(tmp_path):
     teacher = torch.tensor([[0.05, 0.5, 0.1, 0.0, 0.15, 0.2]])
     path = draw_scores(
-        tmp_path / "a.svg", [torch.rand(4, 5, 5)], {"student": teacher.flip(1), "teacher": teacher}, list("uvwxyz")
+        tmp_path / "a.svg",
+        [torch.rand(4, 5, 5)],
+        {"student": teacher.flip(1), "teacher": teacher},
+        ["u", r"v$\frac$", *"wxyz"],
     )
-    named = re.findall(r"<!-- ([a-z]) -->", path.read_text(encoding="utf-8"))
-    assert named == ["v", "z", "y", "w", "u"]
+    named = re.findall(r"<!-- ([a-z]\S*) -->", path.read_text(encoding="utf-8"))
+    assert named == [r"v$\frac$", "z", "y", "w", "u", "student", "teacher"]
 
 
 def test_the_mean_gamma_is_written(tmp_path):

@@ -10,9 +10,8 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from diffkd.data.palette import palette
+from diffkd.legend import MOST_NAMES, as_written
 from diffkd.weights import write_whole
-
-_MOST_NAMES = 40  # classes in the legend; more would leave no room for the picture
 
 
 def draw_overlays(
@@ -50,7 +49,7 @@ def draw_overlays(
     colours = palette(len(classes))
     height, width = images.shape[2:]
     columns = ["image", *maps]
-    named = min(len(classes), _MOST_NAMES)
+    named = min(len(classes), MOST_NAMES)
     legend_rows = -(-named // max(1, 2 * len(columns)))
     size = 1.7 * len(columns), 1.7 * len(images) * height / width + 0.4 + 0.25 * legend_rows
     figure = Figure(figsize=size, layout="constrained")
@@ -68,7 +67,8 @@ def draw_overlays(
         Patch(color=tuple(colour / 255), label=name)
         for colour, name in zip(colours[:named], classes[:named], strict=True)
     ]
-    figure.legend(handles=patches, loc="outside lower center", ncols=max(1, 2 * len(columns)), fontsize=7)
+    legend = figure.legend(handles=patches, loc="outside lower center", ncols=max(1, 2 * len(columns)), fontsize=7)
+    as_written(legend)
     path = Path(path)
     write_whole(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png"))
     return path

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from diffkd.legend import MOST_NAMES, as_written
 from diffkd.weights import write_whole
 
 Boxes = Mapping[str, Tensor]
@@ -55,8 +56,9 @@ def draw_boxes(
                 axes.set_title(title, fontsize=10)
             axes.imshow(image.detach().cpu().clamp(0, 1).movedim(0, -1).numpy())
             _draw(axes, found[row], colors, threshold)
-    handles = [Rectangle((0, 0), 1, 1, color=colors[index % len(colors)]) for index in range(len(classes))]
-    figure.legend(handles, list(classes), loc="outside lower center", ncols=min(len(classes), 6), fontsize=9)
+    shown = list(classes[:MOST_NAMES])
+    handles = [Rectangle((0, 0), 1, 1, color=colors[index % len(colors)]) for index in range(len(shown))]
+    as_written(figure.legend(handles, shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9))
     path = Path(path)
     write_whole(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png"))
     return path

@@ -103,7 +103,8 @@ def draw_scores(path: Path, images: Sequence[Tensor], scores: Mapping[str, Tenso
             axes: Axes = grid[row][column]
             axes.barh(range(len(chosen)), values[row][chosen].numpy())
             axes.set(xlim=(0, 1), ylim=(len(chosen) - 0.5, -0.5))
-            axes.set_yticks(range(len(chosen)), [classes[index] for index in chosen.tolist()], fontsize=7)
+            names = [classes[index] for index in chosen.tolist()]
+            axes.set_yticks(range(len(chosen)), names, fontsize=7, parse_math=False)
             axes.tick_params(axis="x", labelsize=7)
             if row == 0:
                 axes.set_title(title, fontsize=10)

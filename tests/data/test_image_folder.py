@@ -138,6 +138,11 @@ def test_verify_finds_a_broken_image_before_training(root):
         module(root, verify=True)
 
 
+def test_a_misspelt_choice_is_refused(root):
+    with pytest.raises(ValueError, match="on_bad_image='Skip' is neither 'error' nor 'skip'"):
+        module(root, on_bad_image="Skip")
+
+
 def test_skip_leaves_broken_images_out_and_says_so(root):
     paths = [broken(root), broken(root, name="dog/4.png")]
     with pytest.warns(UserWarning, match="train: 2 of 10 images are left out") as warned:

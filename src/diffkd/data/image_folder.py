@@ -78,6 +78,8 @@ class ImageFolder(ImageData):
                 f"min_crop_area={min_crop_area} and crop_ratio={crop_ratio} must be in (0, 1], "
                 f"image_size={image_size} above 0."
             )
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image={on_bad_image!r} is neither 'error' nor 'skip'.")
         classes, train, val = scan_folder(root)
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         skipped: list[str] = []

@@ -118,6 +118,6 @@ def drops_last(samples: int, batch_size: int, *, train: bool, drop_last: bool | 
     if drop_last and samples < batch_size:
         raise ValueError(
             f"{samples} sample(s) per process fill no batch of {batch_size} and the last batch is dropped: "
-            "lower batch_size, use more data or set drop_last=False."
+            "lower batch_size or use more data."
         )
     return drop_last
