@@ -43,10 +43,10 @@ def whole(tmp_path_factory, image_files, model_file):
 
 @pytest.mark.parametrize(
     ("method", "ema", "trip"),
-    [("plain", None, 3), ("plain", 0.8, 6), ("diffkd", None, 14), *(("diffkd", 0.8, trip) for trip in (2, 5, 6, 11))],
+    [("plain", None, 3), ("plain", 0.8, 6), ("diffkd", None, 14), ("diffkd", 0.8, 2), ("diffkd", 0.8, 11)],
 )
 def test_stopped_by_a_signal(tmp_path, image_files, model_file, whole, method, ema, trip):
-    """Stopped in mid-epoch (3, 14, 2), in the last step of an epoch (5, 11) and in the first (6)."""
+    """Stopped in mid-epoch (3, 14, 2), in the last step of an epoch (11) and in the first (6)."""
     options = {"method": METHODS[method], "ema": ema}
     data = arrays(image_files, trip, signal_self(signal.SIGTERM))
     with pytest.raises(Interrupted, match="--resume"):
@@ -56,7 +56,7 @@ def test_stopped_by_a_signal(tmp_path, image_files, model_file, whole, method, e
     assert_same_run(whole(method, ema), tmp_path / "stopped")
 
 
-@pytest.mark.parametrize(("every", "trip"), [(None, 9), (1, 9), (1, 12), (2, 17), (4, 7), (4, 11)])
+@pytest.mark.parametrize(("every", "trip"), [(None, 9), (1, 12), (2, 17), (4, 7)])
 def test_killed(tmp_path, image_files, model_file, whole, every, trip):
     """Whatever was saved last is gone on from: at the end of an epoch, or within one."""
     options = {"method": METHODS["diffkd"], "ema": 0.8, "save_every_steps": every}
