@@ -76,13 +76,18 @@ def test_costs_are_of_the_same_step_for_all(recipe: Path, tmp_path: Path) -> Non
         step_costs({"first": words}, "kd")
 
 
-def test_failed_runs_are_named_and_the_others_reported(recipe: Path, tmp_path: Path) -> None:
+def test_failed_runs_are_named_and_the_others_reported(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("student: cifar/resnet9000\nteacher: null\nmethod: null\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r"1 of 2 runs failed.*broken/seed-0\.log"):
         compare(str(recipe), tmp_path / "out", methods=["alone", str(broken)], seeds=1)
     assert "resnet9000" in (tmp_path / "out" / "broken" / "seed-0.log").read_text(encoding="utf-8")
+    assert "broken seed 0 failed: model 'cifar/resnet9000' is unknown; nearest" in capsys.readouterr().err
     assert [row.method for row in report(tmp_path / "out", ["alone", "broken"], 1)] == ["alone"]
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed; see .*seed-0\.log\.$"):
+        compare(str(recipe), tmp_path / "none", methods=[str(broken)], seeds=1)
 
 
 def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, tmp_path: Path) -> None:

@@ -110,13 +110,15 @@ def compare(
     if cost:
         write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
     rows = report(out, names, seeds)
-    console.print(rich_table(rows, console.width))
+    if rows:
+        console.print(rich_table(rows, console.width))
     for wanted, text in ((json, _json_text(rows)), (markdown, as_markdown(rows)), (latex, as_latex(rows))):
         if wanted:
             print(text, end="")  # noqa: T201
     if failed:
         logs = ", ".join(str(run.folder.with_suffix(".log")) for run in failed)
-        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed; see {logs}. The others are in the table.")
+        rest = " The others are in the table." if rows else ""
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed; see {logs}.{rest}")
     return rows
 
 
@@ -179,7 +181,7 @@ def rich_table(rows: Sequence[Row], width: int) -> Table:
     """Return the rows as a table for a terminal of `width` columns; a narrow one leaves out what files still hold."""
     kept = {title: column for title, *column in zip(*cells(rows), strict=True)}
     for title in _SPARED:
-        if sum(3 + max(len(title), *map(len, column)) for title, column in kept.items()) <= width:
+        if sum(3 + max(map(len, [title, *column])) for title, column in kept.items()) <= width:
             break
         kept.pop(title, None)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -208,11 +210,12 @@ def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) ->
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 run = futures[future]
-                if not future.result():
+                if reason := future.result():
                     failed.append(run)
-                outcome = "failed" if run in failed else "done"
-                minutes = (time.monotonic() - started) / 60
-                console.print(f"{done}/{len(futures)}  {run.method} seed {run.seed} {outcome}  {minutes:.1f} min")
+                outcome = f"failed: {reason}" if reason else f"done  {(time.monotonic() - started) / 60:.1f} min"
+                console.print(
+                    f"{done}/{len(futures)}  {run.method} seed {run.seed} {outcome}", markup=False, soft_wrap=True
+                )
         except BaseException:
             for child in multiprocessing.active_children():
                 child.terminate()  # a run that is asked to stop saves first
@@ -228,13 +231,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _train(run: Run, words: list[str]) -> bool:
-    """Train one run, its output going to a log beside its folder; return whether it succeeded."""
+def _train(run: Run, words: list[str]) -> str:
+    """Train one run, its output going to a log beside its folder; return why it failed, "" if it did not."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)  # the comparison is gone, and nobody would read the result
     if (run.folder / "result.json").is_file():
-        return True
+        return ""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with run.folder.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
@@ -243,10 +246,10 @@ def _train(run: Run, words: list[str]) -> bool:
             # The process ends with its run: it would take the next one from the queue, which is not to be begun.
             print(stopped, flush=True)  # noqa: T201
             os._exit(128 + stopped.signum)
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
-            return False
-    return True
+            return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def _json_text(rows: Sequence[Row]) -> str:
