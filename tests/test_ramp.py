@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,17 @@ def test_default_counts_always() -> None:
     assert Ramp()(0) == Ramp()(1e6) == 1.0
 
 
-@pytest.mark.parametrize("values", [{"start": -1}, {"warmup": -0.1}, {"start": 3, "stop": 3}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"start": -1},
+        {"warmup": -0.1},
+        {"start": 3, "stop": 3},
+        {"start": math.nan},
+        {"warmup": math.nan},
+        {"stop": math.nan},
+    ],
+)
 def test_nonsense_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="ramp needs"):
         Ramp(**values)

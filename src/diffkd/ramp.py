@@ -1,5 +1,6 @@
 """When, and how strongly, a distillation loss counts in the course of a training."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -13,7 +14,7 @@ class Ramp:
         stop: epoch from which the loss counts no more; None: to the end.
 
     Raises:
-        ValueError: if a number is negative, or nothing is left between start and stop.
+        ValueError: if a number is negative or not finite, or nothing is left between start and stop.
     """
 
     start: float = 0.0
@@ -21,7 +22,8 @@ class Ramp:
     stop: float | None = None
 
     def __post_init__(self) -> None:
-        if self.start < 0 or self.warmup < 0 or (self.stop is not None and self.stop <= self.start):
+        counts = 0 <= self.start < math.inf and 0 <= self.warmup < math.inf  # which NaN is not
+        if not (counts and (self.stop is None or self.stop > self.start)):
             raise ValueError(
                 f"a ramp needs start >= 0, warmup >= 0 and stop > start, got {self.start}, {self.warmup}, {self.stop}"
             )

@@ -87,6 +87,12 @@ def test_factors_lie_between_0_and_1_and_never_rise_after_warmup(kind, epochs, s
         {"warmup_epochs": -1},
         {"warmup_start": 2},
         {"floor": -1},
+        {"every": math.nan},
+        {"factor": math.inf},
+        {"power": math.nan},
+        {"warmup_epochs": math.nan},
+        {"milestones": [30, -5]},
+        {"milestones": [math.nan]},
     ],
 )
 def test_nonsense_is_refused(values):

@@ -42,7 +42,7 @@ class Classification:
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in 0..1, got {self.label_smoothing}")
+            raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
 
     def step(self, batch: Batch, seed: int) -> Step:
         """Mix the images, where that is asked for."""

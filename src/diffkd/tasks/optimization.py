@@ -53,14 +53,16 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in ("constant", "step", "exponential", "cosine", "poly"):
             raise ValueError(f"schedule.kind must be constant, step, exponential, cosine or poly, got {self.kind!r}")
-        if min(self.every, self.factor, self.power) <= 0:
+        if not all(0 < value < math.inf for value in (self.every, self.factor, self.power)):  # NaN is not
             raise ValueError(
-                "schedule.every, schedule.factor and schedule.power must be above 0, got "
+                "schedule.every, schedule.factor and schedule.power must be finite and above 0, got "
                 f"{self.every}, {self.factor} and {self.power}"
             )
-        if self.warmup_epochs < 0 or not 0 <= self.warmup_start <= 1 or not 0 <= self.floor <= 1:
+        if not all(mark >= 0 for mark in self.milestones):
+            raise ValueError(f"schedule.milestones must be epochs, counted from 0, got {list(self.milestones)}")
+        if not 0 <= self.warmup_epochs < math.inf or not 0 <= self.warmup_start <= 1 or not 0 <= self.floor <= 1:
             raise ValueError(
-                "schedule: warmup_epochs must be at least 0, warmup_start and floor in 0..1, got "
+                "schedule: warmup_epochs must be finite and at least 0, warmup_start and floor in 0..1, got "
                 f"{self.warmup_epochs}, {self.warmup_start} and {self.floor}"
             )
 
