@@ -217,13 +217,15 @@ def test_data_without_facts_are_refused(image_files):
 def test_the_report_warns_of_an_ignorant_teacher():
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([2, 2, 2, 5])
 
-    def printed(answer):
+    def printed(answer, warmup=0):
         teacher = large(6, 3)  # always says the same class
         with torch.no_grad():
             teacher[4].weight.zero_()
             teacher[4].bias.copy_(9 * torch.eye(6)[answer])
         model = Distiller(small(6, 3), teacher, example=images, method=KD)
-        task = Training(model, Classification(6), optimizer=torch.optim.SGD, schedule=Schedule(), epochs=1)
+        task = Training(
+            model, Classification(6), optimizer=torch.optim.SGD, schedule=Schedule(warmup_epochs=warmup), epochs=1
+        )
         output, losses = model(images)
         task.ledger.record(0, {"task": output.mean(), **losses}, images)
         console = Console(file=io.StringIO(), width=200)
@@ -235,6 +237,7 @@ def test_the_report_warns_of_an_ignorant_teacher():
     assert "output/kd" in good
     assert "warning" not in good
     assert "warning: the teacher is hardly better than chance" in bad
+    assert "warning: the rate rises" in printed(2, warmup=3)
 
 
 class TestLayout:

@@ -7,7 +7,10 @@ import pytest
 from short_trainings import arrays, train
 
 from diffkd import DiffKD
+from diffkd.ramp import Ramp
 from diffkd.tasks.build_training import build_training
+from diffkd.tasks.optimization import Schedule
+from diffkd.tasks.start_checks import never_reached
 
 WIDE = """
 import torch
@@ -63,3 +66,14 @@ def test_a_single_class_teaches_nothing(tmp_path, model_file):
     files = dict.fromkeys(("train", "test"), str(tmp_path / "one.npz"))
     with pytest.raises(ValueError, match=r"the data have 1 class \(0\), so that there is nothing to learn: give"):
         build_training(f"{model_file}:small", arrays(files), accelerator="cpu")
+
+
+def test_what_a_shortened_training_does_not_reach_is_said():
+    steps, ramp = Schedule("step", milestones=[20, 150, 180], warmup_epochs=5), Ramp(start=1, warmup=20)
+    assert never_reached(steps, ramp, 240) == []
+    falls, counts = never_reached(steps, ramp, 21)
+    assert "does not fall at schedule.milestones [150, 180]: there are 21 epochs" in falls
+    assert "never counts in full: method_ramp.start=1 and method_ramp.warmup=20" in counts
+    assert never_reached(Schedule(warmup_epochs=5), Ramp(), 5) == [
+        "the rate rises for schedule.warmup_epochs=5 epochs, of 5"
+    ]

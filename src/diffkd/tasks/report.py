@@ -12,6 +12,8 @@ from rich.table import Table
 from torch import nn
 
 from diffkd.distiller import Distiller
+from diffkd.ramp import ALWAYS
+from diffkd.tasks.start_checks import never_reached
 from diffkd.tasks.training import Training
 
 
@@ -49,6 +51,9 @@ def report(training: Training, batch: Any, console: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
+    ramp = ALWAYS if training.distiller is None else training.method_ramp
+    for beyond in never_reached(training.schedule, ramp, training.epochs):
+        console.print(f"warning: {beyond}", style="bold red", markup=False, soft_wrap=True)
     if training.teacher is None:
         return
     if isinstance(training.teacher, nn.Module):

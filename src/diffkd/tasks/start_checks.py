@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from diffkd.calling import evaluation_mode, run
+from diffkd.ramp import Ramp
 from diffkd.tasks.data_facts import DataFacts
+from diffkd.tasks.optimization import Schedule
 from diffkd.tasks.task_of_data import padded_example
 
 
@@ -40,3 +42,19 @@ def check_type(student: nn.Module, data: DataFacts, precision: str) -> None:
             f"the weights of student {type(student).__name__} are of {', '.join(sorted(map(str, types)))}, but with "
             f"--precision {precision} its images are of torch.float32: give --precision {mend}, or build it in float32"
         ) from error
+
+
+def never_reached(schedule: Schedule, ramp: Ramp, epochs: int) -> list[str]:
+    """Say what of a schedule and a ramp lies beyond the end of a training, as it does where a recipe is shortened."""
+    found = []
+    late = [mark for mark in schedule.milestones if mark >= epochs]
+    if schedule.kind == "step" and late:
+        found.append(f"the rate does not fall at schedule.milestones {late}: there are {epochs} epochs")
+    if schedule.warmup_epochs >= epochs:
+        found.append(f"the rate rises for schedule.warmup_epochs={schedule.warmup_epochs:g} epochs, of {epochs}")
+    if ramp.start + ramp.warmup >= epochs:
+        found.append(
+            f"the method never counts in full: method_ramp.start={ramp.start:g} and method_ramp.warmup={ramp.warmup:g} "
+            f"take all of the {epochs} epochs"
+        )
+    return found
