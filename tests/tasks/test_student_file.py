@@ -191,6 +191,12 @@ def test_what_is_missing_is_named(tmp_path):
         export("anything", tmp_path / "student.pt")
 
 
+def test_a_program_is_no_file_of_weights(tmp_path):
+    (tmp_path / "student.onnx").write_bytes(b"graph")
+    with pytest.raises(ValueError, match=r"student\.onnx is a program, not weights; give the run"):
+        find_student(tmp_path / "student.onnx")
+
+
 def test_a_damaged_card_is_named(tmp_path):
     save_file({"weight": torch.ones(1)}, tmp_path / "a.safetensors")
     assert read_card(tmp_path / "a.safetensors") == {}

@@ -31,6 +31,7 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
 
     Raises:
         FileNotFoundError: if there is no such file, or the run is not that far yet.
+        ValueError: if it is a program.
     """
     path = Path(source)
     if path.is_dir():
@@ -43,6 +44,8 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
             raise FileNotFoundError(f"{run.path} holds no {path.name}: {hint}")
     if not path.is_file():
         raise FileNotFoundError(f"there is no run and no file {path}; give a run's folder or a student's .safetensors")
+    if path.suffix in _PROGRAMS:
+        raise ValueError(f"{path} is a program, not weights; give the run it comes from, or a student's .safetensors")
     return path
 
 
