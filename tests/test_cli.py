@@ -209,6 +209,10 @@ FIT = ["fit", "--student=a", "--out=b", "--data=ImageFolder"]
         (["fit", "--method=diffkd.DiffKDD"], "there is no diffkd.DiffKDD; nearest: diffkd.DiffKD"),
         (["fit", "--method=[diffkd.KD, diffkd.DISTT]"], "there is no diffkd.DISTT; nearest: diffkd.DIST"),
         (["fit", "--method=nowhere.at.All"], "--method: No module named 'nowhere'; write"),
+        (["fit", "--method=own/nets.py:Mine"], "write nets.Mine, and put its folder on PYTHONPATH: PYTHONPATH=own "),
+        (["fit", "--method=nets:Mine"], "write nets.Mine, and put its folder on PYTHONPATH: PYTHONPATH=. "),
+        (["fit", "--optimizer=nets.py:Mine"], "--optimizer: write nets.Mine, and"),
+        (["fit", "--data=nets.py:Mine"], "--data: write nets.Mine, and"),
         (["fit", "--method=diffkd.DiffKD", "--method.ae_chanels=8"], "nearest: ae_channels"),
         (["fit", "--method=diffkd.DiffKD", "--method.ae_channels=x"], "'x' is not a whole number or null"),
         (["fit", "--pairs=[{student: a, weight: x}]"], "--pairs.weight: 'x' is not a number"),
@@ -224,6 +228,22 @@ FIT = ["fit", "--student=a", "--out=b", "--data=ImageFolder"]
 def test_misspelt_words_are_named_with_the_nearest(words, message, capsys):
     assert cli.main(words) == 2
     assert message in error_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"epochs: [3", "cannot be read as YAML (while parsing"),
+        (b"epochs: \xff", "cannot be read as YAML"),
+        (b"", "holds no values by name"),
+        (b"- epochs", "holds no values by name"),
+    ],
+)
+def test_a_file_without_values_is_named(tmp_path, capsys, text, reason):
+    (tmp_path / "broken.yaml").write_bytes(text)
+    for words in ([f"{tmp_path}/broken.yaml"], ["--config", f"{tmp_path}/broken.yaml"]):
+        assert cli.main(["fit", *words]) == 2
+        assert error_of(capsys).startswith(f"diffkd: {tmp_path}/broken.yaml {reason}")
 
 
 @pytest.mark.parametrize(

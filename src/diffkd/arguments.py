@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from diffkd.misuse import Misuse, explain
@@ -117,6 +118,9 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
 def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
     from jsonargparse import ArgumentError
 
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word == "--config" or word.startswith("--config="):
+            _check_file(Path(after if word == "--config" else word.removeprefix("--config=")))
     parameters = inspect.signature(function).parameters
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
     bare = {word for word, after in zip(words, [*words[1:], "--"], strict=False) if _stands_alone(word, after)}
@@ -129,6 +133,19 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         if not _is_on(values, option.removeprefix("--").split(".")):
             raise Misuse(f"{option}: give its value after it; only what is true or false can stand alone")
     return values
+
+
+def _check_file(file: Path) -> None:
+    """Raise Misuse, naming the file, which the parser would not do, if it is there and holds no values by name."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = str(error).replace('in "<unicode string>", ', "")
+        raise Misuse(f"{file} cannot be read as YAML ({where}): correct it") from error
+    if not isinstance(values, dict):
+        raise Misuse(f"{file} holds no values by name, such as `epochs: 3`: give a recipe, or the config.yaml of a run")
 
 
 def _stands_alone(word: str, after: str) -> bool:

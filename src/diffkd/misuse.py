@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 # Where the classes are that these options name without their module, and what they are kinds of.
 _HOMES = {
@@ -63,6 +64,12 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         base = _HOMES.get(keys[-1] if keys else "", ("", "object"))[1]
         names = [f"{found[1]}.{name}" for name in _classes(found[1], base)]
         return "; ".join(filter(None, (f"{option}: there is no {found[1]}.{found[2]}", _near(found[2], names))))
+    if keys and (
+        found := re.search(r"(?:Unexpected import path format|dot import path string): (\S+?):(\w+)(?= |$)", text)
+    ):
+        path = Path(found[1])
+        how = f"and put its folder on PYTHONPATH: PYTHONPATH={path.parent} diffkd {command} ..."
+        return f"{option}: write {path.stem}.{found[2]}, {how}"
     if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in _HOMES:
         names = _classes(*_HOMES[keys[-1]])
         return f"{option}: there is no {found[1]!r}; {_near(found[1], names) or 'there are ' + ', '.join(names)}"
