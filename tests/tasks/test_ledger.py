@@ -36,6 +36,13 @@ def test_the_first_broken_step_and_its_terms_are_named():
         ledger.check()
 
 
+def test_the_learning_rate_is_not_blamed_for_the_first_step():
+    ledger = Ledger()
+    record(ledger, 0, kd=float("nan"))
+    with pytest.raises(FloatingPointError, match=r"at step 0; .*look at the models and the method's values"):
+        ledger.check()
+
+
 def test_bad_images_are_blamed():
     ledger = Ledger()
     images = IMAGES.clone()

@@ -76,6 +76,8 @@ class Ledger:
         terms = [name for name, step in zip(self.names, by_name, strict=True) if step == first]
         if images == first:
             cause = "the images of that batch held NaN or infinity: mend the data"
+        elif first == 0:
+            cause = "the images were finite, and nothing had been learned: look at the models and the method's values"
         else:
             cause = "the images were finite: lower the learning rate, clip gradients, or train in a wider precision"
         what = f"loss '{terms[0]}'" if len(terms) == 1 else "losses " + ", ".join(f"'{term}'" for term in terms)
