@@ -139,9 +139,27 @@ class TestLoading:
 
     def test_lists_no_more_than_a_few_problems(self, tmp_path):
         torch.save({"w": torch.ones(1)}, tmp_path / "net.pt")
-        with pytest.raises(ValueError, match="and 11 more") as error:
+        with pytest.raises(ValueError, match="and 13 more") as error:
             load_weights(ConvNet(), tmp_path / "net.pt")
         assert len(str(error.value)) < 600
+
+    def test_a_prefix_of_somebody_elses_comes_off_if_all_else_fits(self, tmp_path):
+        net, other = ConvNet(), ConvNet()
+        state = {f"model.{name}": value for name, value in net.state_dict().items()}
+        torch.save({"state_dict": state, "epoch": 3}, tmp_path / "net.ckpt")
+        load_weights(other, tmp_path / "net.ckpt")
+        assert equal_states(net.state_dict(), other.state_dict())
+        torch.save(state | {"model.extra": torch.ones(1)}, tmp_path / "net.ckpt")
+        with pytest.raises(ValueError, match=r"missing .*; unexpected model\."):
+            load_weights(other, tmp_path / "net.ckpt")
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_parameters_that_are_not_finite_are_named(self, tmp_path, value):
+        state = ConvNet().state_dict()
+        state["fc.bias"] = torch.full_like(state["fc.bias"], value)
+        torch.save(state, tmp_path / "net.pt")
+        with pytest.raises(ValueError, match=r"net\.pt holds NaN or infinity in fc\.bias"):
+            load_weights(ConvNet(), tmp_path / "net.pt")
 
 
 class TestSaving:

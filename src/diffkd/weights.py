@@ -42,9 +42,8 @@ def read_weights(path: str | Path, *, as_saved: bool = False) -> dict[str, Tenso
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
     except Exception as error:  # torch.load raises whatever the broken or hostile bytes lead it to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} cannot be read as plain weights ({reason[:160]}): it is damaged, or holds Python objects, which "
+            f"{path} cannot be read as plain weights: it is damaged, of another kind, or holds Python objects, which "
             "are never run; save its state dict with torch.save(model.state_dict(), ...) or as safetensors"
         ) from error
     for key in _WRAPPERS:
@@ -70,27 +69,35 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: receives the weights in place.
-        path: as for :func:`read_weights`.
+        path: as for :func:`read_weights`. One prefix more, such as the "model." of a trainer, is taken off if what is
+            left are the model's own names, all of them.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_weights`; ValueError also if entries are missing, unexpected or of
-            another shape. The message lists them.
+            another shape, or parameters are not finite. The message lists them.
     """
     own = model.state_dict()
     weights = _without_wrappers(read_weights(path, as_saved=True), own)
-    problems = [f"missing {name}" for name in own if name not in weights]
-    problems += [f"unexpected {name}" for name in weights if name not in own]
-    problems += [
+    prefix = next(iter(weights), "").partition(".")[0] + "."
+    if weights.keys() == {prefix + name for name in own}:
+        weights = {name: weights[prefix + name] for name in own}
+    shapes = [
         f"{name} is {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
+    missing = [f"missing {name}" for name in own if name not in weights]
+    unexpected = [f"unexpected {name}" for name in weights if name not in own]
+    problems = [*missing, *unexpected, *shapes]
     if problems:
-        more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
+        shown = [*missing[:3], *unexpected[:3], *shapes[:3]]  # of each kind, since another prefix is seen in pairs only
+        more = f" and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(problems[:6])}{more}; "
+            f"{path} does not fit {type(model).__name__}: {'; '.join(shown)}{more}; "
             "build the model that the file was saved from (same name, number of classes and input channels)"
         )
+    if broken := [name for name, _ in model.named_parameters() if not weights[name].isfinite().all()]:
+        raise ValueError(f"{path} holds NaN or infinity in {', '.join(broken[:3])}: fetch or save it again")
     model.load_state_dict(weights)
 
 
