@@ -22,6 +22,8 @@ def names(pairs):
         (ConvNet(), "stage"),
         (Wrapped(ConvNet()), "net.0.0.stage"),
         (Wrapped(Wrapped(ConvNet())), "net.0.0.net.0.0.stage"),
+        (nn.Sequential(nn.InstanceNorm2d(3), ConvNet()), "1.stage"),  # normalises its images first
+        (nn.Sequential(nn.Upsample(scale_factor=0.5), Wrapped(TokenNet())), "1.net.0.0.blocks"),
         (TokenNet(), "blocks"),
         (ChannelsLastNet(), "block"),
         (Wrapped(ChannelsLastNet()), "net.0.0.block"),

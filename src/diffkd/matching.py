@@ -246,8 +246,9 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
 def _trunk(layers: Sequence[Layer]) -> list[Layer]:
     """Return the intact layers that are not inside a head: a module that takes maps and returns none.
 
-    A head may look at maps of its own (attention pooling does); those are not features of the model. If everything is
-    inside such a module (a wrapper around the whole net), the search goes on inside the last of them.
+    A head may look at maps of its own (attention pooling does); those are not features of the model. But a module with
+    more maps inside than there are outside is no head but the net, in a wrapper that may normalise or resize its images
+    first: the search goes on inside the last of them.
     """
     root = ""
     while True:
@@ -258,11 +259,11 @@ def _trunk(layers: Sequence[Layer]) -> list[Layer]:
             for layer in inside
             if layer.instead is None and not any(layer.name.startswith(head) for head in heads)
         ]
-        if any(layer.is_map for layer in trunk):
-            return trunk
-        deeper = [head for head in heads if any(layer.is_map and layer.name.startswith(head) for layer in inside)]
-        outermost = [head for head in deeper if not any(head != other and head.startswith(other) for other in deeper)]
-        if not outermost or outermost[-1] == root:
+        maps = [layer.name for layer in inside if layer.instead is None and layer.is_map]
+        outside = sum(layer.is_map for layer in trunk)
+        nets = [head for head in heads if sum(name.startswith(head) for name in maps) > outside]
+        outermost = [net for net in nets if not any(net != other and net.startswith(other) for other in nets)]
+        if not outermost:
             return trunk
         root = outermost[-1]
 
