@@ -4,10 +4,10 @@ from collections import namedtuple
 import pytest
 import torch
 import torchvision
-from small_nets import MLP, ConvNet, Pyramid, TokenNet, Twice, TwoInputs, Wrapped
+from small_nets import MLP, ChannelsLastNet, ConvNet, Pyramid, TokenNet, Twice, TwoInputs, Wrapped
 from torch import nn
 
-from diffkd import list_layers
+from diffkd import Layout, list_layers
 from diffkd.calling import evaluation_mode
 from diffkd.layers import find_layer
 
@@ -90,6 +90,26 @@ def test_tokens(tell):
     layer = by_name(TokenNet(8, prefix=3, tell=tell))["blocks.1"]
     assert (layer.layout.kind, layer.layout.prefix, layer.layout.grid) == ("tokens", 3, (4, 4))
     assert str(layer.feature_shape) == "8x4x4"
+
+
+@pytest.mark.parametrize(
+    ("net", "layer", "layout"),
+    [
+        (ConvNet(), "stage", Layout("nchw")),
+        (ChannelsLastNet(), "block", Layout("nhwc")),
+        (TokenNet(tell=True), "blocks", Layout("tokens", 1, (8, 8))),
+    ],
+)
+def test_a_model_may_resize_its_images_to_other_proportions(net, layer, layout):
+    found = by_name(nn.Sequential(nn.Upsample((32, 32)), net), torch.randn(2, 3, 16, 28))
+    assert found[f"1.{layer}"].layout == layout
+    assert found[f"1.{layer}"].feature_shape.size == (8, 8)
+
+
+def test_borders_that_are_left_out_change_the_proportions():
+    stage = nn.Sequential(nn.Conv2d(3, 4, 7), nn.MaxPool2d(3, 2))
+    found = by_name(nn.Sequential(stage, nn.Flatten(), nn.LazyLinear(10)), torch.randn(2, 3, 16, 28))
+    assert str(found["0"].feature_shape) == "4x4x10"  # and no 4x7
 
 
 def test_a_layer_that_runs_twice_is_refused_with_the_layer_to_take():

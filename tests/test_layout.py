@@ -54,6 +54,21 @@ def test_the_models_word_on_prefix_tokens_counts():
     assert infer_layout((2, 196, 8), SQUARE, prefixes={1}) == Layout("tokens", 0, (14, 14))  # a layer before they come
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 8, 14, 14), Layout("nchw")),
+        ((2, 14, 14, 8), Layout("nhwc")),
+        ((2, 1 + 196, 8), Layout("tokens", 1, (14, 14))),
+        ((2, 196, 8), Layout("tokens", 0, (14, 14))),  # before the class token comes
+        ((2, 14, 3, 5), Layout("nchw")),  # exactly the proportions of the image
+        ((2, 3, 13, 28), None),
+    ],
+)
+def test_sizes_that_convolutions_return_come_before_rounded_proportions(shape, expected):
+    assert infer_layout(shape, WIDE, {1}, {(14, 14)}) == expected
+
+
 @given(
     height=st.integers(1, 20),
     width=st.integers(1, 20),

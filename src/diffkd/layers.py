@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from diffkd.weights import unwrap
 
 OUTPUT = "output"
 """The name that stands for what the whole model returns."""
+
+_OF_MAPS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)  # (B, C, H, W) and nothing else
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     for one in seen:
         calls[one.name] = calls.get(one.name, 0) + 1
     class_map = _before_upsampling(seen, result)
-    layouts = _layouts(model, example, {one.name: one.tensor for one in seen} | {OUTPUT: result})
+    outputs = {one.name: one.tensor for one in seen} | {OUTPUT: result}
+    layouts = _layouts(model, example, outputs, {one.grid for one in seen if one.grid is not None})
     elements = _elements(OUTPUT, output)
     queries = count_queries(result.shape, [shape for _, shape in elements])
     for one in seen:
@@ -159,6 +162,7 @@ class _Seen:
     tensor: Tensor
     version: int
     elements: tuple[tuple[str, tuple[int, ...]], ...]
+    grid: tuple[int, int] | None  # of positions, where the layer's type leaves no doubt of them
 
 
 def _watch(model: nn.Module, example: Any) -> tuple[Any, list[_Seen]]:
@@ -184,11 +188,14 @@ def _watch(model: nn.Module, example: Any) -> tuple[Any, list[_Seen]]:
             handle.remove()
 
 
-def _layouts(model: nn.Module, example: Any, outputs: Mapping[str, Tensor]) -> dict[str, Layout | None]:
+def _layouts(
+    model: nn.Module, example: Any, outputs: Mapping[str, Tensor], grids: Collection[tuple[int, int]]
+) -> dict[str, Layout | None]:
     """Find out the layout of each output; where its shape allows several, by running the model once more."""
     input_size, prefixes = input_size_of(example), prefix_tokens(model)
-    fits = {name: fitting_layouts(tensor.shape, input_size, prefixes) for name, tensor in outputs.items()}
-    layouts = {name: infer_layout(tensor.shape, input_size, prefixes) for name, tensor in outputs.items()}
+    shapes = {name: tensor.shape for name, tensor in outputs.items()}
+    fits = {name: fitting_layouts(shape, input_size, prefixes, grids) for name, shape in shapes.items()}
+    layouts = {name: infer_layout(shape, input_size, prefixes, grids) for name, shape in shapes.items()}
     unsure = {name for name in fits if len(fits[name]) > 1}
     if unsure:
         again, seen = _watch(model, change_corner(example))
@@ -205,7 +212,8 @@ def _probe_hook(name: str, seen: list[_Seen]) -> Any:
         if tensor is not None:
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.inplace:
                 tensor.mul_(1)  # it overwrites its input in training, and does nothing in evaluation
-            seen.append(_Seen(name, type(module).__name__, tensor, tensor._version, _elements(name, output)))
+            grid = (tensor.shape[2], tensor.shape[3]) if isinstance(module, _OF_MAPS) and tensor.ndim == 4 else None
+            seen.append(_Seen(name, type(module).__name__, tensor, tensor._version, _elements(name, output), grid))
 
     return hook
 

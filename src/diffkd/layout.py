@@ -73,19 +73,22 @@ class Layout:
 
 
 def infer_layout(
-    shape: Sequence[int], input_size: tuple[int, int] | None, prefixes: Collection[int] = ()
+    shape: Sequence[int],
+    input_size: tuple[int, int] | None,
+    prefixes: Collection[int] = (),
+    grids: Collection[tuple[int, int]] = (),
 ) -> Layout | None:
     """Guess the layout of a layer's output from its shape.
 
     Args:
-        shape, input_size, prefixes: as for :func:`fitting_layouts`.
+        shape, input_size, prefixes, grids: as for :func:`fitting_layouts`.
 
     Returns:
         The only layout that fits, or the first of several. None if the shape is not understood, or could be several
         grids of tokens, none of which has exactly the proportions of the input, or is likely: as many prefix tokens as
         the model says, or none if it says nothing.
     """
-    fits = fitting_layouts(shape, input_size, prefixes)
+    fits = fitting_layouts(shape, input_size, prefixes, grids)
     if len(fits) > 1 and input_size is not None and fits[0].kind == "tokens":
         likely = fits[0].prefix in (prefixes or (0,)) or _error(fits[0].grid, input_size) == 0
         return fits[0] if likely else None
@@ -93,19 +96,24 @@ def infer_layout(
 
 
 def fitting_layouts(
-    shape: Sequence[int], input_size: tuple[int, int] | None, prefixes: Collection[int] = ()
+    shape: Sequence[int],
+    input_size: tuple[int, int] | None,
+    prefixes: Collection[int] = (),
+    grids: Collection[tuple[int, int]] = (),
 ) -> list[Layout]:
     """Return the layouts that the shape of a layer's output allows, the most usual first.
 
     A grid of positions keeps the proportions of the input, up to rounding; channels do not. Maps of exactly these
-    proportions come first, then (B, C, H, W) before (B, H, W, C). Tokens that fill a grid of exactly these proportions
-    fill no other; the fewest prefix tokens come first.
+    proportions come first, then those of a size that the model's layers for maps return, since it may resize its images
+    itself or leave out borders, then (B, C, H, W) before (B, H, W, C). Tokens that fill a grid of exactly these
+    proportions, or else one of these sizes, fill no other; the fewest prefix tokens come first.
 
     Args:
         shape: of the output, batch first.
         input_size: (H, W) of the model's input, None if it has none.
         prefixes: the numbers of prefix tokens of which the model speaks; a layer has one of these, or none. Empty: it
             says nothing, and up to 8 are tried.
+        grids: (H, W) of what the model's convolutions and other layers for maps return.
     """
     if len(shape) == 2:
         return [Layout("vector")]
@@ -113,8 +121,9 @@ def fitting_layouts(
         return [Layout("nchw")]
     if len(shape) == 4 and input_size is not None:
         maps = (Layout("nchw"), (shape[2], shape[3])), (Layout("nhwc"), (shape[1], shape[2]))
-        errors = {layout: error for layout, size in maps if (error := _error(size, input_size)) is not None}
-        return sorted(errors, key=lambda layout: errors[layout] > 0)
+        errors = {layout: _error(size, input_size) for layout, size in maps}
+        ranks = {layout: 0 if errors[layout] == 0 else 1 if size in grids else 2 for layout, size in maps}
+        return sorted((one for one in ranks if ranks[one] == 1 or errors[one] is not None), key=lambda one: ranks[one])
     if len(shape) == 3 and shape[2] > 1 and input_size is not None:
         tried = [*sorted(prefixes), 0] if prefixes else range(MAX_PREFIX_TOKENS + 1)
         tokens = [
@@ -122,7 +131,9 @@ def fitting_layouts(
             for prefix in dict.fromkeys(tried)
             if (grid := _grid(shape[1] - prefix, input_size)) is not None
         ]
-        return [layout for layout in tokens if _error(layout.grid, input_size) == 0] or tokens
+        exact = [layout for layout in tokens if _error(layout.grid, input_size) == 0]
+        known = [Layout("tokens", n, grid) for n in tried for grid in grids if n + math.prod(grid) == shape[1]]
+        return exact or known or tokens
     return []
 
 
