@@ -74,7 +74,7 @@ def class_map(layers: Sequence[Layer]) -> Layer | None:
 
     None for models that do not score positions.
     """
-    if layers[-1].layout is None or not layers[-1].is_map:
+    if layers[-1].layout is None or not layers[-1].is_map or not layers[-1].scores:
         return None
     scores = [layer for layer in layers if layer.scores and layer.is_map and layer.instead is None]
     return min(scores, key=_area)  # of equals the first, which is the convolution itself

@@ -1,27 +1,21 @@
 """The layers of a model, listed by running it once."""
 
 import difflib
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.calling import evaluation_mode, input_size_of, on_device_of, run, shapes_of
-from diffkd.layout import Layout, fitting_layouts, infer_layout, resize, select_tensor
+from diffkd.calling import input_size_of, on_device_of
+from diffkd.layout import Layout, fitting_layouts, infer_layout, select_tensor
 from diffkd.locality import change_corner, most_local
 from diffkd.prefix_tokens import prefix_tokens
 from diffkd.queries import count_queries
+from diffkd.scored import before_upsampling, returns_features
 from diffkd.shape import FeatureShape, Role
+from diffkd.trace import OUTPUT, Seen, elements_of, is_same, run_watched
 from diffkd.weights import unwrap
-
-OUTPUT = "output"
-"""The name that stands for what the whole model returns."""
-
-_OF_MAPS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)  # (B, C, H, W) and nothing else
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Layer:
             that are overwritten in place after the layer has run, or that come several times, cannot be.
         elements: names ("fpn[0]") and shapes of the tensors in an output that is a sequence or mapping of several.
         scores: whether the output holds the scores that the model returns: "output", or, of a segmenter, the layer that
-            makes it and the class map that is up-sampled to it.
+            makes it and the class map that is up-sampled to it. A backbone, which returns features, has none.
     """
 
     name: str
@@ -83,7 +77,7 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     """
     model = unwrap(model)
     example = on_device_of(model, example)
-    output, seen = _watch(model, example)
+    output, seen = run_watched(model, example)
     result = select_tensor(output)
     if result is None:
         raise ValueError(
@@ -92,21 +86,21 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     calls: dict[str, int] = {}
     for one in seen:
         calls[one.name] = calls.get(one.name, 0) + 1
-    class_map = _before_upsampling(seen, result)
+    class_map = before_upsampling(seen, result)
     outputs = {one.name: one.tensor for one in seen} | {OUTPUT: result}
     layouts = _layouts(model, example, outputs, {one.grid for one in seen if one.grid is not None})
-    elements = _elements(OUTPUT, output)
+    elements = elements_of(OUTPUT, output)
     queries = count_queries(result.shape, [shape for _, shape in elements])
     for one in seen:
         if queries is not None and one.tensor.ndim == 3 and one.tensor.shape[1] == queries:
             layouts[one.name] = Layout("rows")
     if queries is not None:
         layouts[OUTPUT] = None  # two models' queries do not go together one by one
+    features = returns_features(output, class_map, layouts, seen)
     layers = []
     for position, one in enumerate(seen):
         if any(later.name == one.name for later in seen[position + 1 :]):
             continue  # listed once, where it ran last
-        intact = one.tensor._version == one.version
         layers.append(
             Layer(
                 one.name,
@@ -114,15 +108,15 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
                 tuple(one.tensor.shape),
                 layouts[one.name],
                 calls[one.name],
-                None if intact and calls[one.name] == 1 else _instead(seen, position, calls),
+                None if one.intact and calls[one.name] == 1 else _instead(seen, position, calls),
                 one.elements,
-                one is class_map or (result.ndim == 4 and _is(one.tensor, result)),
+                not features and (one is class_map or (result.ndim == 4 and is_same(one.tensor, result))),
             )
         )
     # A detector returns boxes for each image: nothing that could be compared with another model's.
     detects = isinstance(output, (list, tuple)) and all(isinstance(one, Mapping) for one in output)
     layout = None if detects else layouts[OUTPUT]
-    last = Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout, elements=elements, scores=True)
+    last = Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout, elements=elements, scores=not features)
     return [*layers, replace(last, elements=()) if detects else last]
 
 
@@ -155,39 +149,6 @@ def describe(layer: Layer) -> str:
     return str(layer.feature_shape or layer.shape)
 
 
-@dataclass
-class _Seen:
-    name: str
-    type: str
-    tensor: Tensor
-    version: int
-    elements: tuple[tuple[str, tuple[int, ...]], ...]
-    grid: tuple[int, int] | None  # of positions, where the layer's type leaves no doubt of them
-
-
-def _watch(model: nn.Module, example: Any) -> tuple[Any, list[_Seen]]:
-    """Run the model once; return its output, and what each layer returned, as often as it ran."""
-    seen: list[_Seen] = []
-    handles = [
-        module.register_forward_hook(_probe_hook(name, seen))
-        for name, module in model.named_modules()
-        if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule)  # which take no hooks
-    ]
-    try:
-        # What is compiled runs as it is written: a graph from before knows nothing of these hooks.
-        with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return run(model, example), seen
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise ValueError(
-            f"{type(model).__name__} cannot take an example of shape {shapes_of(example)} "
-            f"({type(error).__name__}: {reason}); give the example as the model is called in training"
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _layouts(
     model: nn.Module, example: Any, outputs: Mapping[str, Tensor], grids: Collection[tuple[int, int]]
 ) -> dict[str, Layout | None]:
@@ -198,7 +159,7 @@ def _layouts(
     layouts = {name: infer_layout(shape, input_size, prefixes, grids) for name, shape in shapes.items()}
     unsure = {name for name in fits if len(fits[name]) > 1}
     if unsure:
-        again, seen = _watch(model, change_corner(example))
+        again, seen = run_watched(model, change_corner(example))
         changed = {one.name: one.tensor for one in seen} | {OUTPUT: select_tensor(again)}
         for name in unsure:
             after = changed.get(name)
@@ -206,63 +167,12 @@ def _layouts(
     return layouts
 
 
-def _probe_hook(name: str, seen: list[_Seen]) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        tensor = select_tensor(output)
-        if tensor is not None:
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.inplace:
-                tensor.mul_(1)  # it overwrites its input in training, and does nothing in evaluation
-            grid = (tensor.shape[2], tensor.shape[3]) if isinstance(module, _OF_MAPS) and tensor.ndim == 4 else None
-            seen.append(_Seen(name, type(module).__name__, tensor, tensor._version, _elements(name, output), grid))
-
-    return hook
-
-
-def _elements(name: str, output: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    named: Sequence[tuple[Any, Any]] = ()
-    if isinstance(output, Mapping):
-        named = list(output.items())
-    elif isinstance(output, (list, tuple)):
-        named = list(enumerate(output))
-    # An element may hold a tensor among other things, as (map, mask) does, and stands for that then.
-    tensors = ((key, select_tensor(value)) for key, value in named)
-    found = tuple((f"{name}[{key}]", tuple(tensor.shape)) for key, tensor in tensors if tensor is not None)
-    return found if len(found) > 1 else ()
-
-
-def _is(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.shape == other.shape and tensor.data_ptr() == other.data_ptr()
-
-
-def _before_upsampling(seen: Sequence[_Seen], result: Tensor) -> "_Seen | None":
-    """Return the layer whose class map the model up-samples to what it returns; None if there is none.
-
-    It is the one that looks most like the result when it is up-sampled; an auxiliary head's map does not.
-    """
-    if result.ndim != 4:
-        return None
-    area = math.prod(result.shape[2:])
-    best, found = 0.8, None
-    for one in seen:
-        tensor = one.tensor
-        if tensor.ndim != 4 or tensor.shape[:2] != result.shape[:2] or math.prod(tensor.shape[2:]) >= area:
-            continue
-        if one.tensor._version != one.version:
-            continue
-        likeness = F.cosine_similarity(
-            resize(tensor.float(), (result.shape[2], result.shape[3])).flatten(), result.float().flatten(), dim=0
-        )
-        if float(likeness) > best:
-            best, found = float(likeness), one
-    return found
-
-
-def _instead(seen: Sequence[_Seen], position: int, calls: Mapping[str, int]) -> str:
+def _instead(seen: Sequence[Seen], position: int, calls: Mapping[str, int]) -> str:
     """Name the nearest layer that holds the same tensor, or else encloses it, and is intact."""
     lost = seen[position]
 
-    def sound(one: _Seen) -> bool:
-        return one.tensor._version == one.version and calls[one.name] == 1
+    def sound(one: Seen) -> bool:
+        return one.intact and calls[one.name] == 1
 
     later = seen[position + 1 :]
     same = (one for one in later if sound(one) and one.tensor.data_ptr() == lost.tensor.data_ptr())

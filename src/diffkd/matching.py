@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from diffkd.dense_layers import box_outputs, class_map, common_levels
-from diffkd.layers import OUTPUT, Layer, list_layers
+from diffkd.layers import Layer, list_layers
 from diffkd.layout import Layout
 from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
 from diffkd.shape import Want
+from diffkd.trace import OUTPUT
 
 DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits"})
 DEFAULT_LEAST_CLASSES = 2

@@ -1,6 +1,6 @@
 """The one run of each model with the example, from which all else is found out."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,15 +20,13 @@ def probe(
 ) -> Callable[..., Reader]:
     """Record the example once, and return what finds out how layers are to be read."""
     output, outputs, _ = _record(recorder, model, example)
-    # Several maps under names of their own are features, of which the first holds no more scores than the others.
-    named = isinstance(output, Mapping) and len(output) > 1 and not {"logits", "out"} & set(output)
     return partial(
         reader_for,
         side,
         outputs=outputs,
-        logits=None if named else select_tensor(output),
+        logits=select_tensor(output) if layers[-1].scores else None,
         input_size=input_size_of(example),
-        scores=set() if named else {layer.name for layer in layers if layer.scores},
+        scores={layer.name for layer in layers if layer.scores},
         prefixes=prefix_tokens(model),
         layouts={layer.name: layer.layout for layer in layers if layer.layout is not None},
     )

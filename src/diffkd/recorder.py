@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffkd.calling import run
-from diffkd.layers import OUTPUT
 from diffkd.layout import select_tensor
+from diffkd.trace import OUTPUT
 from diffkd.weights import unwrap
 
 
