@@ -29,6 +29,7 @@ def names(pairs):
         (Wrapped(ChannelsLastNet()), "net.0.0.block"),
         (Pyramid(), "named"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10)), "1"),
+        (nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.LazyLinear(10)), "0"),
     ],
 )
 def test_the_last_feature_is_the_last_map_before_pooling(net, expected):

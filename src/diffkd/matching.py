@@ -18,6 +18,7 @@ from diffkd.trace import OUTPUT
 
 DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits"})
 DEFAULT_LEAST_CLASSES = 2
+_POOLS = ("AdaptiveAvgPool2d", "AdaptiveMaxPool2d")  # to a size that a head wants, be it larger than the map
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,9 @@ def _trunk(layers: Sequence[Layer]) -> list[Layer]:
         trunk = [
             layer
             for layer in inside
-            if layer.instead is None and not any(layer.name.startswith(head) for head in heads)
+            if layer.instead is None
+            and layer.type not in _POOLS
+            and not any(layer.name.startswith(head) for head in heads)
         ]
         maps = [layer.name for layer in inside if layer.instead is None and layer.is_map]
         outside = sum(layer.is_map for layer in trunk)
