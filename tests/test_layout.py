@@ -107,6 +107,7 @@ def test_shapes_by_layout():
 
 
 T = [torch.tensor(float(i)) for i in range(4)]
+LOGITS = torch.zeros(2, 10)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +119,9 @@ T = [torch.tensor(float(i)) for i in range(4)]
         ({"aux": T[0], "out": T[1]}, None, T[1]),
         ({"aux": T[0], "logits": T[1], "out": T[2]}, None, T[1]),
         (OrderedDict(last=T[2]), None, T[2]),
+        ((T[0], LOGITS), None, LOGITS),  # a loss, and the logits
+        ({"loss": T[0], "scores": LOGITS}, None, LOGITS),
+        ({"hidden": LOGITS, "logits": T[1]}, None, T[1]),
         (SimpleNamespace(logits=T[3]), None, T[3]),
         ((T[0], T[1]), "1", T[1]),
         ((T[0], T[1]), "-1", T[1]),

@@ -77,6 +77,15 @@ def test_other_classes_leave_the_feature_alone():
     assert names(match_layers(ConvNet(classes=10), ConvNet(classes=7), IMAGES)) == [(("stage",), ("stage",))]
 
 
+def test_logits_may_have_a_single_position():
+    def convolutional(width):
+        return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, 10, 1))
+
+    expected = [(("1",), ("1",)), (("output",), ("output",))]
+    assert names(match_layers(convolutional(4), convolutional(8), IMAGES)) == expected
+    assert names(match_layers(convolutional(4), ConvNet(), IMAGES)) == [(("1",), ("stage",)), expected[1]]
+
+
 def test_methods_get_what_they_want():
     assert names(match_layers(ConvNet(), ConvNet(), IMAGES, method=KD)) == [(("output",), ("output",))]
     assert names(match_layers(ConvNet(), ConvNet(), IMAGES, method=FitNet)) == [(("stage",), ("stage",))]

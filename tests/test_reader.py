@@ -77,3 +77,14 @@ def test_a_map_is_averaged_beside_a_vector(vector_first):
     assert not vector_side.pools
     x = torch.randn(2, 5, 4, 4)
     torch.testing.assert_close(map_side.read({"a": x}), x.mean(dim=(2, 3)))
+
+
+def test_logits_of_a_single_position_are_vectors():
+    logits = torch.randn(2, 10, 1, 1)
+    outputs = {"output": logits, "pool": torch.randn(2, 10, 1, 1)}
+    one = reader_for("student", ["output"], outputs, logits, SIZE)
+    ours, theirs = agree(one, one)
+    assert ours.shapes == theirs.shapes == (FeatureShape(10, (), "logits"),)
+    assert ours.read(outputs).shape == (2, 10)
+    pooled = reader_for("student", ["pool"], outputs, logits, SIZE)
+    assert agree(pooled, pooled)[0].shapes[0].is_map

@@ -163,7 +163,8 @@ def select_tensor(output: Any, key: str | None = None) -> Tensor | None:
     Args:
         output: a tensor, or any nesting of tuples, lists, mappings and objects with `logits` around tensors.
         key: which element of a mapping (by key) or sequence (by index); None: `logits` if there is such a thing, else
-            "out", else the first that is or holds a tensor.
+            "out", else the first that is or holds a tensor of more than one dimension, or else any: a loss that comes
+            before the logits is passed over.
 
     Returns:
         The tensor, or None if there is none.
@@ -176,12 +177,16 @@ def select_tensor(output: Any, key: str | None = None) -> Tensor | None:
     if isinstance(logits, Tensor):
         return logits
     if isinstance(output, Mapping):
-        elements = [output[k] for k in ("logits", "out") if k in output] + list(output.values())
+        for name in ("logits", "out"):
+            if name in output and (tensor := select_tensor(output[name])) is not None:
+                return tensor
+        elements = list(output.values())
     elif isinstance(output, Sequence) and not isinstance(output, str):
         elements = list(output)
     else:
         return None
-    return next((tensor for element in elements if (tensor := select_tensor(element)) is not None), None)
+    tensors = [tensor for element in elements if (tensor := select_tensor(element)) is not None]
+    return next((tensor for tensor in tensors if tensor.ndim > 1), tensors[0] if tensors else None)
 
 
 def _element(output: Any, key: str) -> Any:

@@ -283,7 +283,7 @@ def _area(layer: Layer) -> int:
 
 def _classes(layers: Sequence[Layer]) -> int | None:
     shape = layers[-1].feature_shape
-    return shape.channels if shape is not None and not shape.is_map else None
+    return shape.channels if shape is not None and not layers[-1].is_map else None
 
 
 def _scored(layers: Sequence[Layer]) -> int | None:

@@ -99,11 +99,15 @@ def reader_for(
 
 
 def agree(student: Reader, teacher: Reader) -> tuple[Reader, Reader]:
-    """Bring both sides of a pair to one kind and size: maps of the teacher's size, or vectors if either is one."""
+    """Bring both sides of a pair to one kind and size: maps of the teacher's size, or vectors if either is one.
+
+    Logits of a single position (B, K, 1, 1), as classifiers without a flattening return them, are vectors too.
+    """
     if student.several or teacher.several:
         return student, teacher
     ours, theirs = student.shapes[0], teacher.shapes[0]
-    if ours.is_map and theirs.is_map:
+    single = all(one.role == "logits" and one.size == (1, 1) for one in (ours, theirs))
+    if ours.is_map and theirs.is_map and not single:
         return replace(student, shapes=(replace(ours, size=theirs.size),)), teacher
     return _pooled(student), _pooled(teacher)
 
