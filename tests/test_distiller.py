@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -213,6 +214,22 @@ class TestErrors:
             distil(student, teacher)
         student.stem.requires_grad_(False)
         backward(distil(student, teacher))
+
+    def test_parameters_that_share_memory(self):
+        student, teacher = ConvNet(4), ConvNet(4)
+        teacher.load_state_dict(student.state_dict(), assign=True)
+        assert {id(p) for p in student.parameters()}.isdisjoint({id(p) for p in teacher.parameters()})
+        with pytest.raises(ValueError, match="share parameters"):
+            distil(student, teacher)
+        teacher.load_state_dict(copy.deepcopy(student.state_dict()), assign=True)
+        distil(student, teacher)
+
+    def test_exported_programs(self):
+        program = torch.export.export(ConvNet(8).eval(), (IMAGES,))
+        for model in (program, program.module()):
+            with pytest.raises(ValueError, match=r"the teacher is of type .* torch.export.unflatten\(program\)"):
+                distil(teacher=model)
+        assert distil(teacher=torch.export.unflatten(program)).pairs[0].teacher == "stage"
 
     @pytest.mark.parametrize("side", ["student", "teacher"])
     def test_weights_without_values(self, side):
