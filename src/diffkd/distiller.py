@@ -13,7 +13,7 @@ from diffkd.layers import find_layer, list_layers
 from diffkd.matching import Pair, pair_layers
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.model_checks import check_models
-from diffkd.observation import Observation, handed_to, read_pair
+from diffkd.observation import Observation, as_constant, handed_to, read_pair
 from diffkd.pair_table import as_text, pair_rows, unique_names
 from diffkd.probe import probe, watch
 from diffkd.reader import Reader, agree
@@ -273,8 +273,7 @@ class Distiller(nn.Module):
             # The example was cast to the teacher's type, so a teacher in half precision gets its images likewise.
             teacher_inputs = on_device_of(self.teacher, self._teacher_inputs(inputs, calls))
             features = self._teacher_recorder.record(self.teacher, teacher_inputs, whole=False).features
-        # A teacher may switch gradients on again, for what it computes from gradients of its own.
-        features = {name: feature.detach() for name, feature in features.items()}
+        features = {name: as_constant(feature) for name, feature in features.items()}
         return {name: feature.float() for name, feature in features.items()} if self._lowers else features
 
     def _check_independent(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from diffkd.layout import resize
@@ -18,6 +19,14 @@ class Observation(NamedTuple):
     student: Tensor | list[Tensor]
     teacher: Tensor | list[Tensor]
     result: Any
+
+
+def as_constant(feature: Tensor) -> Tensor:
+    """Return a teacher's feature as a tensor without gradient, that a loss can use, be it made in inference mode."""
+    if not torch.compiler.is_compiling() and feature.is_inference():
+        feature = feature.clone()  # no backward may keep the other
+    # A teacher may switch gradients on again, for what it computes from gradients of its own.
+    return feature.detach()
 
 
 def read_pair(

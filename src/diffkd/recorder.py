@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from diffkd.calling import run
 from diffkd.layout import select_tensor
-from diffkd.trace import OUTPUT
+from diffkd.trace import OUTPUT, version_of
 from diffkd.weights import unwrap
 
 
@@ -115,7 +115,7 @@ class Recorder:
             outputs, self.outputs, calls, self.calls, self.active = self.outputs, {}, self.calls, {}, False
             versions, self.versions = self.versions, {}
         for name, version in versions.items():
-            if _version(outputs[name]) != version:
+            if version_of(outputs[name]) != version:
                 raise ValueError(
                     f"the output of layer '{name}' of {type(unwrap(model)).__name__} is overwritten in place by a "
                     "later layer, so that another feature would be distilled; take that layer instead, or construct it "
@@ -166,17 +166,12 @@ class _Tap:
             tensor = select_tensor(output, self.key)
             if tensor is not None:
                 self.recorder.outputs[self.name] = tensor
-                self.recorder.versions[self.name] = _version(tensor)
+                self.recorder.versions[self.name] = version_of(tensor)
         self.recorder.stop_if_complete()
 
 
 class _Enough(Exception):  # noqa: N818  # no error: it ends a forward of which all that is wanted has been recorded
     """Raised inside a model's forward, and caught around it."""
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place, where that is counted."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _is_compiled(path: str, modules: Mapping[str, nn.Module]) -> bool:

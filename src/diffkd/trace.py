@@ -45,7 +45,7 @@ class Seen:
     @property
     def intact(self) -> bool:
         """Whether the tensor is still what the layer returned: nothing has overwritten it in place."""
-        return self.tensor._version == self.version
+        return version_of(self.tensor) == self.version
 
 
 def run_watched(model: nn.Module, example: Any) -> tuple[Any, list[Seen]]:
@@ -91,7 +91,7 @@ def _probe_hook(name: str, seen: list[Seen]) -> Any:
             single = not may_score and next(module.children(), None) is None
             keeps_shape = single and changed and given is not None and given.shape == tensor.shape
             kind, elements = type(module).__name__, elements_of(name, output)
-            seen.append(Seen(name, kind, tensor, tensor._version, elements, grid, may_score, keeps_shape))
+            seen.append(Seen(name, kind, tensor, version_of(tensor), elements, grid, may_score, keeps_shape))
 
     return hook
 
@@ -112,3 +112,8 @@ def elements_of(name: str, output: Any) -> tuple[tuple[str, tuple[int, ...]], ..
 def is_same(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one in memory."""
     return tensor.shape == other.shape and tensor.data_ptr() == other.data_ptr()
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place, where that is counted."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
