@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from benchmarks import epoch, gradients, growth, step
+from benchmarks import epoch, gradients, growth, layouts, step
 from benchmarks.cases import CASES
 from benchmarks.contestants import Settings, make_step
 from benchmarks.counting import bytes_moved, multiply_adds
@@ -187,3 +187,11 @@ def test_gradients_grow_with_the_weight_of_the_method(recipe, tmp_path, capsys):
 def test_a_student_that_nobody_teaches_has_no_gradients_to_compare(recipe):
     with pytest.raises(ValueError, match="no method teaches the student"):
         gradients.main(["--recipe", str(recipe), "--methods", "alone"])
+
+
+def test_layouts_are_held_against_what_is_known(tmp_path):
+    result = layouts.main(["--networks", "test_vit", "test_resnet", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "layouts.json").read_text())["summary"] == result["summary"]
+    assert result["summary"]["read"] == result["summary"]["as timm"] == 6
+    assert result["summary"]["right"] > 10 * result["summary"]["wrong"]
+    assert [row["shape"] for row in result["rows"]] == ["64x4x4", "64x8x8", "64x10x14", "96x2x2", "96x4x4", "96x5x7"]
