@@ -4,6 +4,7 @@ from small_nets import ChannelsLastNet, ConvNet
 from torch import Tensor, nn
 
 from diffkd import Distiller, FitNet, Layout, Pair, list_layers
+from diffkd.layout import select_tensor
 from diffkd.locality import change_corner, most_local
 
 
@@ -22,7 +23,7 @@ class Positions(nn.Module):
             x = x.permute(0, 2, 3, 1)
         if self.kind == "tokens":
             x = torch.cat([self.extra.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
-        return self.head(self.body(x + 0).flatten(1))
+        return self.head(select_tensor(self.body(x + 0)).flatten(1))
 
 
 def body(model: nn.Module, images: Tensor) -> Layout | None:
@@ -59,6 +60,21 @@ def test_what_is_found_is_what_is_distilled():
     observed = distiller.observe(images)["body"]
     assert torch.equal(observed.student, student.patches(images))
     assert torch.equal(observed.teacher, teacher.patches(images))
+
+
+class Several(nn.Module):
+    """Returns the positions, and their mean beside them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + 0, x.mean(dim=1)
+
+
+def test_elements_of_an_output_are_read_as_it_is():
+    torch.manual_seed(0)
+    teacher = Positions(16, 4, "nhwc")
+    teacher.body = Several()
+    distiller = Distiller(ConvNet(), teacher, [Pair("stage", "body[0]")], example=torch.randn(2, 3, 64, 64))
+    assert distiller.readers[0][1].layouts == (Layout("nhwc"),)  # of 16x16x16
 
 
 def test_changes_that_do_not_tell_decide_nothing():

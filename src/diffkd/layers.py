@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from diffkd.prefix_tokens import prefix_tokens
 from diffkd.queries import count_queries
 from diffkd.scored import before_upsampling, returns_features
 from diffkd.shape import FeatureShape, Role
-from diffkd.trace import OUTPUT, Seen, elements_of, is_same, run_watched
+from diffkd.trace import OUTPUT, Seen, by_name, elements_of, is_same, run_watched
 from diffkd.weights import unwrap
 
 
@@ -33,6 +33,7 @@ class Layer:
         elements: names ("fpn[0]") and shapes of the tensors in an output that is a sequence or mapping of several.
         scores: whether the output holds the scores that the model returns: "output", or, of a segmenter, the layer that
             makes it and the class map that is up-sampled to it. A backbone, which returns features, has none.
+        element_layouts: how each of the elements is read.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Layer:
     instead: str | None = None
     elements: tuple[tuple[str, tuple[int, ...]], ...] = ()
     scores: bool = False
+    element_layouts: tuple[Layout | None, ...] = ()
 
     @property
     def feature_shape(self) -> FeatureShape | None:
@@ -87,10 +89,9 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     for one in seen:
         calls[one.name] = calls.get(one.name, 0) + 1
     class_map = before_upsampling(seen, result)
-    outputs = {one.name: one.tensor for one in seen} | {OUTPUT: result}
-    layouts = _layouts(model, example, outputs, {one.grid for one in seen if one.grid is not None})
+    layouts = _layouts(model, example, by_name(output, seen), {one.grid for one in seen if one.grid is not None})
     elements = elements_of(OUTPUT, output)
-    queries = count_queries(result.shape, [shape for _, shape in elements])
+    queries = count_queries(result.shape, [tensor.shape for tensor in elements.values()])
     for one in seen:
         if queries is not None and one.tensor.ndim == 3 and one.tensor.shape[1] == queries:
             layouts[one.name] = Layout("rows")
@@ -109,15 +110,26 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
                 layouts[one.name],
                 calls[one.name],
                 None if one.intact and calls[one.name] == 1 else _instead(seen, position, calls),
-                one.elements,
+                tuple((name, tuple(tensor.shape)) for name, tensor in one.elements.items()),
                 not features and (one is class_map or (result.ndim == 4 and is_same(one.tensor, result))),
+                tuple(layouts[name] for name in one.elements),
             )
         )
     # A detector returns boxes for each image: nothing that could be compared with another model's.
     detects = isinstance(output, (list, tuple)) and all(isinstance(one, Mapping) for one in output)
     layout = None if detects else layouts[OUTPUT]
-    last = Layer(OUTPUT, type(model).__name__, tuple(result.shape), layout, elements=elements, scores=not features)
-    return [*layers, replace(last, elements=()) if detects else last]
+    if detects:
+        elements = {}
+    last = Layer(
+        OUTPUT,
+        type(model).__name__,
+        tuple(result.shape),
+        layout,
+        elements=tuple((name, tuple(tensor.shape)) for name, tensor in elements.items()),
+        scores=not features,
+        element_layouts=tuple(layouts[name] for name in elements),
+    )
+    return [*layers, last]
 
 
 def find_layer(layers: Sequence[Layer], name: str, owner: str) -> Layer:
@@ -160,7 +172,7 @@ def _layouts(
     unsure = {name for name in fits if len(fits[name]) > 1}
     if unsure:
         again, seen = run_watched(model, change_corner(example))
-        changed = {one.name: one.tensor for one in seen} | {OUTPUT: select_tensor(again)}
+        changed = by_name(again, seen)
         for name in unsure:
             after = changed.get(name)
             layouts[name] = (None if after is None else most_local(fits[name], outputs[name], after)) or layouts[name]

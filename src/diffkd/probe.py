@@ -9,7 +9,7 @@ from torch import nn
 
 from diffkd.calling import evaluation_mode, input_size_of, on_device_of
 from diffkd.layers import Layer
-from diffkd.layout import select_tensor
+from diffkd.layout import Layout, select_tensor
 from diffkd.prefix_tokens import prefix_tokens
 from diffkd.reader import Reader, SideName, reader_for
 from diffkd.recorder import Call, Recorder, Recording
@@ -28,8 +28,16 @@ def probe(
         input_size=input_size_of(example),
         scores={layer.name for layer in layers if layer.scores},
         prefixes=prefix_tokens(model),
-        layouts={layer.name: layer.layout for layer in layers if layer.layout is not None},
+        layouts=_layouts(layers),
     )
+
+
+def _layouts(layers: Sequence[Layer]) -> dict[str, Layout]:
+    """Return how layers and the elements of their outputs are read, by name, as far as that was found out."""
+    found = [(layer.name, layer.layout) for layer in layers]
+    for layer in layers:
+        found += [(name, one) for (name, _), one in zip(layer.elements, layer.element_layouts, strict=True)]
+    return {name: layout for name, layout in found if layout is not None}
 
 
 def watch(model: nn.Module, watched: Sequence[str], example: Any) -> dict[str, Call]:

@@ -31,7 +31,7 @@ def returns_features(
     names = set(output) if isinstance(output, Mapping) else set()
     if names & {"logits", "out"} or hasattr(output, "logits"):
         return False
-    channels = {shape[1] for _, shape in elements_of(OUTPUT, output) if len(shape) == 4}
+    channels = {tensor.shape[1] for tensor in elements_of(OUTPUT, output).values() if tensor.ndim == 4}
     if layout.kind == "tokens" or len(names) > 1 or len(channels) > 1:
         return True
     maker = next((one for one in seen if one.intact and is_same(one.tensor, result)), None)

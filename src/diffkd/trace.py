@@ -26,7 +26,7 @@ class Seen:
         type: name of its class.
         tensor: what it returned, or the tensor meant in it.
         version: how often the tensor had been changed in place by then.
-        elements: names ("fpn[0]") and shapes of the tensors in an output that is a sequence or mapping of several.
+        elements: the tensors in an output that is a sequence or mapping of several, by name ("fpn[0]").
         grid: (H, W) of its positions, where the layer's type leaves no doubt of them.
         may_score: whether it has a matrix of weights, or makes probabilities of scores.
         keeps_shape: whether it is a normalisation or activation: a single layer, not one of these, that returns another
@@ -37,7 +37,7 @@ class Seen:
     type: str
     tensor: Tensor
     version: int
-    elements: tuple[tuple[str, tuple[int, ...]], ...]
+    elements: dict[str, Tensor]
     grid: tuple[int, int] | None
     may_score: bool
     keeps_shape: bool
@@ -96,8 +96,8 @@ def _probe_hook(name: str, seen: list[Seen]) -> Any:
     return hook
 
 
-def elements_of(name: str, output: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return names ("fpn[0]") and shapes of the tensors in a layer's output, if there are several."""
+def elements_of(name: str, output: Any) -> dict[str, Tensor]:
+    """Return the tensors in a layer's output by name ("fpn[0]"), if there are several."""
     named: Sequence[tuple[Any, Any]] = ()
     if isinstance(output, Mapping):
         named = list(output.items())
@@ -105,8 +105,15 @@ def elements_of(name: str, output: Any) -> tuple[tuple[str, tuple[int, ...]], ..
         named = list(enumerate(output))
     # An element may hold a tensor among other things, as (map, mask) does, and stands for that then.
     tensors = ((key, select_tensor(value)) for key, value in named)
-    found = tuple((f"{name}[{key}]", tuple(tensor.shape)) for key, tensor in tensors if tensor is not None)
-    return found if len(found) > 1 else ()
+    found = {f"{name}[{key}]": tensor for key, tensor in tensors if tensor is not None}
+    return found if len(found) > 1 else {}
+
+
+def by_name(output: Any, seen: Sequence[Seen]) -> dict[str, Tensor]:
+    """Return all that a run returned: of each layer where it ran last, of the model, and the elements of both."""
+    layers = {name: tensor for one in seen for name, tensor in (one.elements | {one.name: one.tensor}).items()}
+    result = select_tensor(output)
+    return layers | elements_of(OUTPUT, output) | ({} if result is None else {OUTPUT: result})
 
 
 def is_same(tensor: Tensor, other: Tensor) -> bool:
