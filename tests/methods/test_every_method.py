@@ -218,3 +218,20 @@ def test_nothing_is_fetched_from_the_device(case):
 def test_the_guard_notices():
     with NoFetching(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         torch.ones(()).item()
+
+
+@every
+def test_compiles_without_a_break_in_the_graph(case):
+    method = case.build()
+    student, teacher = case.features()
+    needed = case.needed(method)
+    torch.manual_seed(0)
+    expected = method(student, teacher, **needed)
+    fresh = case.build()
+    fresh.load_state_dict(method.state_dict())
+    try:
+        losses = torch.compile(fresh, backend="eager", fullgraph=True)(student, teacher, **needed)
+    finally:
+        torch.compiler.reset()
+    assert losses.keys() == expected.keys()
+    assert all(loss.isfinite() for loss in losses.values())
