@@ -118,7 +118,7 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
 def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
     from jsonargparse import ArgumentError
 
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words[1:], ""], strict=False):
         if word == "--config" or word.startswith("--config="):
             _check_file(Path(after if word == "--config" else word.removeprefix("--config=")))
     parameters = inspect.signature(function).parameters
