@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,6 +210,11 @@ class TestWritingWhole:
             write_whole(path, write)
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_file(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match=rf"could not write {tmp_path}/file/new .*choose another folder"):
+            write_whole(tmp_path / "file" / "new", Path.touch)
 
     def test_an_interrupt_passes_through_and_leaves_no_litter(self, tmp_path):
         def write(file):

@@ -173,18 +173,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: if writing fails (disk full, no permission), naming the path; what was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         temporary.chmod(0o666 & ~_umask())  # afterwards, since safetensors makes the file anew, for its owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError, RuntimeError)):
             raise OSError(
                 f"could not write {path} ({error}); free some space or choose another folder; earlier files are whole"
