@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,6 +324,16 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     assert cli.main(["fit"]) == 1
     assert "pip install 'diffkd[train]'" in error_of(capsys)
+
+
+def test_a_run_is_resumed_where_it_lies_now(teacher, tmp_path, monkeypatch, capsys):
+    shutil.copytree(teacher, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    recorded = config_of(teacher)
+    (tmp_path / "moved" / "config.yaml").write_text(yaml.safe_dump(recorded | {"out": "before", "progress": True}))
+    assert cli.main(["fit", "moved/config.yaml", "--resume"]) == 0
+    assert "moved is finished" in capsys.readouterr().err
+    assert not (tmp_path / "before").exists()
 
 
 def test_interrupted_from_outside_and_resumed(recipe, tmp_path):

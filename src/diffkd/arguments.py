@@ -88,13 +88,19 @@ def call(
 
 
 def _with_recipe(words: list[str]) -> list[str]:
-    """Let `RECIPE` stand for `--config=FILE`."""
+    """Let `RECIPE` stand for `--config=FILE`, and resume the run whose `config.yaml` it is where that lies now."""
     import diffkd.data  # noqa: F401  (its modules can then be named without their package)
     from diffkd.recipes import find_recipe
+    from diffkd.tasks.run_folder import RunFolder
 
-    if words and not words[0].startswith("-"):
-        return [f"--config={find_recipe(words[0])}", *words[1:]]
-    return words
+    if not words or words[0].startswith("-"):
+        return words
+    recipe = find_recipe(words[0])
+    run = RunFolder(recipe.parent)
+    begun = recipe == run.config and (run.checkpoint.is_file() or run.result.is_file())
+    resumes = begun and not {"--resume", "--resume=true"}.isdisjoint(words)
+    # Before the other words, so that an --out among them counts.
+    return [f"--config={recipe}", *([f"--out={run.path}"] if resumes else []), *words[1:]]
 
 
 def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int], configurable: bool) -> Any:
