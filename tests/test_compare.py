@@ -93,14 +93,20 @@ def test_failed_runs_are_named_and_the_others_reported(
 def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["compare", str(recipe), "--methods", "alone", "--seeds", "3", f"--out={out}", "--", "--epochs", "2000"]
-    process = subprocess.Popen([sys.executable, "-m", "diffkd.cli", *words], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffkd.cli", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     checkpoint = out / "alone" / "seed-0" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not checkpoint.is_file() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert checkpoint.is_file()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) != 0
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert errors.splitlines()[-1] == "diffkd: the comparison was stopped; the same command goes on with it"
+    assert "Traceback" not in errors
+    assert "stopped after step" in (out / "alone" / "seed-0.log").read_text(encoding="utf-8")
     seen = checkpoint.stat().st_mtime_ns
     time.sleep(1.5)
     assert checkpoint.stat().st_mtime_ns == seen, "a run outlived the comparison"

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -204,8 +205,8 @@ def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) ->
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // jobs)
     # Not forked: CUDA and threads do not survive that.
     context = multiprocessing.get_context("spawn")
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the runs are told
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool:
+    previous = {signum: signal.signal(signum, _stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
         futures = {pool.submit(_train, run, words): run for run, words in commands.items()}
         try:
             for done, future in enumerate(as_completed(futures), 1):
@@ -222,8 +223,19 @@ def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) ->
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
     return failed
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted("the comparison was stopped; the same command goes on with it", signum)
+
+
+def _start_worker(threads: int) -> None:
+    """Use so many threads, and leave Ctrl-C, which reaches the workers too, to the comparison: it tells them."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def cores() -> int:

@@ -37,6 +37,13 @@ def test_a_second_one_kills(stop):
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_and_its_echo_are_one_request(stop):
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.agreed(CPU) == signal.SIGINT
+
+
 def test_other_threads_do_not_listen(stop):
     thread = threading.Thread(target=stop.listen)
     thread.start()

@@ -27,7 +27,11 @@ class Interrupted(Exception):  # noqa: N818  (a request that was met is no error
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one kills as usual."""
+    """Notes SIGINT and SIGTERM instead of dying of them; a second one of the same kind kills as usual.
+
+    One of each is a single request: Ctrl-C reaches all processes of a terminal, and whoever started this one may pass
+    it on as SIGTERM.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
@@ -53,6 +57,5 @@ class StopRequest:
         return int(flag)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        for other in _SIGNALS:
-            signal.signal(other, signal.default_int_handler if other == signal.SIGINT else signal.SIG_DFL)
+        self.signum = self.signum or signum
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
