@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny_recipe import write_recipe
+from tiny_recipe import MODELS, write_recipe
 
 from diffkd.arguments import fit_with
 from diffkd.compare import compare, find_method, report, rich_table
@@ -26,7 +26,8 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    rows = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2, jobs=2)
+    options = [f"--teacher={MODELS}:large"]  # which the student alone does without
+    rows = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2, jobs=2, options=options)
     assert [(row.method, row.seeds) for row in rows] == [("alone", (0, 1)), ("diffkd", (0, 1))]
     assert rows[0].method_parameters == 0 < rows[1].method_parameters
     table = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
@@ -45,7 +46,7 @@ def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: P
     before, trained = kept.stat().st_mtime_ns, lost.read_bytes()
     for file in sorted((out / "diffkd" / "seed-1").rglob("*"), reverse=True):
         file.unlink() if file.is_file() else file.rmdir()
-    again = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2)
+    again = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2, options=options)
     assert kept.stat().st_mtime_ns == before
     assert (out / "step_cost.json").read_bytes() == costs
     assert lost.read_bytes() == trained

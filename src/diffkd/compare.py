@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -93,12 +94,14 @@ def compare(
         raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
     recipe_file = find_recipe(recipe)
     presets = {name: find_method(method) for name, method in zip(names, methods, strict=True)}
+    # A student alone stays so, whatever teacher the options give the others.
+    alone = {name: ["--teacher=null"] if _sets_no_teacher(preset) else [] for name, preset in presets.items()}
     # Seed by seed, so that an interrupted comparison has something of every method.
     runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
     console = Console(stderr=True)
     commands = {
         run: [
-            *(str(recipe_file), f"--config={presets[run.method]}", *options),
+            *(str(recipe_file), f"--config={presets[run.method]}", *options, *alone[run.method]),
             *(f"--seed={run.seed}", f"--out={run.folder}", "--resume=true", "--progress=false"),
             *([f"--devices=[{devices[index % len(devices)]}]"] if devices else []),
         ]
@@ -130,6 +133,11 @@ def find_method(method: str) -> Path:
         FileNotFoundError: if it is neither.
     """
     return find_recipe(method if Path(method).is_file() else f"methods/{method}")
+
+
+def _sets_no_teacher(preset: Path) -> bool:
+    values = yaml.safe_load(preset.read_text(encoding="utf-8")) or {}
+    return isinstance(values, dict) and values.get("teacher", "kept") is None
 
 
 def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) -> None:
