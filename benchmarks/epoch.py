@@ -26,6 +26,8 @@ from benchmarks.counting import bytes_moved, multiply_adds
 from benchmarks.report import RESULTS, machine, save
 from benchmarks.roofline import measured_rates
 from diffkd import save_student
+from diffkd.tasks.checkpointing import read_checkpoint
+from diffkd.tasks.run_folder import RunFolder
 
 
 def epoch_seconds(run: Path) -> list[float]:
@@ -63,7 +65,6 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.epoch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="cifar100/resnet56-resnet20")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--images", type=int, default=50_000, help="training images per epoch")
     parser.add_argument(
         "--case", choices=list(CASES), help="of benchmarks.step that has the same step: for the roofline"
     )
@@ -83,6 +84,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         run = Path(folder) / "run"
         _fit([chosen.recipe, f"--out={run}", f"--epochs={chosen.epochs}", *options])
         seconds = epoch_seconds(run)
+        images = read_checkpoint(RunFolder(run).checkpoint)["diffkd"]["samples"]["training images"]
         half = "16" in yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["precision"]
     median = statistics.median(seconds[1:] or seconds)
     facts: dict[str, Any] = {
@@ -91,7 +93,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
         "options": chosen.options,
         "epochs": seconds,
         "seconds_per_epoch": median,
-        "images_per_second": chosen.images / median,
+        "images_per_second": images / median,
     }
     if chosen.case:
         case = CASES[chosen.case]
