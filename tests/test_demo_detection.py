@@ -1,5 +1,6 @@
 """The demo of detection, cut short."""
 
+import io
 import json
 
 import pytest
@@ -19,7 +20,9 @@ def test_the_demo_trains_compares_and_draws(tmp_path, monkeypatch):
     (tmp_path / "short.yaml").write_text(shorter)
     monkeypatch.setattr(demo_detection, "RECIPE", str(tmp_path / "short.yaml"))
     out = tmp_path / "out"
-    rows = demo_detection.detection_demo(out, 1, 1, 1, Console(quiet=True))
+    printed = io.StringIO()
+    rows = demo_detection.detection_demo(out, 1, 1, 1, Console(file=printed, width=20))
+    assert printed.getvalue().splitlines()[-1] == f"diffkd test {out / 'student.safetensors'}"
     assert [row.method for row in rows] == ["alone", "fitnet", "diffkd-ae"]
     table = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     assert table["metric"] == "ap"

@@ -69,8 +69,10 @@ def demo(
     }
     images, maps = _look(run / "checkpoints" / "last.ckpt")
     draw_results(out / "demo.png", curves, images, maps)
-    console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}")
-    console.print(f"The student of DiffKD is a plain model now. Try: diffkd test {out / 'student.safetensors'}")
+    console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
+    console.print(
+        f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
+    )
     return rows
 
 

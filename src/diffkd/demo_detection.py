@@ -50,8 +50,10 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(out / METHODS[-1] / "seed-0" / f"student{suffix}", out / f"student{suffix}")
     picture = draw_what_is_found(out)
-    console.print(f"table   {out / 'comparison.json'}\npicture {picture}")
-    console.print(f"The student of DiffKD is a plain model now. Try: diffkd test {out / 'student.safetensors'}")
+    console.print(f"table   {out / 'comparison.json'}\npicture {picture}", soft_wrap=True)
+    console.print(
+        f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
+    )
     return rows
 
 

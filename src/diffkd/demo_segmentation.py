@@ -53,7 +53,7 @@ def segmentation_demo(
     look(out, out / "demo.png")
     console.print(f"tables  {out / 'comparison.md'}, {out / 'classes.md'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
-        f"The student of DiffKD is a plain model now. Try: diffkd test {out / 'student.safetensors'}", soft_wrap=True
+        f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
     )
     return rows
 
