@@ -180,6 +180,11 @@ def test_a_norm_that_would_not_clip_is_refused(tmp_path, image_files, model_file
     assert not (tmp_path / "run").exists()
 
 
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path, image_files, model_file):
+    with pytest.raises(ValueError, match=f"seed={10**20} does not fit into 64 bits"):
+        train(arrays(image_files), tmp_path / "run", model_file, seed=10**20)
+
+
 def test_a_run_whose_pair_learns_nothing_is_refused(tmp_path, image_files):
     file = tmp_path / "models.py"
     file.write_text(

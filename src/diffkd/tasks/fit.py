@@ -141,6 +141,8 @@ def fit(
     values = dict(locals())
     if gradient_clip is not None and not gradient_clip > 0:
         raise ValueError(f"gradient_clip={gradient_clip} is no norm of a gradient: give one above 0, or leave it out")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed} does not fit into 64 bits, as PyTorch's generators want it: give a smaller one")
     config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
     config = {name: value for name, value in config.items() if name != "resume"}
     folder = RunFolder(out)
