@@ -10,8 +10,8 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from diffkd.data.palette import palette
+from diffkd.figure_file import write_figure
 from diffkd.legend import MOST_NAMES, as_written
-from diffkd.weights import write_whole
 
 
 def draw_overlays(
@@ -69,9 +69,7 @@ def draw_overlays(
     ]
     legend = figure.legend(handles=patches, loc="outside lower center", ncols=max(1, 2 * len(columns)), fontsize=7)
     as_written(legend)
-    path = Path(path)
-    write_whole(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png"))
-    return path
+    return write_figure(path, figure)
 
 
 def _in_range(image: Tensor) -> npt.NDArray[np.float64]:

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from diffkd.figure_file import write_figure
 from diffkd.legend import MOST_NAMES, as_written
-from diffkd.weights import write_whole
 
 Boxes = Mapping[str, Tensor]
 
@@ -59,9 +59,7 @@ def draw_boxes(
     shown = list(classes[:MOST_NAMES])
     handles = [Rectangle((0, 0), 1, 1, color=colors[index % len(colors)]) for index in range(len(shown))]
     as_written(figure.legend(handles, shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9))
-    path = Path(path)
-    write_whole(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png"))
-    return path
+    return write_figure(path, figure)
 
 
 def _draw(axes: Axes, found: Boxes, colors: Sequence[object], threshold: float) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from diffkd.weights import write_whole
+from diffkd.figure_file import write_figure
 
 
 def saliency(feature: Tensor, temperature: float = 0.5) -> Tensor:
@@ -69,9 +69,7 @@ def draw_results(
     axes.legend(title="mean ± std" if any(len(runs) > 1 for runs in curves.values()) else None)
     if maps is not None and images is not None:
         draw_maps(panels[1], images, maps)
-    path = Path(path)
-    write_whole(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png"))
-    return path
+    return write_figure(path, figure)
 
 
 def draw_maps(

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from diffkd.figure_file import write_figure
 from diffkd.plots import draw_image, draw_maps
 from diffkd.tasks.history import Row
-from diffkd.weights import write_whole
 
 
 def draw_course(path: Path, rows: Sequence[Row], score: str) -> Path:
@@ -45,7 +45,7 @@ def draw_course(path: Path, rows: Sequence[Row], score: str) -> Path:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    return _written(path, figure)
+    return write_figure(path, figure)
 
 
 def draw_gammas(path: Path, gammas: Mapping[str, Tensor]) -> Path:
@@ -63,7 +63,7 @@ def draw_gammas(path: Path, gammas: Mapping[str, Tensor]) -> Path:
         axes.hist(values.numpy(), bins=np.linspace(0, 1, 51))
         axes.set(title=f"{pair}: mean {values.mean():.3f}, n = {len(values)}", xlabel="gamma", ylabel="images")
         axes.title.set_fontsize(9)
-    return _written(path, figure)
+    return write_figure(path, figure)
 
 
 def draw_looks(path: Path, images: Sequence[Tensor], maps: Mapping[str, Sequence[Tensor]]) -> Path:
@@ -79,7 +79,7 @@ def draw_looks(path: Path, images: Sequence[Tensor], maps: Mapping[str, Sequence
     """
     figure = Figure(figsize=(1.7 * (1 + len(maps)), 1.7 * len(images)), layout="constrained")
     draw_maps(figure, images, maps)
-    return _written(path, figure)
+    return write_figure(path, figure)
 
 
 def draw_scores(path: Path, images: Sequence[Tensor], scores: Mapping[str, Tensor], classes: Sequence[str]) -> Path:
@@ -110,9 +110,4 @@ def draw_scores(path: Path, images: Sequence[Tensor], scores: Mapping[str, Tenso
                 axes.set_title(title, fontsize=10)
             if column > 1:
                 axes.set_yticklabels([])
-    return _written(path, figure)
-
-
-def _written(path: Path, figure: Figure) -> Path:
-    write_whole(path, lambda file: figure.savefig(file, dpi=120, format=path.suffix.lstrip(".") or "png"))
-    return path
+    return write_figure(path, figure)
