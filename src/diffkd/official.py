@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffkd.losses import Distance
 from diffkd.methods.diffkd import DiffKD
+from diffkd.modules import Denoiser
 
 _OURS_TO_THEIRS = {
     "student_projection": "trans",
@@ -97,7 +98,13 @@ def load_official_state(model: DiffKD, state_dict: Mapping[str, Tensor]) -> None
 
 
 def to_official_state(model: DiffKD) -> dict[str, Tensor]:
-    """Return parameters and buffers of `model` under the authors' names and in their shapes, detached."""
+    """Return parameters and buffers of `model` under the authors' names and in their shapes, detached.
+
+    Raises:
+        ValueError: if its denoiser is another than the authors'.
+    """
+    if not isinstance(model.denoiser, Denoiser):
+        raise ValueError(f"the authors' code has no place for the denoiser {type(model.denoiser).__name__}")
     return {their_name(name): _their_shape(model, name, value) for name, value in model.state_dict().items()}
 
 

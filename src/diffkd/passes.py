@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from diffkd.calling import on_device_of
 from diffkd.modules import Denoiser
 from diffkd.shared_gradients import LinearPass, is_wide, linear_passes
 
@@ -24,7 +25,8 @@ class DenoiserPasses:
     of the passes.
 
     Args:
-        denoiser: predicts the noise from `(noisy, timesteps)`.
+        denoiser: predicts the noise from `(noisy, timesteps)`, with one timestep per sample. Any but a
+            :class:`~diffkd.modules.Denoiser` is called as it is, once for each pass.
         chain: timesteps of the denoising steps, in their order, (n,) int64.
         noisy: input of the pass beside, (B, C, H, W) or (B, C), as many samples as in the steps.
         timesteps: its timesteps, (B,) int64.
@@ -33,18 +35,23 @@ class DenoiserPasses:
     """
 
     def __init__(
-        self, denoiser: Denoiser, chain: Tensor, noisy: Tensor, timesteps: Tensor, *, checkpoint: bool = False
+        self, denoiser: nn.Module, chain: Tensor, noisy: Tensor, timesteps: Tensor, *, checkpoint: bool = False
     ) -> None:
-        layers = [layer for layer in denoiser.pred if isinstance(layer, nn.Linear)]
-        rows = len(noisy)
+        rows, planned = len(noisy), [*chain[:, None], timesteps]
         self.denoiser, self.checkpoint, self.noisy = denoiser, checkpoint, noisy
+        self.light = isinstance(denoiser, Denoiser)
+        layers: list[nn.Linear] = []
+        if isinstance(denoiser, Denoiser):
+            layers = [layer for layer in denoiser.pred if isinstance(layer, nn.Linear)]
+            *self.times, self.time_beside = _looked_up(denoiser.time_embedding, planned)
+        else:
+            *self.times, self.time_beside = [one.expand(rows) for one in planned]
         self.together = len(layers) > 0 and all(is_wide(layer, 2 * rows) for layer in layers)
         counts = [rows] * (len(chain) - 1) + ([2 * rows] if self.together else [rows, rows])
         per_layer = [linear_passes(layer, counts) for layer in layers]
         self.linears: list[tuple[LinearPass, ...]] = (
             list(zip(*per_layer, strict=True)) if layers else [()] * len(counts)
         )
-        *self.times, self.time_beside = _looked_up(denoiser.time_embedding, [*chain[:, None], timesteps])
         self.steps = 0
         self._beside: Tensor | None = None
 
@@ -72,16 +79,21 @@ class DenoiserPasses:
         return self._beside
 
     def _run(self, noisy: Tensor, time: Tensor, linears: tuple[LinearPass, ...], batches: int = 1) -> Tensor:
-        turn = (noisy, time, linears, batches)
+        turn = (noisy, time, linears, batches) if self.light else (on_device_of(self.denoiser, noisy), time)
         compiling = torch.compiler.is_compiling()
         if not (self.checkpoint and torch.is_grad_enabled()) or (compiling and _STATISTICS_TWICE):
-            result: Tensor = self.denoiser(*turn)
-            return result
-        # A compiler plans the recomputation itself, statistics aside, and takes no contexts.
-        context = partial(_contexts, self.denoiser)
-        extra: dict[str, Any] = {} if compiling else {"context_fn": context}
-        # No random numbers are drawn inside, so that there is no state of a generator to keep.
-        result = recomputed(self.denoiser, *turn, use_reentrant=False, preserve_rng_state=False, **extra)
+            result = self.denoiser(*turn)
+        else:
+            # A compiler plans the recomputation itself, statistics aside, and takes no contexts.
+            extra: dict[str, Any] = {} if compiling else {"context_fn": partial(_contexts, self.denoiser)}
+            # The light one draws no random numbers, so that there is no state of a generator to keep.
+            result = recomputed(self.denoiser, *turn, use_reentrant=False, preserve_rng_state=not self.light, **extra)
+        if not isinstance(result, Tensor) or result.shape != noisy.shape:
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(
+                f"the denoiser {type(self.denoiser).__name__} returned {got} for {tuple(noisy.shape)}; it must predict "
+                "the noise in its input, in the same shape"
+            )
         return result
 
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from plain_diffkd import Parameters, plain_diffkd
 from torch import nn
 
 from diffkd import DiffKD, FeatureShape
+from diffkd.modules import Denoiser
 from diffkd.official import their_name, to_official_state
 
 CASES = {
@@ -283,3 +285,58 @@ def test_the_schedule_is_not_in_the_state():
     state = DiffKD(6, 8, ae_channels=5).state_dict()
     assert not any("alphas" in name or "steps" in name for name in state)
     DiffKD(6, 8, ae_channels=5, inference_steps=2, beta_schedule="cosine").load_state_dict(state)
+
+
+class OwnDenoiser(nn.Module):
+    """The light denoiser by another name, with dropout of `p` before it."""
+
+    def __init__(self, channels, is_map, p=0.0):
+        super().__init__()
+        self.dropout, self.network = nn.Dropout(p), Denoiser(channels, is_map)
+
+    def forward(self, noisy, timesteps):
+        assert timesteps.shape == noisy.shape[:1]
+        return self.network(self.dropout(noisy), timesteps)
+
+
+@pytest.mark.parametrize("size", [(3, 4), ()], ids=["map", "vector"])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_denoiser_of_ones_own_takes_the_place_of_the_light_one(size, checkpoint):
+    options = {"kind": "map" if size else "vector", "inference_steps": 3}
+    light = DiffKD(6, 8, **options).double()
+    own = DiffKD(6, 8, **options, denoiser=OwnDenoiser, checkpoint=checkpoint).double()
+    own.load_state_dict({n.replace("denoiser.", "denoiser.network."): v for n, v in light.state_dict().items()})
+    student, teacher = torch.randn(4, 6, *size).double(), torch.randn(4, 8, *size).double()
+    given = draws((4, 8, *size), torch.float64)
+    expected, result = light(student, teacher, **given), own(student, teacher, **given)
+    assert_close(result.denoised, expected.denoised, 1e-12)
+    for losses in (expected.losses, result.losses):
+        sum(losses.values()).backward()
+    for ours, theirs in zip(own.parameters(), light.parameters(), strict=True):
+        assert_close(ours.grad, theirs.grad, 1e-9, max(float(p.grad.abs().max()) for p in light.parameters()))
+    for ours, theirs in zip(own.buffers(), light.buffers(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12)
+
+
+def test_a_denoiser_with_dropout_is_recomputed_as_it_was():
+    model = DiffKD(6, 8, denoiser=partial(OwnDenoiser, p=0.5))
+    student, teacher, given = torch.randn(4, 6, 3, 3), torch.randn(4, 8, 3, 3), draws((4, 8, 3, 3), torch.float32)
+    gradients = []
+    for model.checkpoint in (False, True):
+        torch.manual_seed(1)
+        losses = model(student, teacher, **given).losses
+        gradients.append(torch.autograd.grad(sum(losses.values()), list(model.parameters()), allow_unused=True))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize(("network", "got"), [(nn.Conv2d(8, 6, 1), r"\(4, 6, 3, 3\)"), (nn.LSTM(3, 3), "tuple")])
+def test_a_denoiser_that_predicts_something_else_is_refused(network, got):
+    class Wrong(nn.Module):
+        def forward(self, noisy, timesteps):
+            return network(noisy) if isinstance(network, nn.Conv2d) else network(noisy[:, 0])
+
+    model = DiffKD(6, 8, denoiser=lambda channels, is_map: Wrong())
+    with pytest.raises(ValueError, match=rf"denoiser Wrong returned {got} for \(4, 8, 3, 3\); it must predict"):
+        model(torch.randn(4, 6, 3, 3), torch.randn(4, 8, 3, 3))
+    with pytest.raises(ValueError, match="no place for the denoiser Wrong"):
+        to_official_state(model)

@@ -1,5 +1,6 @@
 """DiffKD: denoise the student's feature with a diffusion model trained on the teacher's, then match the two."""
 
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -67,6 +68,9 @@ class DiffKD(nn.Module):
         kd_weight: lambda 3 of Eq. 9, of the distance.
         diffusion_weight: lambda 1, of the denoiser's loss.
         reconstruction_weight: lambda 2, of the autoencoder's loss.
+        denoiser: makes another network than the light :class:`~diffkd.modules.Denoiser` (Table 12), called with the
+            latent's channels and whether it is a map. The network takes the noisy latent and the timesteps, (B,) int64,
+            and returns the noise, in the latent's shape. `denoiser_norm` is for the light one.
         checkpoint: keep no activations of the denoiser's passes and compute them again in the backward: less memory,
             more time, the same numbers to the last bit.
         variant: "code" or "paper", see above.
@@ -100,6 +104,7 @@ class DiffKD(nn.Module):
         kd_weight: float = 1.0,
         diffusion_weight: float = 1.0,
         reconstruction_weight: float = 1.0,
+        denoiser: Callable[[int, bool], nn.Module] | None = None,
         checkpoint: bool = False,
         variant: Literal["code", "paper"] = "code",
         output_projection: bool | None = None,
@@ -151,8 +156,10 @@ class DiffKD(nn.Module):
             if ae_channels is not None
             else None
         )
-        self.denoiser = Denoiser(
-            latent, self.is_map, num_train_timesteps, _or(denoiser_norm, not paper), activate=activate
+        self.denoiser = (
+            Denoiser(latent, self.is_map, num_train_timesteps, _or(denoiser_norm, not paper), activate=activate)
+            if denoiser is None
+            else denoiser(latent, self.is_map)
         )
         self.noise_adapter = NoiseAdapter(latent, self.is_map, activate) if noise_adapter else None
         self.output_projection = (
@@ -247,7 +254,7 @@ class DiffKD(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
-        return self.denoiser.time_embedding.weight.dtype
+        return self.student_projection.get_parameter("weight").dtype
 
     def extra_repr(self) -> str:
         """Say what the submodules do not."""
