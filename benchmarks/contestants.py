@@ -1,6 +1,6 @@
 """Who takes part: a training step each of the student alone, KD, FitNet, DiffKD, and DiffKD written plainly.
 
-"checkpointed" is DiffKD that keeps no activations of its denoising steps.
+"checkpointed" is DiffKD that keeps no activations of its denoising steps, "unet" one whose denoiser is a U-Net.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from benchmarks.cases import Case
 from benchmarks.plain_transcription import PlainDiffKD
+from benchmarks.unet_denoiser import unet
 from diffkd import KD, DiffKD, Distiller, FitNet, Pair, TeacherOptions
 from diffkd.memory_layout import try_channels_last
 from diffkd.tasks.optimization import build_optimizer
 
-FEATURE_ALONE = ("fitnet", "diffkd", "checkpointed", "plain")
+FEATURE_ALONE = ("fitnet", "diffkd", "checkpointed", "plain", "unet")
 WITH_NETWORKS = ("alone", "kd", *FEATURE_ALONE)
+ON_REQUEST = ("unet",)  # takes as long as all others together
 
 
 @dataclass(frozen=True)
@@ -141,9 +143,10 @@ def _training(total: Callable[[], Tensor], model: nn.Module, settings: Settings,
 
 
 def _method(contestant: str, case: Case) -> Callable[..., nn.Module]:
-    if contestant in ("diffkd", "checkpointed"):
-        checkpoint = contestant == "checkpointed"
-        return partial(DiffKD, ae_channels=case.ae_channels, inference_steps=case.steps, checkpoint=checkpoint)
+    if contestant in ("diffkd", "checkpointed", "unet"):
+        checkpoint, denoiser = contestant == "checkpointed", unet if contestant == "unet" else None
+        diffkd = partial(DiffKD, ae_channels=case.ae_channels, inference_steps=case.steps)
+        return partial(diffkd, checkpoint=checkpoint, denoiser=denoiser)
     if contestant == "plain":
         return partial(PlainDiffKD, ae_channels=case.ae_channels, inference_steps=case.steps)
     return FitNet

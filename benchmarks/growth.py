@@ -74,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, di
     """Measure, print, and write JSON and a picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vary", nargs="+", default=list(GROWTH), choices=list(GROWTH))
-    parser.add_argument("--contestants", nargs="+", default=FEATURE_ALONE[1:], choices=FEATURE_ALONE)
+    parser.add_argument("--contestants", nargs="+", default=["diffkd", "checkpointed", "plain"], choices=FEATURE_ALONE)
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=9)

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.cases import CASES, Case
-from benchmarks.contestants import FEATURE_ALONE, WITH_NETWORKS, Settings, Step, make_step
+from benchmarks.contestants import FEATURE_ALONE, ON_REQUEST, WITH_NETWORKS, Settings, Step, make_step
 from benchmarks.counting import bytes_moved, kernel_launches, multiply_adds
 from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
@@ -96,7 +96,8 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure, print, and write JSON and a picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--case", nargs="+", default=["imagenet", "cifar"], choices=list(CASES))
-    parser.add_argument("--contestants", nargs="+", choices=WITH_NETWORKS)
+    usual = [name for name in WITH_NETWORKS if name not in ON_REQUEST]
+    parser.add_argument("--contestants", nargs="+", default=usual, choices=WITH_NETWORKS)
     parser.add_argument("--batch", type=int, help="images per step, instead of the case's own")
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
     parser.add_argument(
@@ -123,7 +124,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         case = CASES[name].smaller() if chosen.small else CASES[name]
         case = case if chosen.batch is None else replace(case, batch=chosen.batch)
         known = WITH_NETWORKS if case.has_networks else FEATURE_ALONE
-        contestants = [each for each in known if chosen.contestants is None or each in chosen.contestants]
+        contestants = [each for each in known if each in chosen.contestants]
         with freed_memory_kept():
             results[name] = measure(case, settings, contestants, chosen.rounds, rates, chosen.clock)
         print(f"\n{case.title}; batch {case.batch}, {chosen.precision}, n = {chosen.rounds}\n{describe(results[name])}")

@@ -1,5 +1,6 @@
 """The commands of docs/paper.md are understood, and set what they are there for."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from diffkd.compare import find_method
 from diffkd.recipes import find_recipe
 
 LINES = (Path(__file__).parents[1] / "docs" / "paper.md").read_text(encoding="utf-8").splitlines()
-COMMANDS = [shlex.split(line)[1:] for line in LINES if line.startswith("    diffkd ")]
+COMMANDS = [shlex.split(line.partition("diffkd ")[2]) for line in LINES if re.match(r"    (?:\S.* )?diffkd ", line)]
 FITS = [command[1:] for command in COMMANDS if command[0] == "fit"]
 COMPARISONS = [command[1:] for command in COMMANDS if command[0] == "compare"]
 
@@ -26,7 +27,7 @@ def test_an_ablation_differs_from_the_recipe_in_one_value(words):
     assert changed <= {"pairs", "ae_channels", "noise_adapter", "inference_steps"}
 
 
-@pytest.mark.parametrize("words", COMPARISONS, ids=lambda words: words[0])
+@pytest.mark.parametrize("words", COMPARISONS, ids=lambda words: words[-1])
 def test_recipe_and_methods_of_a_comparison_exist(words):
     assert find_recipe(words[0]).is_file()
     first = words.index("--methods") + 1
@@ -38,4 +39,4 @@ def test_recipe_and_methods_of_a_comparison_exist(words):
 
 def test_there_are_commands():
     assert len(FITS) == 6
-    assert len(COMPARISONS) == 5
+    assert len(COMPARISONS) == 6
