@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
+from diffkd.tasks.accumulation import ends_step
 from diffkd.tasks.interruption import Interrupted, StopRequest
 from diffkd.tasks.training import Training
 from diffkd.weights import write_whole
@@ -91,6 +92,8 @@ class Saver(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time to, or if the training is to stop."""
+        if not ends_step(trainer, batch_idx):
+            return
         step = trainer.global_step
         if self.max_steps is not None and step >= self.max_steps:
             trainer.should_stop = True

@@ -67,6 +67,7 @@ def fit(
     segmentation: SegmentationOptions = DEFAULT_SEGMENTATION,
     ema: float | None = None,
     gradient_clip: float | None = None,
+    accumulate: int = 1,
     precision: str = "32-true",
     seed: int = 0,
     resume: bool = False,
@@ -113,6 +114,7 @@ def fit(
         segmentation: windows of the evaluation, auxiliary head, for segmentation.
         ema: decay of a running average of the student, which is then measured and saved.
         gradient_clip: largest norm of the gradient.
+        accumulate: batches whose mean gradient makes a step, where a large batch does not fit into memory.
         precision: 32-true, bf16-mixed, 16-mixed, or another of Lightning's.
         seed: of initial weights, order, augmentation and noise.
         resume: go on with the run in `out`, if there is one.
@@ -141,6 +143,8 @@ def fit(
     values = dict(locals())
     if gradient_clip is not None and not gradient_clip > 0:
         raise ValueError(f"gradient_clip={gradient_clip} is no norm of a gradient: give one above 0, or leave it out")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}: so many batches make a step")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed} does not fit into 64 bits, as PyTorch's generators want it: give a smaller one")
     config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
@@ -188,6 +192,7 @@ def fit(
                 precision=precision,  # type: ignore[arg-type]  # checked by the trainer
                 max_epochs=epochs,
                 gradient_clip_val=gradient_clip,
+                accumulate_grad_batches=accumulate,
                 logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
                 callbacks=[
                     StartReport(console),

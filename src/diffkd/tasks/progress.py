@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from diffkd.tasks.accumulation import steps_per_epoch
 from diffkd.tasks.task import TASK
 from diffkd.tasks.training import Training
 
@@ -47,7 +48,7 @@ class TrainingProgress(Callback):
             console=self.console,
             transient=True,
         )
-        total = int(trainer.num_training_batches) * (trainer.max_epochs or 1)
+        total = steps_per_epoch(trainer) * (trainer.max_epochs or 1)
         self._row = self._bar.add_task("training", total=total, completed=trainer.global_step)
         self._bar.start()
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from diffkd.distiller import Distiller
 from diffkd.ramp import ALWAYS
+from diffkd.tasks.accumulation import ends_step
 from diffkd.tasks.start_checks import never_reached
 from diffkd.tasks.training import Training
 
@@ -31,7 +32,8 @@ class StartReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Report after the very first step."""
-        if trainer.global_step == 1 and isinstance(pl_module, Training) and not self.console.quiet:
+        first = trainer.global_step == 1 and ends_step(trainer, batch_idx)
+        if first and isinstance(pl_module, Training) and not self.console.quiet:
             with trainer.precision_plugin.train_step_context():
                 report(pl_module, batch, self.console)
 

@@ -14,6 +14,7 @@ from diffkd.calling import run
 from diffkd.data.seeding import mix_seed
 from diffkd.distiller import Distiller
 from diffkd.ramp import ALWAYS, Ramp
+from diffkd.tasks.accumulation import batches_of_step, ends_step, first_of_step
 from diffkd.tasks.average import StudentAverage
 from diffkd.tasks.cached_teacher import CachedTeacher
 from diffkd.tasks.card import with_metrics
@@ -32,7 +33,8 @@ class Training(LightningModule):
     paper; the distiller's own weights are inside the sum).
 
     All that a step draws at random follows from (seed, step, rank), and the learning rate from the step alone, so that
-    an interrupted training goes on without the state of any random generator.
+    an interrupted training goes on without the state of any random generator. Where the trainer accumulates gradients,
+    a step is the mean over its batches, each of which counts the same.
 
     Args:
         model: a :class:`~diffkd.Distiller`, or a plain student to train without a teacher.
@@ -134,16 +136,17 @@ class Training(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate and the random generators, both from the step alone."""
-        epoch = self.current_epoch + batch_idx / self.trainer.num_training_batches
+        begun = first_of_step(self.trainer, batch_idx)
+        epoch = self.current_epoch + begun / self.trainer.num_training_batches
         set_learning_rate(self._optimizer(), self.schedule(epoch, self.epochs))
         self._method_factor = self.method_weight * self.method_ramp(epoch)
         if self.distiller is not None:
             self.distiller.set_epoch(epoch)
-        torch.manual_seed(mix_seed(self.seed, self.global_step, self.global_rank))
+        torch.manual_seed(self._mixed_seed(batch_idx))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted sum of all losses of a batch."""
-        step = self.task.step(batch, mix_seed(self.seed, self.global_step, self.global_rank, 1))
+        step = self.task.step(batch, self._mixed_seed(batch_idx, 1))
         terms = self.terms(step)
         if self.distiller is not None and self.global_step == 0:
             self.distiller.check_gradients()
@@ -154,6 +157,9 @@ class Training(LightningModule):
         )
         if total.device.type == "cpu":
             self.ledger.check()  # costs nothing here, and the broken step is not taken
+        if (accumulated := self.trainer.accumulate_grad_batches) > 1:
+            # The trainer divides by the number it was given, in a step of fewer batches too.
+            total = total * (accumulated / batches_of_step(self.trainer, batch_idx))
         return total
 
     def terms(self, step: Step) -> dict[str, Tensor]:
@@ -176,7 +182,7 @@ class Training(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Every `log_every` steps: stop if a loss was not finite, and write the losses to the log."""
-        if self.global_step % self.log_every == 0:
+        if self.global_step % self.log_every == 0 and ends_step(self.trainer, batch_idx):
             self.ledger.check()
             rate = float(self._optimizer().param_groups[0]["lr"])
             self._log({f"step/{name}": value for name, value in self.ledger.latest().items()} | {"step/lr": rate})
@@ -262,6 +268,11 @@ class Training(LightningModule):
             )
         if data is not None:
             data.start_batch = skipped
+
+    def _mixed_seed(self, batch: int, *what: int) -> int:
+        within = batch - first_of_step(self.trainer, batch)
+        seed = mix_seed(self.seed, within) if within else self.seed
+        return mix_seed(seed, self.global_step, self.global_rank, *what)
 
     def _optimizer(self) -> Optimizer:
         return self.trainer.optimizers[0]
