@@ -110,6 +110,7 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
     parameters = inspect.signature(function).parameters
     parser = ArgumentParser(prog=f"diffkd {command}", exit_on_error=False)
     if configurable:
+        parser.usage = f"diffkd {command} [RECIPE] [OPTIONS]"  # which are too many to be named twice
         parser.add_argument("--config", action="config", help="recipe: a file of values for these options")
     parser.add_function_arguments(function, skip=skip)
     if "seed" in parameters and "data" in parameters:
