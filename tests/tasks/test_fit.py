@@ -296,3 +296,8 @@ def test_the_step_can_be_compiled_in_different_ways(image_files, model_file, how
 def test_an_unknown_way_to_compile_is_refused_at_once(image_files, model_file):
     with pytest.raises(RuntimeError, match="mode=fast"):
         build_training(f"{model_file}:small", arrays(image_files), compile="fast", accelerator="cpu")
+
+
+def test_shards_are_not_compiled(tmp_path, image_files, model_file):
+    with pytest.raises(ValueError, match="not with fsdp"):
+        train(arrays(image_files), tmp_path / "run", model_file, strategy="fsdp", compile=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from diffkd.tasks.sharding import whole
 from diffkd.weights import unwrap
 
 
@@ -65,4 +66,4 @@ class StudentAverage:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]
+    return [whole(tensor) for tensor in (*model.parameters(), *model.buffers())]

@@ -9,10 +9,12 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from diffkd.tasks.accumulation import ends_step
 from diffkd.tasks.interruption import Interrupted, StopRequest
+from diffkd.tasks.replicas import several_processes
+from diffkd.tasks.sharding import local
 from diffkd.tasks.training import Training
 from diffkd.weights import write_whole
 
@@ -112,9 +114,10 @@ class Saver(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, and stop if that is asked for."""
         training = _training(pl_module)
-        if trainer.is_global_zero and self.on_epoch is not None:
+        if self.on_epoch is not None:
             check_weights(training)
-            self.on_epoch(training)
+            if trainer.is_global_zero:
+                self.on_epoch(training)
         self.save(trainer, training)
         finished = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         signum = self.stop.agreed(pl_module.device)
@@ -169,14 +172,19 @@ def check_resumable(training: Training) -> None:
 def check_weights(training: Training) -> None:
     """Raise FloatingPointError, naming the first, if weights of the student or of a method are not finite.
 
-    A loss can be finite and its gradient not, so the losses alone do not tell.
+    A loss can be finite and its gradient not, so the losses alone do not tell. Call on all processes at once.
     """
     for owner, part in _parts(training):
         # Not what `get_extra_state` returned, nor what is sparse.
         state = {n: t for n, t in part.state_dict().items() if isinstance(t, Tensor) and t.layout is torch.strided}
-        tensors = [t for t in state.values() if t.is_floating_point()]
-        if tensors and not torch.stack([t.isfinite().all() for t in tensors]).all():
-            name = next(n for n, t in state.items() if not t.isfinite().all())
+        state = {n: local(t) for n, t in state.items() if t.is_floating_point()}
+        if not state:
+            continue
+        finite = torch.stack([t.isfinite().all() for t in state.values()]).int()
+        if several_processes():
+            distributed.all_reduce(finite, op=distributed.ReduceOp.MIN)
+        if not finite.all():
+            name = next(n for n, whole in zip(state, finite.tolist(), strict=True) if not whole)
             raise FloatingPointError(
                 f"weight '{name}' of {owner} was not finite after step {training.global_step}, though the losses were; "
                 "lower the learning rate or clip gradients. The earlier checkpoint is whole."

@@ -126,7 +126,7 @@ def fit(
         accelerator: cpu, gpu, mps, or auto.
         devices: how many, or which; the batch size is per device.
         num_nodes: machines, each with as many devices.
-        strategy: of training on several devices; auto takes DDP.
+        strategy: of training on several devices; auto takes DDP, fsdp spreads the parameters.
         progress: show how the training goes.
         config: what to record as the values of the run; None: these arguments.
 
@@ -145,6 +145,8 @@ def fit(
         raise ValueError(f"gradient_clip={gradient_clip} is no norm of a gradient: give one above 0, or leave it out")
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, got {accumulate}: so many batches make a step")
+    if strategy == "fsdp" and compile:
+        raise ValueError("compile works with strategy ddp, not with fsdp: leave one of the two out")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed} does not fit into 64 bits, as PyTorch's generators want it: give a smaller one")
     config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
@@ -209,7 +211,9 @@ def fit(
                 enable_model_summary=False,
             )
             try:
-                trainer.fit(training, datamodule=data, ckpt_path=folder.checkpoint if resumes else None)
+                trainer.fit(
+                    training, datamodule=data, ckpt_path=folder.checkpoint if resumes else None, weights_only=True
+                )
             except SystemExit as leaving:  # how the trainer answers a second Ctrl-C
                 raise KeyboardInterrupt from leaving
 

@@ -1,11 +1,14 @@
 """The processes of one training: which is the first, and how their copies of a model are kept alike."""
 
+import inspect
 import os
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_first_process() -> bool:
@@ -28,11 +31,16 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def strategy_for(strategy: str, devices: list[int] | int | str, num_nodes: int) -> str | Strategy:
-    """Return the trainer's strategy; "auto" is DDP on several devices."""
+    """Return the trainer's strategy; "auto" is DDP on several devices, "fsdp" PyTorch's own FSDP2."""
+    if strategy == "fsdp":
+        return ModelParallelStrategy(save_distributed_checkpoint=False)
     several = num_nodes > 1 or not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1))
     if strategy == "ddp" or (strategy == "auto" and several):
         # Buffers are brought into line before each validation, whose batches may differ in number between processes.
-        return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+        options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
+        return DDPStrategy(**options)
     return strategy
 
 

@@ -23,6 +23,7 @@ from diffkd.tasks.ledger import Ledger
 from diffkd.tasks.optimization import OptimizerFactory, Schedule, build_optimizer, set_learning_rate
 from diffkd.tasks.replicas import broadcast_buffers
 from diffkd.tasks.same_data import check_classes, check_samples, describe_samples
+from diffkd.tasks.sharding import WholeStudent, shard, shards
 from diffkd.tasks.task import Meter, Step, Task
 
 
@@ -85,6 +86,7 @@ class Training(LightningModule):
         self.seed, self.log_every = seed, log_every
         self._teacher = [teacher]  # in a list, since a teacher is no part of what is trained
         self.average = None if ema is None else StudentAverage(self.student, ema)
+        self._whole: WholeStudent | None = None
         self.ledger, self.history = Ledger(), History(task.headlines[0])
         self.card: dict[str, Any] = {}
         self._samples: dict[str, Any] = {}
@@ -106,7 +108,7 @@ class Training(LightningModule):
     @property
     def result(self) -> nn.Module:
         """The model that is measured and saved: the average of the student if there is one, the student otherwise."""
-        return self.student if self.average is None else self.average.model
+        return self._plain_student if self.average is None else self.average.model
 
     @property
     def teacher(self) -> Callable[[Any], Any] | None:
@@ -114,6 +116,13 @@ class Training(LightningModule):
         if self._teacher[0] is not None or self.distiller is None:
             return self._teacher[0]
         return self.distiller.teach
+
+    def configure_model(self) -> None:
+        """Spread the parameters over the processes, if that is the trainer's strategy."""
+        if self._whole is None and shards(self.trainer):
+            self.trainer.precision_plugin.convert_module(self.model)
+            self._whole = WholeStudent(self.student)
+            shard(self.model, self.trainer.strategy.root_device, self.trainer.world_size)
 
     def configure_optimizers(self) -> Optimizer:
         """Build the optimiser over everything trainable, and make sure that nothing is missed."""
@@ -123,9 +132,10 @@ class Training(LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Move the average to the student's device."""
-        if self.average is not None:
-            self.average.model.to(self.device)
+        """Move the student's copies to its device."""
+        for copied in (self.average, self._whole):
+            if copied is not None:
+                copied.model.to(self.device)
         self._since = time.monotonic()
 
     def on_train_start(self) -> None:
@@ -190,6 +200,8 @@ class Training(LightningModule):
     def on_validation_start(self) -> None:
         """Let all processes measure the same model: BatchNorm's statistics differ between them."""
         broadcast_buffers(self.student)
+        if self._whole is not None:
+            self._whole.gather(self.student)
         self._meters = {"": self.task.meter(self.device)}
         if self.average is not None:
             broadcast_buffers(self.average.model)
@@ -199,7 +211,7 @@ class Training(LightningModule):
         """Measure a batch."""
         self._meters[""].update(self.result, batch)
         if "_unaveraged" in self._meters:
-            self._meters["_unaveraged"].update(self.student, batch)
+            self._meters["_unaveraged"].update(self._plain_student, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Compute the measurements over all images of all processes."""
@@ -268,6 +280,10 @@ class Training(LightningModule):
             )
         if data is not None:
             data.start_batch = skipped
+
+    @property
+    def _plain_student(self) -> nn.Module:
+        return self.student if self._whole is None else self._whole.model
 
     def _mixed_seed(self, batch: int, *what: int) -> int:
         within = batch - first_of_step(self.trainer, batch)
