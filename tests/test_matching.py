@@ -165,6 +165,58 @@ def test_stages_go_from_large_to_small():
     assert stages(list_layers(MLP(), torch.randn(2, 12))) == []
 
 
+def test_stages_are_found_at_any_depth():
+    class Encoder(nn.Module):
+        """Embeds its images, and keeps its stages in a list in a module of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.embedder = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.MaxPool2d(2))
+            self.layers = nn.ModuleDict({"stages": nn.ModuleList([nn.Conv2d(4, 4, 1), *Deep().stages])})
+
+        def forward(self, x):
+            x = self.embedder(x)
+            for stage in self.layers["stages"]:
+                x = stage(x)
+            return x
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.fc = nn.ModuleDict({"encoder": Wrapped(Encoder())}), nn.Linear(4, 10)
+
+        def forward(self, x):
+            return self.fc(self.model["encoder"](x).mean(dim=(2, 3)))
+
+    inside = "model.encoder.net.0.0"
+    found = stages(list_layers(Classifier(), torch.randn(1, 3, 64, 64)))
+    assert [layer.name.removeprefix(f"{inside}.") for layer in found] == [
+        "embedder.0",
+        *(f"layers.stages.{index}" for index in range(3)),
+        "model.encoder",
+    ]
+
+
+def test_stages_have_the_batch_of_the_model():
+    class Windows(nn.Module):
+        """Attends in windows, each of which is an image to the layers inside."""
+
+        def __init__(self):
+            super().__init__()
+            self.down, self.inside, self.last = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 4, 4)
+            self.fc = nn.Linear(4, 10)
+
+        def forward(self, x):
+            x = self.down(x)
+            batch, _, side, _ = x.shape
+            windows = x.unflatten(3, (2, side // 2)).permute(0, 3, 1, 2, 4).flatten(0, 1)  # halves of the images
+            windows = self.inside(windows[:, :, : side // 2]).repeat(1, 1, 2, 1)
+            x = x + windows.unflatten(0, (batch, 2)).permute(0, 2, 3, 1, 4).flatten(3)
+            return self.fc(self.last(x).mean(dim=(2, 3)))
+
+    assert [layer.name for layer in stages(list_layers(Windows(), torch.randn(2, 3, 32, 32)))] == ["down", "last"]
+
+
 def test_stages_pair_from_the_deepest_on():
     example = torch.randn(1, 3, 32, 32)
     each = match_layers(Deep(3), Deep(4), example, method=PerStage)

@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, pairwise
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ from diffkd.trace import OUTPUT
 
 DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits"})
 DEFAULT_LEAST_CLASSES = 2
+_SKIP = 8  # a layer of that many times fewer positions has left out a resolution: halving the sides makes 4, twice 16
 _POOLS = ("AdaptiveAvgPool2d", "AdaptiveMaxPool2d")  # to a size that a head wants, be it larger than the map
 
 
@@ -118,8 +120,8 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
         return [Pair(maps[0].name, maps[1].name, method)]
     if wants & {"stages", "levels"}:
         ours, theirs = stages(student), stages(teacher)
-        count = min(len(ours), len(theirs))
-        names = [(a.name, b.name) for a, b in zip(ours[-count:], theirs[-count:], strict=True)] if count else []
+        few = min(len(ours), len(theirs))
+        names = [(a.name, b.name) for a, b in zip(ours[-few:], theirs[-few:], strict=True)] if few else []
         if "levels" in wants and names:
             pairs.append(Pair([a for a, _ in names], [b for _, b in names], method, name="levels"))
         elif names:
@@ -222,20 +224,32 @@ def last_feature(layers: Sequence[Layer]) -> Layer | None:
 def stages(layers: Sequence[Layer]) -> list[Layer]:
     """Return one map per resolution that the model passes through, from large to small, ending with the last feature.
 
-    Taken from the outermost modules that show several resolutions ("layer2", "stages.1"), the last one at each.
+    Taken from the outermost modules that show them ("layer2", "stages.1"), the last one at each. A module that returns
+    a map much smaller than what came before it is looked into, at whatever depth, for those in between
+    ("resnet.encoder.stages.1"); while fewer than three are found, so is the first module.
     """
     last = last_feature(layers)
     if last is None or not last.is_map:
         return []
-    maps = [layer for layer in _trunk(layers) if layer.is_map and _area(layer) >= _area(last)]
-    found: list[Layer] = []
-    for depth in range(3):
-        by_area = {_area(layer): layer for layer in maps if layer.name.count(".") <= depth}
-        by_area[_area(last)] = last
-        if len(by_area) > len(found):
-            found = [by_area[area] for area in sorted(by_area, reverse=True)]
-        if len(found) >= 3:
+    trunk = [layer for layer in _trunk(layers) if layer.is_map and layer.shape[0] == last.shape[0]]
+    maps = [layer for layer in trunk if _area(layer) >= _area(last)]
+    names = {layer.name for layer in maps}
+    around = {name: next((one for one in _enclosing(name) if one in names), "") for name in names}
+    opened = {""}
+    for depth in count():
+        shown = [layer for layer in maps if around[layer.name] in opened]
+        by_area = {_area(layer): layer for layer in shown} | {_area(last): last}
+        skipping = {
+            layer.name
+            for before, layer in pairwise(shown)
+            if _area(before) > _SKIP * _area(layer) and _holds_between(maps, layer, _area(before))
+        }
+        outer = {_area(layer) for layer in shown if layer.name.count(".") <= depth}
+        first = {layer.name for layer in shown[:1]} if len(outer | {_area(last)}) < 3 else set()
+        if not (new := (skipping | first) & set(around.values()) - opened):
             break
+        opened |= new
+    found = [by_area[area] for area in sorted(by_area, reverse=True)]
     order = {layer.name: position for position, layer in enumerate(layers)}
     # An attention map may look like a large feature map; but it comes late, after smaller ones.
     return [
@@ -243,6 +257,18 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
         for position, layer in enumerate(found)
         if all(order[layer.name] < order[smaller.name] for smaller in found[position + 1 :])
     ]
+
+
+def _enclosing(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a layer, the nearest first."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _holds_between(maps: Sequence[Layer], layer: Layer, before: int) -> bool:
+    """Whether inside of a layer there are maps smaller than what came before it, and larger than what it returns."""
+    inside = (one for one in maps if one.name.startswith(f"{layer.name}."))
+    return any(_area(layer) < _area(one) < before for one in inside)
 
 
 def _trunk(layers: Sequence[Layer]) -> list[Layer]:
