@@ -5,6 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from diffkd.losses import mse
+from diffkd.methods.inputs import like_parameters
 from diffkd.modules import pointwise
 from diffkd.shape import FeatureShape, Want, channels_of
 
@@ -36,5 +37,5 @@ class FitNet(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for features (B, Cs, H, W), (B, Ct, H, W), or (B, Cs), (B, Ct)."""
-        projected = self.student_projection(student.to(next(self.parameters()).dtype))
+        projected = self.student_projection(like_parameters(student, self))
         return {"kd": self.weight * mse(projected, teacher.detach())}

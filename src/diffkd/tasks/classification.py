@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from diffkd.data.mixing import mix
 from diffkd.layout import select_tensor
+from diffkd.methods.inputs import like_parameters
 from diffkd.tasks.history import Row
 from diffkd.tasks.task import TASK, Step
 
@@ -89,7 +90,8 @@ class Accuracy:
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Count the hits of a batch."""
         images, labels, _ = batch
-        logits = logits_of(model(in_type_of(model, images)))
+        # An average is in float32, whatever the student is in.
+        logits = logits_of(model(like_parameters(images, model)))
         for name in ("top1", "top5"):
             if name in self.metrics:
                 self.metrics[name].update(logits, labels)
@@ -106,11 +108,6 @@ def computed(metrics: dict[str, Metric]) -> Row:
     for metric in metrics.values():
         metric.reset()
     return row
-
-
-def in_type_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Return `images` in the type of a model, since an average is in float32 whatever the student is in."""
-    return images.to(next(model.parameters(), images).dtype)
 
 
 def logits_of(output: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from diffkd.methods.inputs import like_parameters
 from diffkd.models.backbone_norm import Norm
 from diffkd.models.transformers_detector import TransformersDetector
 from diffkd.tasks.history import Row
@@ -131,8 +132,7 @@ class CocoPrecision:
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Detect in the images of a batch."""
         images, targets, _ = batch
-        kind = next(model.parameters(), images[0]).dtype
-        self.take(model([image.to(kind) for image in images]), targets)
+        self.take(model([like_parameters(image, model) for image in images]), targets)
 
     def take(self, detections: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> None:
         """Take in the detections ("boxes", "labels", "scores") of some images, and what is there."""

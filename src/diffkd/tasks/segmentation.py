@@ -13,8 +13,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from diffkd.layout import select_tensor
+from diffkd.methods.inputs import like_parameters
 from diffkd.models.any_size import AnySize, class_map, upsample
-from diffkd.tasks.classification import in_type_of
 from diffkd.tasks.history import Row
 from diffkd.tasks.sliding_window import sliding_window
 from diffkd.tasks.task import TASK, Step
@@ -151,7 +151,7 @@ class Overlap:
         if id(model) not in self._whole:
             self._whole[id(model)] = AnySize(model)
         whole = self._whole[id(model)].eval()
-        images = in_type_of(model, images)
+        images = like_parameters(images, model)
         if self.options.window is None:
             scores = whole(images)
         else:
