@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -91,14 +92,34 @@ def test_unknown_layers():
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [(Pyramid, "levels[5]"), (Pyramid, "named[x]"), (ConvNet, "stage[0]"), (ConvNet, "unused")]
+    ("model", "name"), [(Pyramid, "levels[5]"), (Pyramid, "named[x]"), (ConvNet, "stage[0]"), (Pyramid, "output[x]")]
 )
 def test_layers_that_leave_nothing(model, name):
     model = model()
-    model.unused = nn.Identity()
     recorder = recorder_on(model, name)
-    with pytest.raises(ValueError, match="returned no tensor to record"):
+    with pytest.raises(ValueError, match=rf"'{re.escape(name)}' of {type(model).__name__} returned no tensor"):
         recorder.record(model, IMAGES)
+
+
+def test_layers_that_do_not_run():
+    class Skips(nn.Module):
+        """Leaves a block out in training, as layer drop does now and then."""
+
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Identity()
+
+        def forward(self, x):
+            return x if self.training else self.block(x)
+
+    model = Skips()
+    recorder = recorder_on(model, "block")
+    recorder.record(model.eval(), IMAGES)
+    with pytest.raises(ValueError, match=r"'block' of Skips did not run this time: .*layer drop.*switch that off"):
+        recorder.record(model.train(), IMAGES)
+    recorder.detach()
+    with pytest.raises(ValueError, match="'block' of Skips is recorded no longer, since the distiller was released"):
+        recorder.record(model.eval(), IMAGES)
 
 
 class DropsInPlace(nn.Module):

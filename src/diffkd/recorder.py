@@ -57,6 +57,7 @@ class Recorder:
     outputs: dict[str, Tensor] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(self, model: nn.Module) -> None:
@@ -113,7 +114,7 @@ class Recorder:
         finally:
             # Nothing is held on to: activations would live until the next batch.
             outputs, self.outputs, calls, self.calls, self.active = self.outputs, {}, self.calls, {}, False
-            versions, self.versions = self.versions, {}
+            versions, self.versions, ran, self.ran = self.versions, {}, self.ran, set()
         for name, version in versions.items():
             if version_of(outputs[name]) != version:
                 raise ValueError(
@@ -128,12 +129,19 @@ class Recorder:
         missing = [name for name in self.names if name not in outputs]
         missing += [name for name in self.watched if name not in calls]
         if missing:
-            raise ValueError(
-                f"layer '{missing[0]}' of {type(unwrap(model)).__name__} returned no tensor to record: either it does "
-                "not run in this mode, its output has no such element, the distiller was released, or a part of the "
-                "model is compiled already; compile the distiller instead"
-            )
+            is_without = missing[0] in ran or split_selector(missing[0])[0] == OUTPUT
+            why = "returned no tensor to record, or none under that key" if is_without else self._why_not_run()
+            raise ValueError(f"layer '{missing[0]}' of {type(unwrap(model)).__name__} {why}")
         return Recording(output, outputs, calls)
+
+    def _why_not_run(self) -> str:
+        if not self.handles:
+            return "is recorded no longer, since the distiller was released: build another"
+        return (
+            "did not run this time: if the model leaves out blocks at random in training (layer drop), switch that "
+            "off or take a layer that always runs, such as the one around it; if a part of it is compiled already, "
+            "compile the distiller instead"
+        )
 
     def stop_if_complete(self) -> None:
         """End the model's forward, if that is allowed and all layers have been recorded; called by the hooks."""
@@ -160,6 +168,8 @@ class _Tap:
         )
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.recorder.active:
+            self.recorder.ran.add(self.name)
         if self.recorder.active and self.watches:
             self.recorder.calls[self.name] = Call(args, output)
         elif self.recorder.active:
