@@ -121,6 +121,8 @@ LOGITS = torch.zeros(2, 10)
         (OrderedDict(last=T[2]), None, T[2]),
         ((T[0], LOGITS), None, LOGITS),  # a loss, and the logits
         ({"loss": T[0], "scores": LOGITS}, None, LOGITS),
+        (([torch.zeros(2, 4, 8, 8), torch.zeros(2, 8)], LOGITS), None, LOGITS),  # features in a list, and the logits
+        ({"maps": {"0": torch.zeros(2, 4, 8, 8)}, "scores": LOGITS}, None, LOGITS),
         ({"hidden": LOGITS, "logits": T[1]}, None, T[1]),
         (SimpleNamespace(logits=T[3]), None, T[3]),
         ((T[0], T[1]), "1", T[1]),

@@ -3,9 +3,10 @@ import torch
 from small_nets import ConvNet, TokenNet
 from torch import Tensor, nn
 
-from diffkd import DiffKD, list_layers, match_layers
+from diffkd import KD, DiffKD, Distiller, FitNet, Pair, list_layers, match_layers
 from diffkd.dense_layers import class_map
 from diffkd.matching import last_feature
+from diffkd.shape import FeatureShape
 
 IMAGES = torch.randn(2, 3, 16, 16)
 
@@ -102,3 +103,53 @@ def test_scores_of_positions(model, scorer, last):
     assert class_map(layers).name == scorer
     assert layers[-1].feature_shape.role == "logits"
     assert last is None or last_feature(layers).name == last
+
+
+class Several(ConvNet):
+    """Returns what `gather` makes of its feature, the mean of that, and the scores."""
+
+    def __init__(self, gather, width: int = 4) -> None:
+        super().__init__(width)
+        self.gather = gather
+
+    def forward(self, images: Tensor):
+        feature = self.stage(self.stem(images))
+        pooled = feature.mean(dim=(2, 3))
+        return self.gather(feature, pooled, self.fc(pooled))
+
+
+@pytest.mark.parametrize(
+    ("gather", "name"),
+    [
+        (lambda feature, pooled, scores: (scores, pooled), "output"),
+        (lambda feature, pooled, scores: (scores, {"feats": [feature], "pooled": pooled}), "output"),
+        (lambda feature, pooled, scores: ([feature, pooled], scores), "output"),
+        (lambda feature, pooled, scores: (scores, 2 * scores), "output"),
+        (lambda feature, pooled, scores: {"hidden": pooled, "logits": scores}, "output"),
+        (lambda feature, pooled, scores: (pooled, scores), "output[1]"),
+        (lambda feature, pooled, scores: [feature, scores], "output[1]"),
+        (lambda feature, pooled, scores: ((feature, pooled), (scores,)), "output[1]"),
+        (lambda feature, pooled, scores: {"embedding": pooled, "score": scores}, "output[score]"),
+    ],
+)
+def test_class_scores_are_found_beside_features(gather, name):
+    models = Several(gather), Several(gather)  # whose means are as long as one another
+    distiller = Distiller(*models, example=IMAGES, method=KD)
+    assert distiller.names == (name,)
+    teacher = models[1].eval()
+    scores = teacher.fc(teacher.stage(teacher.stem(IMAGES)).mean(dim=(2, 3)))
+    assert torch.equal(distiller.observe(IMAGES)[name].teacher, scores)
+    assert distiller.readers[0][0].shapes == (FeatureShape(10, role="logits"),)
+    assert [pair.student for pair in match_layers(*models, IMAGES)] == ["stage", name]
+    # What is asked for by name stays what it was.
+    (named,) = Distiller(*models, [Pair("output", method=FitNet)], example=IMAGES).observe(IMAGES).values()
+    assert len(named.teacher) == len(IMAGES)
+
+
+def test_scores_that_no_layer_makes_are_the_first():
+    class Free(Several):
+        def forward(self, images: Tensor):
+            _, pooled, _ = super().forward(images)
+            return pooled, pooled @ self.fc.weight.T
+
+    assert list_layers(Free(lambda *results: results), IMAGES)[-1].name == "output"

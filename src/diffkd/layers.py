@@ -12,7 +12,7 @@ from diffkd.layout import Layout, fitting_layouts, infer_layout, select_tensor
 from diffkd.locality import change_corner, most_local
 from diffkd.prefix_tokens import prefix_tokens
 from diffkd.queries import count_queries
-from diffkd.scored import before_upsampling, returns_features
+from diffkd.scored import before_upsampling, class_scores, returns_features
 from diffkd.shape import FeatureShape, Role
 from diffkd.trace import OUTPUT, Seen, by_name, elements_of, is_same, run_watched
 from diffkd.weights import unwrap
@@ -23,7 +23,7 @@ class Layer:
     """One layer of a model as the probe saw it.
 
     Attributes:
-        name: dotted name, or "output" for the output of the whole model.
+        name: dotted name, or "output" for the output of the whole model; "output[1]" if its scores are that element.
         type: name of its class.
         shape: shape of its output for the example, batch first.
         layout: how the output is read, None if its shape is not understood.
@@ -72,7 +72,8 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
             model's device.
 
     Returns:
-        The layers; the last is named "output" and stands for what the whole model returns.
+        The layers; the last is named "output", or "output[1]" where the class scores are only an element of it, and
+        stands for what the whole model returns.
 
     Raises:
         ValueError: if the model cannot take the example, or returns no tensor.
@@ -89,15 +90,17 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     for one in seen:
         calls[one.name] = calls.get(one.name, 0) + 1
     class_map = before_upsampling(seen, result)
+    scores = class_scores(output, class_map, seen)
     layouts = _layouts(model, example, by_name(output, seen), {one.grid for one in seen if one.grid is not None})
     elements = elements_of(OUTPUT, output)
+    result = elements.get(scores, result)
     queries = count_queries(result.shape, [tensor.shape for tensor in elements.values()])
     for one in seen:
         if queries is not None and one.tensor.ndim == 3 and one.tensor.shape[1] == queries:
             layouts[one.name] = Layout("rows")
     if queries is not None:
         layouts[OUTPUT] = None  # two models' queries do not go together one by one
-    features = returns_features(output, class_map, layouts, seen)
+    features = scores == OUTPUT and returns_features(output, class_map, layouts, seen)
     layers = []
     for position, one in enumerate(seen):
         if any(later.name == one.name for later in seen[position + 1 :]):
@@ -117,11 +120,11 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
         )
     # A detector returns boxes for each image: nothing that could be compared with another model's.
     detects = isinstance(output, (list, tuple)) and all(isinstance(one, Mapping) for one in output)
-    layout = None if detects else layouts[OUTPUT]
+    layout = None if detects else layouts[scores]
     if detects:
         elements = {}
     last = Layer(
-        OUTPUT,
+        scores,
         type(model).__name__,
         tuple(result.shape),
         layout,
@@ -143,7 +146,7 @@ def find_layer(layers: Sequence[Layer], name: str, owner: str) -> Layer:
     Raises:
         ValueError: if there is no such layer (the message names the nearest), or its output cannot be distilled.
     """
-    by_name = {layer.name: layer for layer in layers}
+    by_name = {layer.name.partition("[")[0] if layer is layers[-1] else layer.name: layer for layer in layers}
     if name not in by_name:
         near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.4) or list(by_name)[-2:]
         nearest = ", ".join(f"'{other}' ({describe(by_name[other])})" for other in near)

@@ -163,8 +163,8 @@ def select_tensor(output: Any, key: str | None = None) -> Tensor | None:
     Args:
         output: a tensor, or any nesting of tuples, lists, mappings and objects with `logits` around tensors.
         key: which element of a mapping (by key) or sequence (by index); None: `logits` if there is such a thing, else
-            "out", else the first that is or holds a tensor of more than one dimension, or else any: a loss that comes
-            before the logits is passed over.
+            "out", else the first tensor of more than one dimension, before what holds one (a list of features that
+            comes before the logits is passed over), or else any (a loss is passed over likewise).
 
     Returns:
         The tensor, or None if there is none.
@@ -185,6 +185,7 @@ def select_tensor(output: Any, key: str | None = None) -> Tensor | None:
         elements = list(output)
     else:
         return None
+    elements.sort(key=lambda element: not isinstance(element, Tensor))
     tensors = [tensor for element in elements if (tensor := select_tensor(element)) is not None]
     return next((tensor for tensor in tensors if tensor.ndim > 1), tensors[0] if tensors else None)
 

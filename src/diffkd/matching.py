@@ -15,7 +15,6 @@ from diffkd.layout import Layout
 from diffkd.methods import MethodFactory
 from diffkd.ramp import ALWAYS, Ramp
 from diffkd.shape import Want
-from diffkd.trace import OUTPUT
 
 DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits"})
 DEFAULT_LEAST_CLASSES = 2
@@ -131,7 +130,7 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
         if ours_last and theirs_last:
             pairs.append(Pair(ours_last.name, theirs_last.name, method))
     if "logits" in wants and same_classes and not (too_few or maps[0]):
-        pairs.append(Pair(OUTPUT, OUTPUT, method))
+        pairs.append(Pair(student[-1].name, teacher[-1].name, method))
     name = attribute_of(method, "__name__", "this method")
     if not pairs:
         scored = f"{classes[0] or 'no'} and {classes[1] or 'no'} classes"

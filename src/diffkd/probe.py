@@ -12,7 +12,7 @@ from diffkd.layers import Layer
 from diffkd.layout import Layout, select_tensor
 from diffkd.prefix_tokens import prefix_tokens
 from diffkd.reader import Reader, SideName, reader_for
-from diffkd.recorder import Call, Recorder, Recording
+from diffkd.recorder import Call, Recorder, Recording, split_selector
 
 
 def probe(
@@ -24,7 +24,7 @@ def probe(
         reader_for,
         side,
         outputs=outputs,
-        logits=select_tensor(output) if layers[-1].scores else None,
+        logits=select_tensor(output, split_selector(layers[-1].name)[1]) if layers[-1].scores else None,
         input_size=input_size_of(example),
         scores={layer.name for layer in layers if layer.scores},
         prefixes=prefix_tokens(model),

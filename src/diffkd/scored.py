@@ -1,4 +1,4 @@
-"""Whether a model scores positions, as a segmenter does, and which layer makes the scores."""
+"""What of a model's output are its scores, whether it scores positions, as a segmenter does, and which layer does."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -38,6 +38,24 @@ def returns_features(
     if class_map is not None or (maker is not None and maker.may_score):
         return False
     return any(one.keeps_shape and _read(one.tensor, layouts[one.name]) == _read(result, layout) for one in seen)
+
+
+def class_scores(output: Any, class_map: Seen | None, seen: Sequence[Seen]) -> str:
+    """Return the name of the class scores in what a model returns: "output", or "output[1]" of (feature, scores).
+
+    They are an element other than the one usually meant only if that one comes straight out of no matrix of weights,
+    and is no class map, while the element is a vector that does.
+    """
+    result, elements = select_tensor(output), elements_of(OUTPUT, output)
+    named = isinstance(output, Mapping) and {"logits", "out"} & set(output)
+    if result is None or not elements or named or hasattr(output, "logits") or class_map is not None:
+        return OUTPUT
+    makers = [one.tensor for one in seen if one.may_score]
+    if any(is_same(tensor, result) for tensor in makers):
+        return OUTPUT
+    vectors = {name: tensor for name, tensor in elements.items() if tensor.ndim == 2}
+    made = (name for name, tensor in vectors.items() if any(is_same(one, tensor) for one in makers))
+    return next(made, OUTPUT)
 
 
 def _read(tensor: Tensor, layout: Layout | None) -> tuple[int, tuple[int, ...]] | None:

@@ -128,6 +128,9 @@ def test_functions_without_arguments_build_students(tmp_path):
         "from torch import nn\n"
         "def fits(): return nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 5))\n"
         "def small(): return nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 4))\n"
+        "def named(): return Named(nn.Flatten(), nn.Linear(32 * 32, 5))\n"
+        "class Named(nn.Sequential):\n"
+        "    def forward(self, x): return {'flat': self[0](x), 'scores': super().forward(x)}\n"
         "def colour(): return nn.Sequential(nn.Conv2d(3, 5, 32), nn.Flatten())\n",
         encoding="utf-8",
     )
@@ -135,5 +138,9 @@ def test_functions_without_arguments_build_students(tmp_path):
     assert student.training
     with pytest.raises(ValueError, match="the data have 5 classes"):
         build_student(f"{file}:small", FACTS, weights=None, pretrained=False, seed=0)
+    with pytest.raises(
+        ValueError, match=r"its class scores as output\[scores\].*scores first, or in a mapping as 'log"
+    ):
+        build_student(f"{file}:named", FACTS, weights=None, pretrained=False, seed=0)
     with pytest.raises(ValueError, match="cannot take an example of shape"):
         build_student(f"{file}:colour", FACTS, weights=None, pretrained=False, seed=0)

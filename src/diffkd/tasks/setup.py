@@ -27,6 +27,7 @@ from diffkd.tasks.student_file import read_card
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, load, padded_example
 from diffkd.teacher_input import TeacherInput, same_normalization
 from diffkd.teacher_options import AS_GIVEN, TeacherOptions
+from diffkd.trace import OUTPUT
 from diffkd.weights import check_savable, read_weights
 
 
@@ -80,7 +81,13 @@ def build_student(
     check_savable(student)
     if not student.training:
         student.train()  # as functions leave models that they have loaded; the trainer would train it like that
-    output = list_layers(student, padded_example(data, student))[-1].shape
+    last = list_layers(student, padded_example(data, student))[-1]
+    if last.name != OUTPUT:
+        raise ValueError(
+            f"student {name} returns several tensors, and its class scores as {last.name}, where the loss of the task "
+            "does not look: let it return the scores first, or in a mapping as 'logits'"
+        )
+    output = last.shape
     expected, rank = f"(2, {data.num_classes})", 2
     if data.task == "segmentation":
         expected, rank = f"(2, {data.num_classes}, h, w)", 4
