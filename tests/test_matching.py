@@ -197,6 +197,23 @@ def test_stages_are_found_at_any_depth():
     ]
 
 
+def test_stages_are_not_inside_of_what_comes_to_a_smaller_map():
+    class Fused(nn.Module):
+        """Its last feature is larger than what its last stage returns."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.stage = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1)
+            self.small = nn.Sequential(nn.Conv2d(4, 16, 1), nn.Conv2d(16, 4, 4, 4))
+            self.fuse, self.fc = nn.Sequential(nn.Upsample(6), nn.Conv2d(4, 4, 1)), nn.Linear(4, 10)
+
+        def forward(self, x):
+            return self.fc(self.fuse(self.small(self.stage(self.stem(x)))).mean(dim=(2, 3)))
+
+    found = stages(list_layers(Fused(), torch.randn(2, 3, 32, 32)))
+    assert [layer.name for layer in found] == ["stem", "stage", "fuse"]
+
+
 def test_stages_have_the_batch_of_the_model():
     class Windows(nn.Module):
         """Attends in windows, each of which is an image to the layers inside."""

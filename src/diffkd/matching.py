@@ -232,7 +232,7 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
         return []
     trunk = [layer for layer in _trunk(layers) if layer.is_map and layer.shape[0] == last.shape[0]]
     maps = [layer for layer in trunk if _area(layer) >= _area(last)]
-    names = {layer.name for layer in maps}
+    names = {layer.name for layer in trunk}
     around = {name: next((one for one in _enclosing(name) if one in names), "") for name in names}
     opened = {""}
     for depth in count():
