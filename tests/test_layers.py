@@ -157,6 +157,16 @@ class TestExamples:
             list_layers(ConvNet(), torch.randn(2, 1, 16, 16))
 
 
+@pytest.mark.parametrize("change", [torch.fft.fft2, torch.Tensor.long])
+def test_what_is_no_real_numbers_is_no_feature(change):
+    class Changed(nn.Module):
+        def forward(self, x):
+            return change(x)
+
+    layers = list_layers(nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Changed()), torch.randn(2, 3, 8, 8))
+    assert [layer.layout for layer in layers] == [Layout("nchw"), None, None]
+
+
 def test_outputs_without_a_tensor_are_named():
     class Mute(nn.Module):
         def forward(self, x):

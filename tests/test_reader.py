@@ -59,6 +59,11 @@ def test_shapes_that_are_not_understood_ask_for_a_layout():
         reader_for("student", ["a"], {"a": torch.randn(2, 21, 9)}, None, (120, 100))
 
 
+def test_what_is_no_real_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"student's layer 'a' returns torch.complex64, and features are real numbers"):
+        reader_for("student", ["a"], {"a": torch.zeros(2, 4, 8, 8, dtype=torch.complex64)}, None, SIZE)
+
+
 def test_maps_agree_on_the_teachers_size():
     ours, theirs = agree(reader((2, 5, 4, 4)), reader((2, 65, 9)))
     assert ours.shapes[0] == FeatureShape(5, (8, 8))

@@ -26,7 +26,7 @@ class Layer:
         name: dotted name, or "output" for the output of the whole model; "output[1]" if its scores are that element.
         type: name of its class.
         shape: shape of its output for the example, batch first.
-        layout: how the output is read, None if its shape is not understood.
+        layout: how the output is read, None if its shape is not understood or it holds no real numbers.
         calls: how often it ran in one forward.
         instead: None if the output can be distilled; otherwise the layer to take instead, "" if none was found. Outputs
             that are overwritten in place after the layer has run, or that come several times, cannot be.
@@ -169,7 +169,8 @@ def _layouts(
 ) -> dict[str, Layout | None]:
     """Find out the layout of each output; where its shape allows several, by running the model once more."""
     input_size, prefixes = input_size_of(example), prefix_tokens(model)
-    shapes = {name: tensor.shape for name, tensor in outputs.items()}
+    unread: dict[str, Layout | None] = {name: None for name, one in outputs.items() if not one.is_floating_point()}
+    shapes = {name: tensor.shape for name, tensor in outputs.items() if name not in unread}
     fits = {name: fitting_layouts(shape, input_size, prefixes, grids) for name, shape in shapes.items()}
     layouts = {name: infer_layout(shape, input_size, prefixes, grids) for name, shape in shapes.items()}
     unsure = {name for name in fits if len(fits[name]) > 1}
@@ -179,7 +180,7 @@ def _layouts(
         for name in unsure:
             after = changed.get(name)
             layouts[name] = (None if after is None else most_local(fits[name], outputs[name], after)) or layouts[name]
-    return layouts
+    return layouts | unread
 
 
 def _instead(seen: Sequence[Seen], position: int, calls: Mapping[str, int]) -> str:

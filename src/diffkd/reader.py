@@ -75,11 +75,16 @@ def reader_for(
         layouts: those of whole layers, as the probe found them out.
 
     Raises:
-        ValueError: if the shape of an output is not understood.
+        ValueError: if the shape of an output is not understood, or it holds no real numbers.
     """
     read, shapes = [], []
     for name in names:
         tensor = outputs[name]
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"the {side}'s layer '{name}' returns {tensor.dtype}, and features are real numbers: take a layer "
+                "before or after it"
+            )
         found = layout or layouts.get(name) or infer_layout(tensor.shape, input_size, prefixes)
         if found is None:
             fits = [

@@ -138,9 +138,9 @@ class Recorder:
         if not self.handles:
             return "is recorded no longer, since the distiller was released: build another"
         return (
-            "did not run this time: if the model leaves out blocks at random in training (layer drop), switch that "
-            "off or take a layer that always runs, such as the one around it; if a part of it is compiled already, "
-            "compile the distiller instead"
+            "did not run this time: if the model in training leaves out blocks at random (layer drop), or calls only "
+            "what is inside of them (gradient checkpointing), switch that off or take a layer that always runs; if a "
+            "part of it is compiled already, compile the distiller instead"
         )
 
     def stop_if_complete(self) -> None:
