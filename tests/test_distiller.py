@@ -87,6 +87,31 @@ def test_families_mix(student, teacher, size):
     assert all(parameter.grad.isfinite().all() for parameter in distiller.methods.parameters())
 
 
+def test_tokens_may_come_before_the_batch():
+    class Sequences(nn.Module):
+        """Attends to its patches as PyTorch's transformers do by default, or with the batch first."""
+
+        def __init__(self, batch_first):
+            super().__init__()
+            self.patches, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 10)
+            self.layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=batch_first)
+
+        def forward(self, images):
+            tokens = self.patches(images).flatten(2)
+            if self.layer.self_attn.batch_first:
+                return self.head(self.layer(tokens.transpose(1, 2)).mean(dim=1))
+            return self.head(self.layer(tokens.permute(2, 0, 1)).mean(dim=0))
+
+    models = Sequences(False), Sequences(True)
+    models[1].load_state_dict(models[0].state_dict())
+    distiller = Distiller(*models, example=IMAGES, method=FitNet)
+    assert distiller.rows()[0][1:5] == ("layer", "8x4x4 sequence", "layer", "8x4x4 tokens")
+    for images in (IMAGES, IMAGES[:1]):
+        (seen,) = distiller.observe(images).values()
+        assert seen.student.shape == (len(images), 8, 4, 4)
+        torch.testing.assert_close(seen.student, seen.teacher)
+
+
 def test_flat_vectors():
     x = torch.randn(4, 12)
     distiller = distil(MLP(width=8), MLP(width=32), example=x)

@@ -48,6 +48,18 @@ def test_layouts_are_told_from_shapes(shape, input_size, expected):
     assert infer_layout(shape, input_size) == expected
 
 
+@pytest.mark.parametrize("prefix", [0, 1])
+@pytest.mark.parametrize("batch", [1, 2, 4, 16, 17])
+def test_tokens_may_come_before_the_batch(prefix, batch):
+    grid = torch.randn(batch, 3, 6, 6)
+    tokens = torch.cat([torch.randn(prefix, batch, 3), grid.flatten(2).permute(2, 0, 1)])
+    layout = infer_layout(tokens.shape, SQUARE, {prefix}, batch=batch)
+    assert layout == Layout("sequence", prefix, (6, 6))
+    assert torch.equal(layout.read(tokens), grid)
+    assert layout.batch(tokens.shape) == batch
+    assert infer_layout(tokens.transpose(0, 1).shape, SQUARE, {prefix}, batch=batch).kind == "tokens"
+
+
 def test_the_models_word_on_prefix_tokens_counts():
     assert infer_layout((2, 196 + 4, 8), SQUARE, prefixes={4}) == Layout("tokens", 4, (14, 14))
     assert infer_layout((2, 196 + 4, 8), SQUARE, prefixes={1}) is None

@@ -69,6 +69,11 @@ def input_size_of(example: Any) -> tuple[int, int] | None:
     return None
 
 
+def batch_of(example: Any) -> int | None:
+    """Return B of the first batch of images (B, C, H, W) in a model's input, None if there is none."""
+    return next((len(tensor) for tensor in _tensors(example) if tensor.ndim == 4), None)
+
+
 def shapes_of(example: Any) -> str:
     """Return the shapes of a model's input for people."""
     return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(example)) or type(example).__name__

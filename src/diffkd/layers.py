@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffkd.calling import input_size_of, on_device_of
+from diffkd.calling import batch_of, input_size_of, on_device_of
 from diffkd.layout import Layout, fitting_layouts, infer_layout, select_tensor
 from diffkd.locality import change_corner, most_local
 from diffkd.prefix_tokens import prefix_tokens
@@ -168,11 +168,11 @@ def _layouts(
     model: nn.Module, example: Any, outputs: Mapping[str, Tensor], grids: Collection[tuple[int, int]]
 ) -> dict[str, Layout | None]:
     """Find out the layout of each output; where its shape allows several, by running the model once more."""
-    input_size, prefixes = input_size_of(example), prefix_tokens(model)
+    input_size, batch, prefixes = input_size_of(example), batch_of(example), prefix_tokens(model)
     unread: dict[str, Layout | None] = {name: None for name, one in outputs.items() if not one.is_floating_point()}
     shapes = {name: tensor.shape for name, tensor in outputs.items() if name not in unread}
-    fits = {name: fitting_layouts(shape, input_size, prefixes, grids) for name, shape in shapes.items()}
-    layouts = {name: infer_layout(shape, input_size, prefixes, grids) for name, shape in shapes.items()}
+    fits = {name: fitting_layouts(shape, input_size, prefixes, grids, batch) for name, shape in shapes.items()}
+    layouts = {name: infer_layout(shape, input_size, prefixes, grids, batch) for name, shape in shapes.items()}
     unsure = {name for name in fits if len(fits[name]) > 1}
     if unsure:
         again, seen = run_watched(model, change_corner(example))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_PREFIX_TOKENS = 8
+_TOKENS = ("tokens", "sequence")
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,14 @@ class Layout:
     """How a layer's output is to be read.
 
     Args:
-        kind: "nchw" (B, C, H, W); "nhwc" (B, H, W, C); "tokens" (B, prefix + H * W, C); "vector" (B, C); "rows"
+        kind: "nchw" (B, C, H, W); "nhwc" (B, H, W, C); "tokens" (B, prefix + H * W, C); "sequence", tokens before
+            the batch (prefix + H * W, B, C), as PyTorch's transformers have them by default; "vector" (B, C); "rows"
             (..., C), any number of vectors, such as a detector's boxes (B, N, 4), which are read as (B * N, 4).
         prefix: number of class, distillation and register tokens that precede the grid; they are left out.
         grid: (H, W) of the tokens at the probed input size.
     """
 
-    kind: Literal["nchw", "nhwc", "tokens", "vector", "rows"]
+    kind: Literal["nchw", "nhwc", "tokens", "sequence", "vector", "rows"]
     prefix: int = 0
     grid: tuple[int, int] = (1, 1)
 
@@ -30,12 +32,17 @@ class Layout:
         """Return the channels of a tensor of this layout and `shape`."""
         return shape[1] if self.kind in ("nchw", "vector") else shape[-1]
 
+    def batch(self, shape: Sequence[int]) -> int:
+        """Return how many images a tensor of this layout and `shape` holds."""
+        return shape[1] if self.kind == "sequence" else shape[0]
+
     def size(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return (H, W) of a tensor of this layout and `shape`, () for a vector."""
         sizes: dict[str, tuple[int, ...]] = {
             "nchw": tuple(shape[2:4]),
             "nhwc": tuple(shape[1:3]),
             "tokens": self.grid,
+            "sequence": self.grid,
             "vector": (),
             "rows": (),
         }
@@ -49,8 +56,9 @@ class Layout:
         """
         if self.kind == "nhwc":
             return tensor.permute(0, 3, 1, 2)
-        if self.kind == "tokens":
-            tokens = tensor[:, self.prefix :].transpose(1, 2)  # (B, C, H * W)
+        if self.kind in _TOKENS:
+            tokens = tensor if self.kind == "tokens" else tensor.transpose(0, 1)
+            tokens = tokens[:, self.prefix :].transpose(1, 2)  # (B, C, H * W)
             return tokens.reshape(*tokens.shape[:2], *self._grid_of(tokens.shape[2]))
         if self.kind == "rows":
             return tensor.flatten(0, -2)
@@ -69,7 +77,7 @@ class Layout:
         return height, count // height
 
     def __str__(self) -> str:
-        return f"tokens+{self.prefix}" if self.prefix else self.kind
+        return f"{self.kind}+{self.prefix}" if self.prefix else self.kind
 
 
 def infer_layout(
@@ -77,19 +85,20 @@ def infer_layout(
     input_size: tuple[int, int] | None,
     prefixes: Collection[int] = (),
     grids: Collection[tuple[int, int]] = (),
+    batch: int | None = None,
 ) -> Layout | None:
     """Guess the layout of a layer's output from its shape.
 
     Args:
-        shape, input_size, prefixes, grids: as for :func:`fitting_layouts`.
+        shape, input_size, prefixes, grids, batch: as for :func:`fitting_layouts`.
 
     Returns:
         The only layout that fits, or the first of several. None if the shape is not understood, or could be several
         grids of tokens, none of which has exactly the proportions of the input, or is likely: as many prefix tokens as
         the model says, or none if it says nothing.
     """
-    fits = fitting_layouts(shape, input_size, prefixes, grids)
-    if len(fits) > 1 and input_size is not None and fits[0].kind == "tokens":
+    fits = fitting_layouts(shape, input_size, prefixes, grids, batch)
+    if len(fits) > 1 and input_size is not None and fits[0].kind in _TOKENS:
         likely = fits[0].prefix in (prefixes or (0,)) or _error(fits[0].grid, input_size) == 0
         return fits[0] if likely else None
     return fits[0] if fits else None
@@ -100,6 +109,7 @@ def fitting_layouts(
     input_size: tuple[int, int] | None,
     prefixes: Collection[int] = (),
     grids: Collection[tuple[int, int]] = (),
+    batch: int | None = None,
 ) -> list[Layout]:
     """Return the layouts that the shape of a layer's output allows, the most usual first.
 
@@ -109,11 +119,12 @@ def fitting_layouts(
     proportions, or else one of these sizes, fill no other; the fewest prefix tokens come first.
 
     Args:
-        shape: of the output, batch first.
+        shape: of the output.
         input_size: (H, W) of the model's input, None if it has none.
         prefixes: the numbers of prefix tokens of which the model speaks; a layer has one of these, or none. Empty: it
             says nothing, and up to 8 are tried.
         grids: (H, W) of what the model's convolutions and other layers for maps return.
+        batch: how many images the model was given, to tell tokens that come before the batch; None if unknown.
     """
     if len(shape) == 2:
         return [Layout("vector")]
@@ -126,13 +137,15 @@ def fitting_layouts(
         return sorted((one for one in ranks if ranks[one] == 1 or errors[one] is not None), key=lambda one: ranks[one])
     if len(shape) == 3 and shape[2] > 1 and input_size is not None:
         tried = [*sorted(prefixes), 0] if prefixes else range(MAX_PREFIX_TOKENS + 1)
+        kind: Literal["tokens", "sequence"] = "sequence" if shape[0] != batch == shape[1] else "tokens"
+        count = shape[0] if kind == "sequence" else shape[1]
         tokens = [
-            Layout("tokens", prefix, grid)
+            Layout(kind, prefix, grid)
             for prefix in dict.fromkeys(tried)
-            if (grid := _grid(shape[1] - prefix, input_size)) is not None
+            if (grid := _grid(count - prefix, input_size)) is not None
         ]
         exact = [layout for layout in tokens if _error(layout.grid, input_size) == 0]
-        known = [Layout("tokens", n, grid) for n in tried for grid in grids if n + math.prod(grid) == shape[1]]
+        known = [Layout(kind, n, grid) for n in tried for grid in grids if n + math.prod(grid) == count]
         return exact or known or tokens
     return []
 

@@ -230,7 +230,7 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
     last = last_feature(layers)
     if last is None or not last.is_map:
         return []
-    trunk = [layer for layer in _trunk(layers) if layer.is_map and layer.shape[0] == last.shape[0]]
+    trunk = [layer for layer in _trunk(layers) if layer.is_map and _batch(layer) == _batch(last)]
     maps = [layer for layer in trunk if _area(layer) >= _area(last)]
     names = {layer.name for layer in trunk}
     around = {name: next((one for one in _enclosing(name) if one in names), "") for name in names}
@@ -304,6 +304,10 @@ def _has(layer: Layer, channels: int | None) -> bool:
 def _area(layer: Layer) -> int:
     size = layer.feature_shape.size if layer.feature_shape else ()
     return math.prod(size)
+
+
+def _batch(layer: Layer) -> int | None:
+    return layer.layout.batch(layer.shape) if layer.layout else None
 
 
 def _classes(layers: Sequence[Layer]) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffkd.calling import evaluation_mode, input_size_of, on_device_of
+from diffkd.calling import batch_of, evaluation_mode, input_size_of, on_device_of
 from diffkd.layers import Layer
 from diffkd.layout import Layout, select_tensor
 from diffkd.prefix_tokens import prefix_tokens
@@ -26,6 +26,7 @@ def probe(
         outputs=outputs,
         logits=select_tensor(output, split_selector(layers[-1].name)[1]) if layers[-1].scores else None,
         input_size=input_size_of(example),
+        batch=batch_of(example),
         scores={layer.name for layer in layers if layer.scores},
         prefixes=prefix_tokens(model),
         layouts=_layouts(layers),

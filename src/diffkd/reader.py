@@ -42,7 +42,7 @@ class Reader:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{shape} {layout}" if layout.kind in ("nhwc", "tokens") else str(shape)
+            f"{shape} {layout}" if layout.kind in ("nhwc", "tokens", "sequence") else str(shape)
             for shape, layout in zip(self.own, self.layouts, strict=True)
         )
 
@@ -59,6 +59,7 @@ def reader_for(
     layout: Layout | None = None,
     prefixes: Collection[int] = (),
     layouts: Mapping[str, Layout] = MappingProxyType({}),
+    batch: int | None = None,
 ) -> Reader:
     """Find out how the outputs of layers are to be read.
 
@@ -73,6 +74,7 @@ def reader_for(
         layout: how to read them, if the user said so.
         prefixes: the numbers of prefix tokens of which the model speaks.
         layouts: those of whole layers, as the probe found them out.
+        batch: number of images in the example.
 
     Raises:
         ValueError: if the shape of an output is not understood, or it holds no real numbers.
@@ -85,10 +87,11 @@ def reader_for(
                 f"the {side}'s layer '{name}' returns {tensor.dtype}, and features are real numbers: take a layer "
                 "before or after it"
             )
-        found = layout or layouts.get(name) or infer_layout(tensor.shape, input_size, prefixes)
+        found = layout or layouts.get(name) or infer_layout(tensor.shape, input_size, prefixes, batch=batch)
         if found is None:
             fits = [
-                f"Layout{one.kind, one.prefix, one.grid}" for one in fitting_layouts(tensor.shape, input_size, prefixes)
+                f"Layout{one.kind, one.prefix, one.grid}"
+                for one in fitting_layouts(tensor.shape, input_size, prefixes, batch=batch)
             ]
             why = f"may be read as {' or '.join(fits)} for" if fits else "is no map, tokens or vector of"
             raise ValueError(

@@ -32,7 +32,7 @@ def returns_features(
     if names & {"logits", "out"} or hasattr(output, "logits"):
         return False
     channels = {tensor.shape[1] for tensor in elements_of(OUTPUT, output).values() if tensor.ndim == 4}
-    if layout.kind == "tokens" or len(names) > 1 or len(channels) > 1:
+    if layout.kind in ("tokens", "sequence") or len(names) > 1 or len(channels) > 1:
         return True
     maker = next((one for one in seen if one.intact and is_same(one.tensor, result)), None)
     if class_map is not None or (maker is not None and maker.may_score):

@@ -214,3 +214,26 @@ def test_two_processes_share_it(tmp_path, learn, image_files, model_file, teache
     assert all(0 < sum(mark) < 60 for mark in marks)
     learn(tmp_path / "alone", teacher_cache=folder)  # reads what the two have written
     assert passes == [2]
+
+
+def test_layers_that_do_not_have_the_images_first_cannot_be_cached(tmp_path, learn):
+    file = tmp_path / "sequences.py"
+    file.write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        "        super().__init__()\n"
+        "        self.patches, self.head = nn.Conv2d(in_channels, 4, 2, 2), nn.Linear(4, num_classes)\n"
+        "        self.layer = nn.TransformerEncoderLayer(4, 1, 4)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.layer(self.patches(x).flatten(2).permute(2, 0, 1)).mean(0))\n"
+        "def net(num_classes, in_channels): return Net(num_classes, in_channels)\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ValueError, match=r"teacher's layer 'layer' returns \(.*\) for 2 images, and features are kept"):
+        learn(
+            tmp_path / "run",
+            teacher=f"{file}:net",
+            teacher_weights=None,
+            teacher_cache=tmp_path / "cache",
+        )

@@ -84,6 +84,13 @@ class CachedTeacher(Callback):
                 "device": trainer.strategy.root_device.type,
             }
         features = distiller.teacher_features(self._example.to(pl_module.device))
+        for name, feature in features.items():
+            if len(feature) != len(self._example):
+                raise ValueError(
+                    f"the teacher's layer '{name}' returns {tuple(feature.shape)} for {len(self._example)} images, and "
+                    "features are kept image by image: pair a layer whose output has the images first, or leave "
+                    "teacher_cache out"
+                )
         shapes = {name: feature.shape[1:] for name, feature in features.items()}
         for first in (True, False):
             if trainer.is_global_zero == first:
