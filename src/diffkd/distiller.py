@@ -294,5 +294,4 @@ class Distiller(nn.Module):
 def _build(method: nn.Module | MethodFactory, student: Reader, teacher: Reader) -> nn.Module:
     if isinstance(method, nn.Module):
         return method
-    factory: Callable[..., nn.Module] = method
-    return factory(*((side.shapes if student.several else side.shapes[0]) for side in (student, teacher)))
+    return method(*((side.shapes if student.several else side.shapes[0]) for side in (student, teacher)))

@@ -16,6 +16,7 @@ losses, or a tuple with a field `losses` as :class:`DiffKD` does. Class attribut
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -40,9 +41,9 @@ from diffkd.methods.sp import SP
 from diffkd.methods.srrl import SRRL
 from diffkd.methods.standardization import standardize
 from diffkd.methods.vid import VID
-from diffkd.shape import FeatureShape
 
-MethodFactory = Callable[[FeatureShape, FeatureShape], nn.Module]
+# Of one feature on each side the shapes are a FeatureShape each, of several a list of them.
+MethodFactory = Callable[[Any, Any], nn.Module]
 
 __all__ = [
     "AT",
