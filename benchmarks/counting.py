@@ -41,7 +41,8 @@ def bytes_moved(step: Callable[[], None]) -> int:
     What a compiler or a cache keeps from memory is not taken off, what an operator moves within itself not added. A
     compiled step must be counted uncompiled.
     """
-    with _Traffic() as traffic:
+    traffic = _Traffic()
+    with traffic:
         step()
     return traffic.moved
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.at_least_one import at_least_one
 from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table
 from benchmarks.timing import ratios, spread, take_turns, usual_clock
@@ -106,24 +107,28 @@ def make_step(case: Case, method: str, device: str) -> tuple[Callable[[], None],
         else:
             output = model(images, targets)
         optimizer.zero_grad(set_to_none=True)
-        torch.stack([*output.values(), *losses.values()]).sum().backward()
+        torch.stack([*output.values(), *losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     own = sum(p.numel() for p in student.parameters())
     return step, sum(p.numel() for p in model.parameters()) - own
 
 
-def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
+def _step(case: Case, method: str, device: str) -> Callable[[], None]:
+    return make_step(case, method, device)[0]
+
+
+def measure(case: Case, methods: Sequence[str], rounds: int, device: str) -> dict[str, Any]:
     """Return by method the milliseconds of a step, its time over that of each other method, parameters and peak."""
-    peaks = {method: peak_bytes(lambda method=method: make_step(case, method, device)[0], device) for method in METHODS}
-    made = {method: make_step(case, method, device) for method in METHODS}
+    peaks = {method: peak_bytes(partial(_step, case, method, device), device) for method in methods}
+    made = {method: make_step(case, method, device) for method in methods}
     steps = {name: step for name, (step, _) in made.items()}
     times = take_turns(steps, rounds, warm_up=1, device=device, clock=usual_clock(device))
-    over = {base: ratios(times, base) for base in METHODS}
+    over = {base: ratios(times, base) for base in methods}
     return {
         name: {
             "milliseconds": asdict(spread([1e3 * seconds for seconds in values])),
-            "over": {base: asdict(over[base][name]) for base in METHODS if base != name},
+            "over": {base: asdict(over[base][name]) for base in methods if base != name},
             "method_parameters": made[name][1],
             "peak_bytes": peaks[name],
         }
@@ -131,23 +136,25 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
     }
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure the cases named on the command line, print tables and write detection-CASE.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=["short"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--rounds", type=at_least_one, default=9)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(words)
+    results = {}
     for name in arguments.case:
-        found = measure(CASES[name], arguments.rounds, arguments.device)
-        rows = [("method", "ms a step", "x alone", "x fitnet", "+ parameters", "peak MiB")]
+        results[name] = found = measure(CASES[name], arguments.methods, arguments.rounds, arguments.device)
+        bases = [base for base in ("alone", "fitnet") if base in found]
+        rows = [("method", "ms a step", *(f"x {base}" for base in bases), "+ parameters", "peak MiB")]
         rows += [
             (
                 method,
                 f"{one['milliseconds']['median']:.0f}",
-                f"{one['over'].get('alone', {'median': 1})['median']:.2f}",
-                f"{one['over'].get('fitnet', {'median': 1})['median']:.2f}",
+                *(f"{one['over'].get(base, {'median': 1})['median']:.2f}" for base in bases),
                 f"{one['method_parameters']:,}",
                 f"{one['peak_bytes'] / 2**20:.0f}",
             )
@@ -157,6 +164,7 @@ def main(words: Sequence[str] | None = None) -> None:
         measuring = {"clock": usual_clock(arguments.device), "machine": machine(arguments.device)}
         facts = {"case": CASES[name].title, **measuring, "methods": found}
         save(arguments.out, f"detection-{name}", facts)
+    return results
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import nn
 
+from benchmarks.at_least_one import at_least_one
 from benchmarks.cases import CASES
 from benchmarks.contestants import Settings, make_step
 from benchmarks.counting import bytes_moved, multiply_adds
@@ -64,13 +65,13 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.epoch", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="cifar100/resnet56-resnet20")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=at_least_one, default=4)
     parser.add_argument(
         "--case", choices=list(CASES), help="of benchmarks.step that has the same step: for the roofline"
     )
     parser.add_argument("--random-teacher", help="model whose random weights teach, such as cifar/resnet56")
-    parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--pixels", type=int, default=32, help="edge of the images that it sees")
+    parser.add_argument("--classes", type=at_least_one, default=100)
+    parser.add_argument("--pixels", type=at_least_one, default=32, help="edge of the images that it sees")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="of the file; by default from the device")
     parser.add_argument("options", nargs="*", help="after --: further options of diffkd fit")

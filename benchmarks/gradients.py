@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.at_least_one import at_least_one
 from benchmarks.report import RESULTS, machine, save, table
 from diffkd.compare import find_method
 from diffkd.step_cost import training_of
@@ -62,13 +63,11 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gradients", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--methods", nargs="+", required=True, help="as for diffkd compare")
-    parser.add_argument("--steps", nargs="+", type=int, default=[1, 60])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", nargs="+", type=at_least_one, default=[1, 60])
+    parser.add_argument("--seeds", type=at_least_one, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("options", nargs="*", help="after --: further options of diffkd fit")
     chosen = parser.parse_args(words)
-    if min(chosen.steps) < 1 or chosen.seeds < 1:
-        parser.error(f"--steps and --seeds must be at least 1, got {chosen.steps} and {chosen.seeds}")
     ratios: dict[str, dict[int, list[float]]] = {}
     for method in chosen.methods:
         each = [

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.at_least_one import at_least_one
 from benchmarks.cases import Case
 from benchmarks.contestants import FEATURE_ALONE, Settings, make_step
 from benchmarks.counting import multiply_adds
@@ -77,7 +78,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[int, dict[str, di
     parser.add_argument("--contestants", nargs="+", default=["diffkd", "checkpointed", "plain"], choices=FEATURE_ALONE)
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=at_least_one, default=9)
     parser.add_argument(
         "--clock", default="wall", choices=list(CLOCKS), help="cpu: of this process, for a busy machine"
     )

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+from benchmarks.at_least_one import at_least_one
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
 from benchmarks.timing import ratios, spread, take_turns
 from diffkd.data import ImageFolder
@@ -58,9 +59,9 @@ def plain(root: Path, workers: int) -> Iterable[Any]:
 def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     """Let both read all images in turn, print, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.input", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--images", type=at_least_one, default=300)
     parser.add_argument("--workers", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=at_least_one, default=9)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(words)
     torch.set_num_threads(1)

@@ -41,7 +41,8 @@ SIZES = ((64, 64), (128, 128), (160, 224))
 
 def build(name: str, size: tuple[int, int]) -> nn.Module | None:
     """Return the network for images of this size, None if it takes none."""
-    for options in ({}, {"img_size": size}):
+    tries: tuple[dict[str, Any], ...] = ({}, {"img_size": size})
+    for options in tries:
         try:
             model: nn.Module = timm.create_model(name, num_classes=10, **options).eval()
             with torch.no_grad():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.at_least_one import at_least_one
 from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
 from benchmarks.timing import ratios, spread, take_turns, usual_clock
@@ -67,7 +68,7 @@ def make_step(case: Case, method: str, device: str) -> Callable[[], None]:
     def step() -> None:
         output, losses = trained(ready.inputs) if trained is not student else (student(ready.inputs), {})
         optimizer.zero_grad()
-        torch.stack([*task.losses(output, ready).values(), *losses.values()]).sum().backward()
+        torch.stack([*task.losses(output, ready).values(), *losses.values()]).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
@@ -110,11 +111,9 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--case", nargs="+", default=["short"], choices=list(CASES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=at_least_one, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args(words)
-    if chosen.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {chosen.rounds}")
     print(facts := machine(chosen.device))
     results = {}
     for name in chosen.case:

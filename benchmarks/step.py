@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.at_least_one import at_least_one
 from benchmarks.cases import CASES, Case
 from benchmarks.contestants import FEATURE_ALONE, ON_REQUEST, WITH_NETWORKS, Settings, Step, make_step
 from benchmarks.counting import bytes_moved, kernel_launches, multiply_adds
@@ -98,14 +99,14 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--case", nargs="+", default=["imagenet", "cifar"], choices=list(CASES))
     usual = [name for name in WITH_NETWORKS if name not in ON_REQUEST]
     parser.add_argument("--contestants", nargs="+", default=usual, choices=WITH_NETWORKS)
-    parser.add_argument("--batch", type=int, help="images per step, instead of the case's own")
+    parser.add_argument("--batch", type=at_least_one, help="images per step, instead of the case's own")
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16", "bf16-true"])
     parser.add_argument(
         "--compile", nargs="?", const="default", choices=["default", "reduce-overhead", "max-autotune"], help="and how"
     )
     parser.add_argument("--plain-networks", action="store_true", help="networks and optimiser of all alike")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=at_least_one, default=20)
     parser.add_argument(
         "--clock", default="wall", choices=list(CLOCKS), help="cpu: of this process, for a busy machine"
     )
@@ -113,9 +114,6 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", help="of the files; by default from the options")
     chosen = parser.parse_args(words)
-    for option in ("rounds", "batch"):
-        if (value := getattr(chosen, option)) is not None and value < 1:
-            parser.error(f"--{option} must be at least 1, got {value}")
     settings = Settings(chosen.device, chosen.precision, chosen.compile, chosen.plain_networks)
     print(facts := machine(chosen.device))
     rates = measured_rates(chosen.device, torch.float32 if chosen.precision == "float32" else torch.bfloat16)
