@@ -1,6 +1,7 @@
 """The figures of a run."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -73,6 +74,18 @@ def test_methods_without_gamma_have_no_histogram(recipe, tmp_path):
     assert cli.main(["fit", str(recipe), f"--out={out}", *options]) == 0
     course, looks = plot(str(out), images=2, progress=False)
     assert (course.name, looks.name[:6]) == ("course.png", "looks-")
+
+
+def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys):
+    changed = tmp_path / "run"
+    shutil.copytree(run, changed)
+    config = changed / "config.yaml"
+    (student,) = re.findall(r"^student: (.*)$", config.read_text(), re.MULTILINE)
+    config.write_text(config.read_text().replace(f"student: {student}", "student: cifar/resnet14"))
+    assert cli.main(["plot", str(changed)]) == 1
+    message = capsys.readouterr().err
+    assert f"{changed / 'checkpoints' / 'last.ckpt'} does not fit the models that {config} names" in message
+    assert "Missing key" in message or "size mismatch" in message
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

@@ -2,24 +2,20 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffkd.compare import DEFAULT_METHODS, compare, cores
-from diffkd.data import FashionSubset
 from diffkd.demo_detection import detection_demo
 from diffkd.demo_segmentation import segmentation_demo
-from diffkd.distiller import Distiller
-from diffkd.models import load_model
+from diffkd.plot_run import saved_training
 from diffkd.plots import draw_results, saliency
 from diffkd.tables import Row
-from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.history import read_csv
-from diffkd.tasks.setup import build_teacher
-from diffkd.weights import unwrap
+from diffkd.tasks.run_folder import RunFolder
 
 RECIPE = "demo"
 TEACHER = "cifar/compact_resnet14"
@@ -67,7 +63,7 @@ def demo(
         ]
         for method in DEFAULT_METHODS
     }
-    images, maps = _look(run / "checkpoints" / "last.ckpt")
+    images, maps = _look(run)
     draw_results(out / "demo.png", curves, images, maps)
     console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
@@ -76,15 +72,11 @@ def demo(
     return rows
 
 
-def _look(checkpoint: Path) -> tuple[Tensor, dict[str, Tensor]]:
+def _look(run: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """Return test images of six classes, and where student, denoised student and teacher look."""
-    data = FashionSubset()
-    student: nn.Module = load_model(STUDENT, num_classes=data.num_classes, in_channels=data.in_channels)
-    teacher, _ = build_teacher(TEACHER, facts_of(data), weights="fashion_mnist/teacher.safetensors", pretrained=False)
-    distiller = Distiller(student, teacher, example=data.example())
-    state: dict[str, Any] = torch.load(checkpoint, weights_only=True)["state_dict"]
-    prefix = "model."
-    unwrap(distiller).load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    training, data = saved_training(RunFolder(run))
+    distiller = training.distiller
+    assert distiller is not None
     images, labels, _ = next(iter(data.val_dataloader()))
     chosen = [labels.tolist().index(label) for label in sorted(set(labels.tolist()))[:6]]
     torch.manual_seed(0)

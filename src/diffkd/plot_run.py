@@ -45,7 +45,7 @@ def plot(
 
     Raises:
         FileNotFoundError: if there is no run of at least one epoch.
-        ValueError: if its models cannot be built again.
+        ValueError: if its models cannot be built again, or the checkpoint does not fit them.
     """
     if images < 1 or gammas < 1:
         raise ValueError(f"images and gammas must be at least 1, got {images} and {gammas}")
@@ -79,12 +79,21 @@ def saved_training(folder: RunFolder) -> tuple[Training, LightningDataModule]:
 
     Raises:
         FileNotFoundError: if the run has not ended an epoch.
+        ValueError: if its models cannot be built again, or the checkpoint does not fit them.
     """
     for file in (folder.config, folder.metrics, folder.checkpoint):
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}; give the folder of a run that ended an epoch")
     training, data = training_of([f"--config={folder.config}"])
-    training.load_state_dict(read_checkpoint(folder.checkpoint)["state_dict"])
+    state = read_checkpoint(folder.checkpoint)["state_dict"]
+    try:
+        training.load_state_dict(state)
+    except RuntimeError as error:
+        mismatch = str(error).splitlines()[-1].strip()[:200]
+        raise ValueError(
+            f"{folder.checkpoint} does not fit the models that {folder.config} names, so one of them has changed since "
+            f"({mismatch}): take the run's own configuration and code"
+        ) from error
     return training, data
 
 
