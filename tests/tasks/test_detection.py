@@ -50,6 +50,12 @@ def measure(*images):
 A, B, FAR = (10, 10, 60, 50), (70, 10, 90, 90), (200, 200, 230, 230)
 
 
+def test_a_missing_library_is_named_before_the_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs faster_coco_eval.*pip install 'diffkd\[detection\]'"):
+        Detection(CLASSES)
+
+
 def test_all_found_and_nothing_else():
     target = boxes(A, B, labels=[1, 2])
     found = measure((boxes(A, B, labels=[1, 2], scores=[0.9, 0.4]), target))

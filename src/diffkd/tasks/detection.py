@@ -11,6 +11,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from diffkd.methods.inputs import like_parameters
 from diffkd.models.backbone_norm import Norm
+from diffkd.models.extras import require
 from diffkd.models.transformers_detector import TransformersDetector
 from diffkd.tasks.history import Row
 from diffkd.tasks.replicas import several_processes
@@ -60,12 +61,19 @@ class Detection:
 
     Args:
         classes: names of the K classes; label 1 is the first.
+
+    Raises:
+        ModuleNotFoundError: if faster-coco-eval, which computes the average precision, is not installed.
     """
 
     classes: tuple[str, ...]
 
     name = "detection"
     headlines = ("ap", "ap50")
+
+    def __post_init__(self) -> None:
+        # Wanted after the first epoch; torchmetrics would only then say that it is missing.
+        require("faster_coco_eval", "detection", "the average precision of detectors")
 
     def step(self, batch: Batch, seed: int) -> Step:
         """Hand images and targets over."""
