@@ -362,7 +362,7 @@ def test_interrupted_from_outside_and_resumed(recipe, tmp_path):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    words = f"{sys.executable} -m diffkd.cli recipes | head -1"
+    words = f"{sys.executable} -m diffkd recipes | head -1"
     done = subprocess.run(words, shell=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("bccd/")
     assert done.stderr == ""
