@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffkd.misuse import Misuse, explain
+from diffkd.own_values import with_own_values
 
 
 def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
@@ -129,6 +130,8 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         if word == "--config" or word.startswith("--config="):
             _check_file(Path(after if word == "--config" else word.removeprefix("--config=")))
     parameters = inspect.signature(function).parameters
+    if "optimizer" in parameters:
+        words = with_own_values(words, parser.get_default("optimizer"))
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
     bare = {word for word, after in zip(words, [*words[1:], "--"], strict=False) if _stands_alone(word, after)}
     try:

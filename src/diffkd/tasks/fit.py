@@ -106,7 +106,7 @@ def fit(
         method_weight: factor of all distillation losses.
         method_ramp: when in the training they count: start, warm-up and stop, in epochs.
         epochs: length of the training.
-        optimizer: any optimiser, such as torch.optim.SGD or torch.optim.AdamW.
+        optimizer: any, such as torch.optim.AdamW, which then starts from its own defaults.
         schedule: how the learning rate changes over the epochs.
         decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
         label_smoothing: share of the label that is spread over all classes, for classification.
