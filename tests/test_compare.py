@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from tiny_recipe import MODELS, write_recipe
 
 from diffkd.arguments import fit_with
 from diffkd.compare import compare, find_method, report, rich_table
+from diffkd.misuse import Misuse
 from diffkd.step_cost import step_costs
 from diffkd.tables import summarize
 
@@ -123,6 +125,22 @@ def test_nonsense_is_refused_before_anything_is_trained(
     with pytest.raises(ValueError, match="different methods"):
         compare(str(recipe), tmp_path / "out", **values)
     assert not (tmp_path / "out").exists()
+
+
+def test_options_that_do_not_fit_are_refused_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(Misuse, match=r"there is no option --epoks.*\(alone with the options of the comparison\)"):
+        compare(str(recipe), tmp_path / "out", methods=["alone", "diffkd"], options=["--epoks=3"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_teacher_and_method_leave_the_student_alone(recipe: Path, tmp_path: Path) -> None:
+    options = ["--method.kd_weight", "3", f"--teacher={MODELS}:large", "--teacher_cache_storage=float32", "--epochs=1"]
+    cache = ["--teacher_cache", str(tmp_path / "cache"), "--method_weight=0.5"]
+    values = {"methods": ["alone", "diffkd"], "seeds": 1, "cost": False}
+    rows = compare(str(recipe), tmp_path / "out", options=[*options, *cache], **values)
+    assert rows[0].method_parameters == 0 < rows[1].method_parameters
+    config = yaml.safe_load((tmp_path / "out" / "diffkd" / "seed-0" / "config.yaml").read_text(encoding="utf-8"))
+    assert (config["method"][0]["init_args"]["kd_weight"], config["method_weight"]) == (3, 0.5)
 
 
 def test_unknown_method_names_the_nearest() -> None:

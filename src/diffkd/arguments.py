@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffkd.idle_options import check_idle
 from diffkd.misuse import Misuse, explain
 from diffkd.own_values import with_own_values
 
@@ -142,6 +143,8 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
     for option in sorted(bare):
         if not _is_on(values, option.removeprefix("--").split(".")):
             raise Misuse(f"{option}: give its value after it; only what is true or false can stand alone")
+    if "optimizer" in parameters:
+        check_idle(words, values)
     return values
 
 

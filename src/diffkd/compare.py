@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 import traceback
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from diffkd.all_measurements import write_all_measurements
 from diffkd.arguments import fit_with, values_of_fit
+from diffkd.misuse import Misuse
 from diffkd.plots import draw_results
 from diffkd.recipes import find_recipe
 from diffkd.step_cost import step_costs
@@ -70,7 +72,8 @@ def compare(
         recipe: file, or name of a recipe in the package.
         out: folder of the comparison.
         methods: names of methods in the package ("alone", "kd", "diffkd", ...; `diffkd recipes` lists them under
-            "methods/"), or files that set other values of the recipe.
+            "methods/"), or files that set other values of the recipe. Of a recipe's method of the same class they keep
+            the options that they do not set.
         seeds: how many, from 0.
         jobs: runs at the same time. On a CPU each gets its share of the cores.
         devices: GPUs to spread the runs over, such as [0, 1]; None: the first, or the CPU.
@@ -78,7 +81,7 @@ def compare(
         json: print the table as JSON.
         markdown: print it as Markdown.
         latex: print it as LaTeX.
-        options: further options of `diffkd fit`, for all runs.
+        options: further options of `diffkd fit`, for all runs; those of teacher and method not for a student alone.
 
     Returns:
         A row per method.
@@ -86,6 +89,7 @@ def compare(
     Raises:
         ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
             other values; nothing is trained then.
+        Misuse: if options do not fit `diffkd fit`, or one of the methods; likewise.
         RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
     """
     methods = list(DEFAULT_METHODS) if methods is None else methods
@@ -95,21 +99,26 @@ def compare(
     recipe_file = find_recipe(recipe)
     presets = {name: find_method(method) for name, method in zip(names, methods, strict=True)}
     # A student alone stays so, whatever teacher the options give the others.
-    alone = {name: ["--teacher=null"] if _sets_no_teacher(preset) else [] for name, preset in presets.items()}
+    alone = [*_without_method(options), "--teacher=null"]
+    meant = {name: alone if _sets_no_teacher(preset) else options for name, preset in presets.items()}
     # Seed by seed, so that an interrupted comparison has something of every method.
     runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
     console = Console(stderr=True)
     commands = {
         run: [
-            *(str(recipe_file), f"--config={presets[run.method]}", *options, *alone[run.method]),
+            *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
             *(f"--seed={run.seed}", f"--out={run.folder}", "--resume=true", "--progress=false"),
             *([f"--devices=[{devices[index % len(devices)]}]"] if devices else []),
         ]
         for index, run in enumerate(runs)
     }
     for run, words in commands.items():
-        if run.folder.is_dir():
-            RunFolder(run.folder).check(values_of_fit(words), resume=True)
+        if run.seed == 0 or run.folder.is_dir():
+            try:
+                values = values_of_fit(words)
+            except Misuse as error:
+                raise Misuse(f"{error} ({run.method} with the options of the comparison)") from error
+            RunFolder(run.folder).check(values, resume=True)
     failed = train_all(commands, jobs, console)
     if cost:
         write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
@@ -138,6 +147,18 @@ def find_method(method: str) -> Path:
 def _sets_no_teacher(preset: Path) -> bool:
     values = yaml.safe_load(preset.read_text(encoding="utf-8")) or {}
     return isinstance(values, dict) and values.get("teacher", "kept") is None
+
+
+def _without_method(options: Sequence[str]) -> list[str]:
+    """Return options of `diffkd fit` less those of the method and its pairs, with their values."""
+    kept: list[str] = []
+    dropped = False
+    for word in options:
+        if word.startswith("--"):
+            dropped = re.match(r"--(method|pairs)(\W|$)", word) is not None
+        if not dropped:
+            kept.append(word)
+    return kept
 
 
 def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) -> None:
