@@ -211,6 +211,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             distil(pairs=pairs)
 
+    def test_several_methods_beside_a_pair_without_one(self):
+        with pytest.raises(ValueError, match="pair 'stage' must name its own method, since 2 are given"):
+            distil(pairs=[Pair("output", method=KD), Pair("stage")], method=[FitNet, KD])
+        assert len(distil(pairs=[Pair("output", method=KD)], method=[FitNet, KD]).methods) == 1
+
     def test_the_layer_to_take_instead_works(self):
         backward(distil(pairs=[Pair("stem.2", "stem")]))
 

@@ -95,6 +95,10 @@ class Distiller(nn.Module):
             pairs = [pair for one in methods for pair in pair_layers(student_layers, teacher_layers, one)]
         if not pairs:
             raise ValueError("pairs is empty: name at least one Pair, or leave it at 'auto'")
+        if len(methods) > 1 and (bare := next((pair for pair in pairs if pair.method is None), None)) is not None:
+            raise ValueError(
+                f"pair '{bare.student}' must name its own method, since {len(methods)} are given beside it"
+            )
         self.pairs = tuple(pairs)
         self.names = unique_names(self.pairs)
         student_names = [name for pair in self.pairs for name in pair.student_names]

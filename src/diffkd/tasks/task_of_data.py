@@ -41,6 +41,8 @@ def build_task(
     """
     if data.task != "classification" and label_smoothing:
         raise ValueError(f"label_smoothing is for classification, the data are for {data.task}; leave it out")
+    if data.task != "segmentation" and segmentation != DEFAULT_SEGMENTATION:
+        raise ValueError(f"options of segmentation were given, but the data are for {data.task}; leave them out")
     match data.task:
         case "classification":
             return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix)
@@ -81,6 +83,8 @@ def load(
         ValueError: if the model is unknown, or an option does not fit the task.
     """
     classes = data.num_classes if num_classes is None else num_classes
+    if data.task != "detection" and detection != DEFAULT_DETECTION:
+        raise ValueError(f"options of detection were given, but the data are for {data.task}; leave them out")
     match data.task:
         case "classification":
             if pretrained_backbone:
