@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffkd.build_method import build_method
 from diffkd.calling import first_parameter, on_device_of, run
 from diffkd.gradient_flow import GradientFlow
 from diffkd.layers import find_layer, list_layers
@@ -128,7 +129,7 @@ class Distiller(nn.Module):
                 read_teacher(pair.teacher_names, several=several, layout=pair.teacher_layout),
             )
             self.readers.append((ours, theirs))
-            self.methods.append(_build(methods[0] if pair.method is None else pair.method, ours, theirs))
+            self.methods.append(build_method(methods[0] if pair.method is None else pair.method, ours, theirs))
         if (parameter := first_parameter(student)) is not None:
             self.methods.to(parameter.device)
         device = None if parameter is None else parameter.device
@@ -293,9 +294,3 @@ class Distiller(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _build(method: nn.Module | MethodFactory, student: Reader, teacher: Reader) -> nn.Module:
-    if isinstance(method, nn.Module):
-        return method
-    return method(*((side.shapes if student.several else side.shapes[0]) for side in (student, teacher)))

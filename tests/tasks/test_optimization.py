@@ -110,6 +110,12 @@ def test_normalisation_and_biases_need_not_decay():
     assert len(group["params"]) == 4
 
 
+@pytest.mark.parametrize("values", [{"lr": math.nan}, {"lr": math.inf}, {"lr": 0.1, "momentum": math.nan}])
+def test_values_that_are_no_numbers_are_refused(values):
+    with pytest.raises(ValueError, match=r"(lr|momentum)=(nan|inf) of SGD is no number to learn with"):
+        build_optimizer(nn.Linear(2, 2), partial(torch.optim.SGD, **values))
+
+
 def test_frozen_parameters_are_left_out_and_a_frozen_model_is_refused():
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)

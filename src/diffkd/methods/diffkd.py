@@ -1,5 +1,6 @@
 """DiffKD: denoise the student's feature with a diffusion model trained on the teacher's, then match the two."""
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
@@ -120,8 +121,8 @@ class DiffKD(nn.Module):
             raise ValueError(f"variant must be 'code' or 'paper', got {variant!r}")
         if ae_channels is not None and ae_channels < 1:
             raise ValueError(f"ae_channels must be at least 1, or None for no autoencoder, got {ae_channels}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be finite and above 0, got {temperature}")
         if error not in (None, "mean", "sum"):
             raise ValueError(f"error must be 'mean' or 'sum', got {error!r}")
         paper = variant == "paper"

@@ -110,7 +110,7 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory, *, decay_all: b
         The optimiser; `initial_lr` of each group keeps its peak rate.
 
     Raises:
-        ValueError: if nothing is trainable.
+        ValueError: if nothing is trainable, or a value of the optimiser, such as its rate, is not finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
@@ -123,6 +123,11 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory, *, decay_all: b
         ]
     optimizer = factory([group for group in groups if group["params"]])
     for group in optimizer.param_groups:
+        for name, value in group.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(
+                    f"{name}={value} of {type(optimizer).__name__} is no number to learn with: give a finite one"
+                )
         group.setdefault("initial_lr", group["lr"])
     _fuse(optimizer)
     return optimizer
