@@ -217,6 +217,12 @@ FIT = ["fit", "--student=a", "--out=b", "--data=ImageFolder"]
         (["fit", "--method=diffkd.DiffKD", "--method.ae_chanels=8"], "nearest: ae_channels"),
         (["fit", "--method=diffkd.DiffKD", "--method.ae_channels=x"], "'x' is not a whole number or null"),
         (["fit", "--pairs=[{student: a, weight: x}]"], "--pairs.weight: 'x' is not a number"),
+        (["fit", "--pairs=[5]"], "--pairs: 5 is no Pair"),
+        (["fit", "--pairs=[{student: a, method: 5}]"], "--pairs.method: 5 names no class"),
+        (
+            ["fit", "--pairs=[{student: a, method: {class_path: diffkd.KD, init_args: {temprature: 3}}}]"],
+            "--pairs.method.temprature: KD has no option 'temprature'; nearest: temperature",
+        ),
         (["fit", "--optimizer=Adamm"], "--optimizer: there is no 'Adamm'; nearest: Adam"),
         (["fit", "--optimizer.lr=x"], "--optimizer.lr: 'x' is not a number"),
         (["fit", "--segmentation.window=5"], "--segmentation.window: 5 is no list of 2"),

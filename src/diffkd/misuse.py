@@ -44,9 +44,11 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
     text = " ".join(complaint.split())
     keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]*)"', text)))
     option = "--" + ".".join(keys)
-    kind = re.search(r"class_path[= ]'([\w.]+)'", text)
     if found := re.search(r"Option '([^']*)' is not accepted|unrecognized arguments: --([\w.]*)", text):
         name = found[1] or found[2]
+        kinds = list(re.finditer(r"class_path[= ]'([\w.]+)'", text))
+        # Of a part inside of another, the inner one, which stands last before the complaint; or it stands after it.
+        kind = next((one for one in reversed(kinds) if one.start() < found.start()), kinds[0] if kinds else None)
         if keys and (kind is None or kind[1].rpartition(".")[2] in dict(_HOMES.values()).values()):
             return f"{option}.{name}: say first what {option} is, by {option} NAME"
         if keys and kind is not None:
@@ -73,6 +75,10 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
     if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in _HOMES:
         names = _classes(*_HOMES[keys[-1]])
         return f"{option}: there is no {found[1]!r}; {_near(found[1], names) or 'there are ' + ', '.join(names)}"
+    if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*?) Subclass types expect", text):
+        return f"{option}: {found[2]} is no {found[1]}, which has its values by name"
+    if found := re.search(r"Expected an import path or a subclass spec, but got ([^ .]+)", text):
+        return f"{option}: {found[1]} names no class; write package.module.Name"
     if found := re.search(r"No module named '[^']*'|Unexpected import path format: \S+", text):
         how = "write package.module.Name, of a module that is installed or whose folder is on PYTHONPATH"
         return f"{option}: {found[0]}; {how}"

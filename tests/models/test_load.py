@@ -42,7 +42,9 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
         ("cifar/resnet21", "nearest: 'resnet20'|nearest: .*'resnet20'"),
         ("cifar/", "is unknown; nothing is close"),
         ("timn/resnet18", "no known source; nearest: 'timm/resnet18'"),
-        ("resnet20", r"no known source; nearest: .*'cifar/resnet20'.*Write cifar/NAME"),
+        ("resnet20x", r"no known source; nearest: .*'cifar/resnet20'.*Write cifar/NAME"),
+        ("resnet20", r"no known source; write cifar/resnet20$"),
+        ("ResNet18", r"no known source; write timm/resnet18 or torchvision/resnet18$"),
         ("", "no known source"),
     ],
 )

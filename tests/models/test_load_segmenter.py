@@ -69,6 +69,7 @@ def test_weights_make_the_backbones_needless(tmp_path: Path, monkeypatch: pytest
         ("torchvision/fcn_resnet50.IMAGENET1K_V1", r"known: 'torchvision/fcn_resnet50\.COCO_WITH_VOC_LABELS_V1'"),
         ("smb/Unet/resnet18", "no known source; nearest: 'smp/Unet/resnet18'.*Write smp/ARCH/ENCODER"),
         ("", "no known source"),
+        ("deeplabv3_resnet50", "no known source; write torchvision/deeplabv3_resnet50$"),
     ],
 )
 def test_names_that_are_no_segmenters(name: str, message: str) -> None:

@@ -1,5 +1,6 @@
 """Any model by name: networks for small images, timm, torchvision, transformers, or a function of the user's own."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
@@ -115,5 +116,10 @@ def _build(name: str, num_classes: int | None, in_channels: int | None, pretrain
         raise ValueError(
             f"model '{name}' is a {kind}, and a classifier is wanted here: give data for it, or another name"
         )
+    # A name without its source may be one in several.
+    sources = [library for library in ("cifar", "timm", "torchvision") if library == "cifar" or find_spec(library)]
+    whole = [f"{library}/{name.lower()}" for library in sources]
+    if same := [one for one in whole if one in model_names(one)]:
+        raise ValueError(f"model '{name}' has no known source; write {' or '.join(same)}")
     known = [f"{prefix}/{rest}" for prefix in ("cifar", "timm", "torchvision", "hf")] + model_names("cifar")
     raise ValueError(f"model '{name}' has no known source; {nearest(name, known)}. Write {_FORMS}.")

@@ -1,12 +1,13 @@
 """Any segmenter by name: segmentation-models-pytorch, torchvision, transformers, or a function of the user's own."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
 
 from diffkd.models.from_function import build_from_function
 from diffkd.models.from_smp import build_smp
-from diffkd.models.from_torchvision_segmentation import build_torchvision_segmenter
+from diffkd.models.from_torchvision_segmentation import build_torchvision_segmenter, torchvision_segmenter_names
 from diffkd.models.from_transformers import build_transformers
 from diffkd.models.spelling import nearest
 from diffkd.weights import load_weights
@@ -120,5 +121,7 @@ def _build(
                 f"model '{name}' is a classifier of small images, which gives no class map: "
                 "give a segmenter, such as smp/DeepLabV3Plus/resnet18"
             )
+    if find_spec("torchvision") and name.lower() in torchvision_segmenter_names():
+        raise ValueError(f"segmenter '{name}' has no known source; write torchvision/{name.lower()}")
     known = [f"{prefix}/{rest}" for prefix in ("smp", "torchvision", "hf")]
     raise ValueError(f"segmenter '{name}' has no known source; {nearest(name, known)}. Write {_FORMS}.")
