@@ -131,8 +131,9 @@ def test_values_of_the_data_can_be_changed_for_a_test(teacher, capsys):
     assert hits == pytest.approx(round(hits), abs=0.01)  # of the 48 training images, not of the 24 others
     assert cli.main(["test", str(teacher), "--data.batch=5"]) == 2
     assert "nearest: batch_size" in error_of(capsys)
-    assert cli.main(["test", str(teacher / "checkpoints" / "last.ckpt")]) == 1
-    assert "diffkd export" in error_of(capsys)
+    for words in ([], ["--model=cifar/compact_resnet8"]):
+        assert cli.main(["test", str(teacher / "checkpoints" / "last.ckpt"), *words]) == 1
+        assert "diffkd export" in error_of(capsys)
 
 
 def test_layers(capsys):
@@ -164,7 +165,8 @@ def test_help_of_every_command(command, capsys):
 def test_help_lists_the_commands(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text for name in ("fit", "test", "layers", "export", "recipes"))
+    assert all(f"\n  {name} " in text for name in ("fit", "test", "layers", "export", "recipes"))
+    assert max(map(len, text.splitlines())) <= 80
     assert cli.main([]) == 2
 
 

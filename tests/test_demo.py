@@ -42,3 +42,10 @@ def test_the_saved_student_evaluates_to_the_accuracy_in_the_table(folder: Path) 
 def test_the_picture_is_drawn(folder: Path) -> None:
     with Image.open(folder / "demo.png") as picture:
         assert picture.width > 1000
+
+
+@pytest.mark.parametrize("values", [{"seeds": 0}, {"jobs": 0}])
+def test_nothing_is_not_taken_for_the_default(tmp_path: Path, values: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least one seed and job"):
+        demonstration.demo(tmp_path / "out", **values)
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = _commands()
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, commands))
-        lines = (f"  {name:{width}}  {(run.__doc__ or '').splitlines()[0]}" for name, run in commands.items())
+        lines = (
+            textwrap.fill(
+                f"  {name:{width}}  {(run.__doc__ or '').splitlines()[0]}",
+                width=80,
+                subsequent_indent=" " * (width + 4),
+                break_on_hyphens=False,
+            )
+            for name, run in commands.items()
+        )
         print(_HELP.format(commands="\n".join(lines)), end="")  # noqa: T201
         return 0 if words else 2
     if words[0] == "--version":

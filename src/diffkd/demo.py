@@ -47,12 +47,14 @@ def demo(
     """
     console = Console(stderr=True)
     if task == "detection":
-        return detection_demo(out, seeds or 1, epochs, jobs, console)
+        return detection_demo(out, 1 if seeds is None else seeds, epochs, jobs, console)
     if task == "segmentation":
-        return segmentation_demo(out, seeds or 1, epochs or 8, jobs, console)
-    seeds, epochs = seeds or 3, epochs or 7
-    console.print(f"{task}: {TEACHER} teaches {STUDENT}, {len(DEFAULT_METHODS)} methods, {seeds} seeds each, in {out}")
-    rows = compare(RECIPE, out, seeds=seeds, jobs=jobs or cores(), options=[f"--epochs={epochs}"])
+        return segmentation_demo(out, 1 if seeds is None else seeds, 8 if epochs is None else epochs, jobs, console)
+    seeds, epochs = 3 if seeds is None else seeds, 7 if epochs is None else epochs
+    console.print(
+        f"{task}: {TEACHER} teaches {STUDENT}, {len(DEFAULT_METHODS)} methods, {seeds} seed(s) each, in {out}"
+    )
+    rows = compare(RECIPE, out, seeds=seeds, jobs=cores() if jobs is None else jobs, options=[f"--epochs={epochs}"])
     run = out / "diffkd" / "seed-0"
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")

@@ -42,11 +42,11 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
     card = read_card(find_weights(TEACHER))
     console.print(
         f"detection: {card['model']} ({100 * card['metrics']['ap']:.1f} AP) teaches a smaller detector, "
-        f"{len(METHODS)} methods, {seeds} seeds each, in {out}"
+        f"{len(METHODS)} methods, {seeds} seed(s) each, in {out}"
     )
     options = [] if epochs is None else [f"--epochs={epochs}"]
     methods = [f"detection/{method}" for method in METHODS]
-    rows = compare(RECIPE, out, methods=methods, seeds=seeds, jobs=jobs or cores(), options=options)
+    rows = compare(RECIPE, out, methods=methods, seeds=seeds, jobs=cores() if jobs is None else jobs, options=options)
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(out / METHODS[-1] / "seed-0" / f"student{suffix}", out / f"student{suffix}")
     picture = draw_what_is_found(out)

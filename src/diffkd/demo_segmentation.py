@@ -42,10 +42,10 @@ def segmentation_demo(
     Returns:
         A row per method.
     """
-    console.print(f"segmentation: {len(METHODS)} methods, seeds 0 to {seeds - 1}, on generated scenes, in {out}")
+    console.print(f"segmentation: {len(METHODS)} methods, {seeds} seed(s) each, on generated scenes, in {out}")
     methods = [f"segmentation/{method}" for method in METHODS]
     options = [f"--epochs={epochs}"]
-    rows = compare(recipe, out, methods=methods, seeds=seeds, jobs=jobs or cores(), options=options)
+    rows = compare(recipe, out, methods=methods, seeds=seeds, jobs=cores() if jobs is None else jobs, options=options)
     write_text(out / "classes.md", class_table_of(out, METHODS, seeds))
     run = out / "diffkd" / "seed-0"
     for suffix in (".safetensors", ".json"):

@@ -61,7 +61,7 @@ def evaluate(
     """
     path = find_student(student, which)
     card = read_card(path)
-    if path.suffix == ".ckpt" and model is None:
+    if path.suffix == ".ckpt" and (model is None or data is None):
         raise ValueError(
             f"{path} holds a whole training: take the student out of it with `diffkd export {path} --out "
             "student.safetensors`, and test that"
