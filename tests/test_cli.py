@@ -264,6 +264,18 @@ def test_one_number_of_devices_is_how_many(recipe, tmp_path, capsys, words, devi
     assert yaml.safe_load(capsys.readouterr().out)["devices"] == devices
 
 
+@pytest.mark.parametrize("words", [["--out=~/run"], ["--out", "~/run"], ["--config=~/out.yaml"]])
+def test_the_home_folder_is_found(recipe, tmp_path, monkeypatch, words):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "out.yaml").write_text("out: ~/run\n")
+    assert cli.main(["fit", str(recipe), "--epochs=1", *words]) == 0
+    assert (tmp_path / "home" / "run" / "result.json").is_file()
+    assert (tmp_path / "home" / "run" / "tensorboard").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_switches_of_a_part_may_stand_alone(recipe, tmp_path, capsys):
     words = ["fit", str(recipe), f"--out={tmp_path / 'x'}", "--segmentation.auxiliary", "--data.augmentation.flip"]
     with pytest.raises(SystemExit):

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     wants_traceback = "--traceback" in words or os.environ.get("DIFFKD_TRACEBACK") == "1"
-    words = [word for word in words if word != "--traceback"]
+    # A shell leaves the ~ of --out=~/runs to the program, which would make a folder of that name.
+    words = [re.sub(r"^(--[\w.]+=)?~(?=/)", _at_home, word) for word in words if word != "--traceback"]
     commands = _commands()
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, commands))
@@ -83,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # a mistake of this package's: all that is known of it should be seen
         return _fail(str(error), 1)
     return 0
+
+
+def _at_home(found: re.Match[str]) -> str:
+    return f"{found[1] or ''}{Path.home()}"
 
 
 def _commands() -> dict[str, Callable[[list[str]], None]]:

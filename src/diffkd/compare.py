@@ -92,6 +92,7 @@ def compare(
         Misuse: if options do not fit `diffkd fit`, or one of the methods; likewise.
         RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
     """
+    out = out.expanduser()
     methods = list(DEFAULT_METHODS) if methods is None else methods
     names = [Path(method).stem for method in methods]
     if not methods or len(set(names)) < len(names) or seeds < 1 or jobs < 1:
