@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from diffkd.data.decode import read_rgb, upright_size
 
@@ -72,6 +73,29 @@ def test_the_head_tells_the_size_of_the_upright_picture(tmp_path, name, orientat
     exif[0x0112] = orientation
     path = stored(tmp_path, Image.new("RGB", (20, 10)), name, exif=exif)
     assert upright_size(path) == pixels(path).shape[:2]
+
+
+@pytest.mark.parametrize("key", ["exif", "Raw profile type exif", "XML:com.adobe.xmp"])
+def test_the_orientation_of_a_png_is_found_wherever_it_is_written(tmp_path, key):
+    exif, texts = Image.Exif(), PngInfo()
+    exif[0x0112] = 6
+    if key == "Raw profile type exif":
+        content = exif.tobytes()
+        texts.add_text(key, f"\nexif\n{len(content):8}\n{content.hex()}\n")
+    elif key == "XML:com.adobe.xmp":
+        texts.add_itxt(key, '<rdf:Description tiff:Orientation="6"/>')
+    options = {"exif": exif} if key == "exif" else {"pnginfo": texts}
+    path = stored(tmp_path, Image.new("RGB", (20, 10)), **options)
+    assert upright_size(path) == pixels(path).shape[:2] == (20, 10)
+
+
+@pytest.mark.parametrize("name", ["image.png", "image.webp", "image.jpg"])
+@pytest.mark.parametrize("exif", [b"garbage, and no EXIF", b"Exif\0\0nor is this"])
+def test_damaged_exif_is_passed_over(tmp_path, name, exif):
+    image = Image.fromarray(np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1]], axis=-1))
+    path = stored(tmp_path, image, name, exif=exif)
+    assert upright_size(path) == (8, 32)
+    assert np.array_equal(pixels(path), np.asarray(Image.open(path).convert("RGB")))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, 200])

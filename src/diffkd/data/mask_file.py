@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
-from diffkd.data.decode import Header, header_of, read_rgb
+from diffkd.data.decode import Header, header_of, read_rgb, upright
 
 _IDS = ("1", "L", "P", "I;16", "I")
 _COLOURS = ("1", "L", "P", "RGB", "RGBA")
@@ -81,8 +81,8 @@ def read_mask(path: str | os.PathLike[str], *, colours: bool = False) -> npt.NDA
         with Image.open(io.BytesIO(content)) as image:
             image.verify()
         with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image)
-            pixels = np.asarray(upright.convert("RGB") if colours else upright)
+            turned = upright(image)
+            pixels = np.asarray(turned.convert("RGB") if colours else turned)
     except Exception as error:
         raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
     if colours:
