@@ -134,7 +134,7 @@ def test_shapes_are_taken_for_channel_counts():
     [
         (lambda: DiffKD(6, 8, variant="book"), "variant must be 'code' or 'paper', got 'book'"),
         (lambda: DiffKD(6, 8, ae_channels=0), "ae_channels must be at least 1"),
-        (lambda: DiffKD(6, 8, temperature=0.0), "temperature must be above 0"),
+        (lambda: DiffKD(6, 8, temperature=0.0), "temperature must be finite and above 0"),
         (lambda: DiffKD(6, 8, distance="l7"), "mse, kl, dist, attention_mse or a callable, got 'l7'"),
         (lambda: DiffKD(6, 8, error="median"), "error must be 'mean' or 'sum', got 'median'"),
         (lambda: DiffKD(6, 8, kind="tensor"), "kind must be 'map' or 'vector', got 'tensor'"),
