@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from diffkd.data.annotated_files import ReadBox, ReadImage, annotated_files
 from diffkd.data.coco_file import read_coco
@@ -26,10 +27,10 @@ CONTENT = {
 
 @pytest.fixture
 def read(tmp_path):
-    def write_and_read(content, categories=None):
+    def write_and_read(content, categories=None, **options):
         file = tmp_path / "boxes.json"
         file.write_text(content if isinstance(content, str) else json.dumps(content))
-        return read_coco(file, tmp_path, categories)
+        return read_coco(file, tmp_path, categories, **options)
 
     return write_and_read
 
@@ -108,6 +109,7 @@ def test_boxes_without_extent_inside_the_image_are_dropped_and_named(read):
         (changed("images", 1, "file_name", to="../b.jpg"), "'../b.jpg' is no file inside"),
         (changed("images", 1, "file_name", to=5), "image 1 has the file name 5"),
         (changed("images", 1, "width", to=0), "image 1 has the width 0"),
+        (changed("images", 1, without="width"), "image 1 lacks 'width'"),
         (changed("images", 1, "height", to="8"), "image 1 has the height '8'"),
         (changed("images", 1, "height", to=float("nan")), "image 1 has the height nan"),
         (changed("images", 1, "id", to=50), "image 1 has the id 50 of another"),
@@ -127,6 +129,30 @@ def test_files_that_contradict_themselves_are_refused(read, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         read(content)
     assert "boxes.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", [{}, {"width": 0, "height": 0}, {"width": None, "height": None}])
+def test_sizes_that_are_not_stated_are_those_of_the_files(read, tmp_path, stated):
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "sub" / "b.jpg")
+    entry = {"id": 4, "file_name": "sub\\b.jpg"} | stated
+    files = read(changed("images", 1, to=entry))
+    assert files.paths[1] == str(tmp_path / "sub/b.jpg")
+    assert files.sizes.tolist() == [[10, 20], [6, 8], [6, 5]]
+    assert files.annotations.of(1).boxes.tolist() == [[1.25, 2.5, 4.375, 6], [0, 4, 8, 6]]
+
+
+def test_without_a_size_broken_files_are_refused_or_left_to_whoever_skips_them(read, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jpg").write_text("no image")
+    content = changed("images", 1, to={"id": 4, "file_name": "sub/b.jpg"})
+    with pytest.raises(ValueError, match=r"b\.jpg cannot be read"):
+        read(content)
+    files = read(content, skip_bad=True)
+    assert files.sizes[1].tolist() == [0, 0]
+    assert files.dropped == ()
+    assert files.annotations.of(1).boxes.shape == (0, 4)
+    assert files.annotations.of(0).boxes.shape == (1, 4)
 
 
 def test_a_missing_file_is_named(tmp_path):

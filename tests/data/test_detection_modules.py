@@ -216,7 +216,12 @@ def test_boxes_without_extent_are_counted_in_one_warning(root):
     assert len(data.dropped) == 2
 
 
-def test_missing_images_are_refused_before_training(root):
+@pytest.mark.parametrize("stated", [True, False])
+def test_missing_images_are_refused_before_training(root, stated):
+    if not stated:
+        content = write(root, "val")
+        content["images"] = [{"id": image["id"], "file_name": image["file_name"]} for image in content["images"]]
+        (root / "val.json").write_text(json.dumps(content))
     (root / "images/val3.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"val3.png is missing \(1 of 5 are\)"):
         module(root)

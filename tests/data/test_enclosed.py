@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from diffkd.data.enclosed import enclosed_files, enclosed_folder
@@ -8,6 +10,20 @@ def test_names_become_paths_whether_or_not_they_exist(tmp_path):
     names = ["a.jpg", "night/b.jpg", "./c.jpg", "night/b.jpg", "gone/d..e.jpg"]
     found = enclosed_files(tmp_path, names, "x.json")
     assert found == [str(tmp_path / name) for name in ("a.jpg", "night/b.jpg", "c.jpg", "night/b.jpg", "gone/d..e.jpg")]
+
+
+def test_names_written_on_windows_are_understood(tmp_path):
+    (tmp_path / "as\\stored.jpg").touch()
+    found = enclosed_files(tmp_path, ["night\\late\\a.jpg", ".\\b.jpg", "as\\stored.jpg"], "x.json")
+    assert found == [str(tmp_path / name) for name in ("night/late/a.jpg", "b.jpg", "as\\stored.jpg")]
+
+
+@pytest.mark.parametrize(
+    "name", ["..\\a.jpg", "b\\..\\..\\a.jpg", "C:\\a.jpg", "\\a.jpg", "\\\\host\\share\\a.jpg", "C:b\\a.jpg"]
+)
+def test_names_written_on_windows_that_lead_out_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"x.json: file name .* is no file inside"):
+        enclosed_files(tmp_path, ["good.jpg", name], "x.json")
 
 
 @pytest.mark.parametrize("name", ["../a.jpg", "b/../../a.jpg", "/etc/passwd", "", ".", "a\0.jpg", ".."])
@@ -27,8 +43,8 @@ def test_links_that_lead_out_are_refused_and_others_are_not(tmp_path):
     (folder / "link.jpg").symlink_to(outside / "secret.jpg")
     (folder / "linked").symlink_to(outside)
     assert len(enclosed_files(folder, ["real.jpg", "inner.jpg"], "x")) == 2
-    for name in ("link.jpg", "linked/secret.jpg"):
-        with pytest.raises(ValueError, match=f"x: file name '{name}'.*outside"):
+    for name in ("link.jpg", "linked/secret.jpg", "linked\\secret.jpg"):
+        with pytest.raises(ValueError, match=f"x: file name {re.escape(repr(name))}.*outside"):
             enclosed_files(folder, ["real.jpg", name], "x")
 
 

@@ -44,6 +44,13 @@ def test_a_list_of_images_and_labels_beside_them(root):
     assert files.annotations.of(1).boxes.tolist() == [[0, 0, 10, 10]]
 
 
+def test_a_list_may_be_written_on_windows(root):
+    (root / "some.txt").write_text("images\\train\\a.jpg\n")
+    files = read(root, "some.txt")
+    assert files.paths == (str(root / "images/train/a.jpg"),)
+    assert len(files.annotations.boxes.labels) > 0
+
+
 @pytest.mark.parametrize("place", ["{root}/images/train", "../images/train", "absolute.txt"])
 def test_places_in_the_root_may_be_written_otherwise(root, place, monkeypatch):
     (root / "absolute.txt").write_text(

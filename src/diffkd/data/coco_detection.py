@@ -74,12 +74,13 @@ class CocoDetection(ImageData):
         max_size: int = 1333,
     ) -> None:
         top = Path(root)
-        training = read_coco(top / train, enclosed_folder(top, images))
+        skip_bad = on_bad_image == "skip"
+        training = read_coco(top / train, enclosed_folder(top, images), skip_bad=skip_bad)
         categories = dict(zip(training.category_ids, training.classes, strict=True))
 
         def other(file: str, *folders: str | None) -> AnnotatedFiles:
             folder = next(folder for folder in folders if folder is not None)
-            return read_coco(top / file, enclosed_folder(top, folder), categories)
+            return read_coco(top / file, enclosed_folder(top, folder), categories, skip_bad=skip_bad)
 
         files = DetectionFiles(
             training,

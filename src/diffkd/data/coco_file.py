@@ -8,26 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files, flag
+from diffkd.data.decode import upright_size
 from diffkd.data.enclosed import enclosed_files
+
+_UNKNOWN = (0, 0)  # height and width that a file does not state
 
 
 def read_coco(
-    file: str | os.PathLike[str], images: Path, categories: Mapping[int, str] | None = None
+    file: str | os.PathLike[str],
+    images: Path,
+    categories: Mapping[int, str] | None = None,
+    *,
+    skip_bad: bool = False,
 ) -> AnnotatedFiles:
     """Read the boxes of a COCO file; segmentations and keypoints are passed over.
 
-    Category ids may have gaps: labels count from 1 in their order.
+    Category ids may have gaps: labels count from 1 in their order. Where neither height nor width of an image is
+    stated, or both are 0, its file says them.
 
     Args:
         file: the JSON file.
         images: folder that its file names are relative to.
         categories: id and name of the categories of the training file, which this one's must be among; None takes its
             own.
+        skip_bad: whether images whose size cannot be read are let pass, with size 0 and without boxes. So are those
+            without a file, in any case.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no JSON, lacks a key, holds a value of the wrong kind or an id twice, names an image or
-            category that it does not have, or a file outside of the folder.
+            category that it does not have, or a file outside of the folder, or the size of an image cannot be read.
     """
     source = os.fspath(file)
     content = _load(source)
@@ -42,7 +52,7 @@ def read_coco(
                 "write the same categories into all files."
             )
     ids = sorted(categories)
-    listed = _images(source, _entries(content, "images", source), images)
+    listed = _images(source, _entries(content, "images", source), images, skip_bad)
     by_id = {image.image_id: image for image in listed}
     labels = {number: label for label, number in enumerate(ids, start=1) if number in own}
     for index, entry in enumerate(_entries(content, "annotations", source)):
@@ -61,7 +71,8 @@ def read_coco(
             area=_float(area) if _is_number(area) else None,
             crowd=flag(entry.get("iscrowd"), "iscrowd", where),
         )
-        by_id[image_id].boxes.append(box)
+        if by_id[image_id].size != _UNKNOWN:
+            by_id[image_id].boxes.append(box)
     return annotated_files(source, listed, [categories[number] for number in ids], ids)
 
 
@@ -100,7 +111,7 @@ def _categories(source: str, entries: list[dict[str, Any]]) -> dict[int, str]:
     return categories
 
 
-def _images(source: str, entries: list[dict[str, Any]], folder: Path) -> list[ReadImage]:
+def _images(source: str, entries: list[dict[str, Any]], folder: Path, skip_bad: bool) -> list[ReadImage]:
     names, images, seen = [], [], set()
     for index, entry in enumerate(entries):
         where = f"{source}: image {index}"
@@ -109,12 +120,28 @@ def _images(source: str, entries: list[dict[str, Any]], folder: Path) -> list[Re
             raise ValueError(f"{where} has the id {number} of another one; give each its own.")
         if not isinstance(name, str):
             raise ValueError(f"{where} has the file name {name!r}; write a text.")
-        height, width = (_side(_value(entry, key, where), key, where) for key in ("height", "width"))
+        size = _UNKNOWN
+        if any(entry.get(key) not in (None, 0) for key in ("height", "width")):
+            size = _side(entry, "height", where), _side(entry, "width", where)
         seen.add(number)
         names.append(name)
-        images.append(ReadImage("", (height, width), number, []))
+        images.append(ReadImage("", size, number, []))
     paths = enclosed_files(folder, names, source)
-    return [image._replace(path=path) for image, path in zip(images, paths, strict=True)]
+    return [
+        image._replace(path=path, size=_read_size(path, skip_bad) if image.size == _UNKNOWN else image.size)
+        for image, path in zip(images, paths, strict=True)
+    ]
+
+
+def _read_size(path: str, skip_bad: bool) -> tuple[int, int]:
+    if not Path(path).is_file():
+        return _UNKNOWN  # whoever wants the pixels counts and names all that are missing
+    try:
+        return upright_size(path)
+    except ValueError:
+        if not skip_bad:
+            raise
+        return _UNKNOWN
 
 
 def _value(entry: Mapping[str, Any], key: str, where: str) -> Any:
@@ -130,7 +157,8 @@ def _id(entry: Mapping[str, Any], where: str) -> int:
     return int(value)
 
 
-def _side(value: Any, key: str, where: str) -> int:
+def _side(entry: Mapping[str, Any], key: str, where: str) -> int:
+    value: Any = _value(entry, key, where)
     if not _is_number(value) or not 1 <= value < 1 << 31 or value != int(value):
         raise ValueError(f"{where} has the {key} {value!r}; write a number of pixels, 1 or more.")
     return int(value)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 
 from diffkd.data.folder_scan import stay_inside
 
@@ -22,12 +22,19 @@ def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]
     return path
 
 
+def with_slashes(name: str, folder: Path) -> str:
+    """Return a name as it is written here, if it was written on Windows and no file in the folder is called so."""
+    if "\\" not in name or os.path.lexists(folder / name):
+        return name
+    return PureWindowsPath(name).as_posix()
+
+
 def enclosed_files(folder: Path, names: Iterable[str], source: str | os.PathLike[str]) -> list[str]:
     """Return the paths of files named relative to a folder; whether they exist is not asked.
 
     Args:
         folder: where they are.
-        names: their names, such as `a.jpg` or `night/a.jpg`.
+        names: their names, such as `a.jpg`, `night/a.jpg` or, written on Windows, `night\\a.jpg`.
         source: who says so, for messages.
 
     Raises:
@@ -38,8 +45,9 @@ def enclosed_files(folder: Path, names: Iterable[str], source: str | os.PathLike
     checked: set[PurePath] = set()
     paths = []
     for name in names:
-        pure = PurePath(name)
-        if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        pure = PurePath(with_slashes(name, folder))
+        drive = "\\" in name and PureWindowsPath(name).drive
+        if not pure.parts or pure.is_absolute() or drive or ".." in pure.parts or "\0" in name:
             raise ValueError(f"{source}: file name {name!r} is no file inside {folder}; write names relative to it.")
         # Folders are looked at once and not once per file: there are data sets of a million files.
         parents = [parent for parent in pure.parents if parent not in checked]

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.data.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files
 from diffkd.data.decode import upright_size
-from diffkd.data.enclosed import enclosed_files, enclosed_folder
+from diffkd.data.enclosed import enclosed_files, enclosed_folder, with_slashes
 from diffkd.data.folder_scan import image_files
 
 
@@ -113,7 +113,7 @@ def _image_names(top: Path, place: str) -> list[str]:
     (path,) = enclosed_files(top, [place], f"{top}")
     if place.endswith(".txt") and Path(path).is_file():
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        return [_relative(line.strip(), roots) for line in lines if line.strip()]
+        return [_relative(with_slashes(line.strip(), top), roots) for line in lines if line.strip()]
     folder = enclosed_folder(top, place)
     return [str(Path(file).relative_to(top)) for file in image_files(folder, top.resolve())]
 
