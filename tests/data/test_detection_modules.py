@@ -246,7 +246,7 @@ def test_broken_images_and_wrong_sizes_stop_with_their_name(root):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"train2.png is empty"):
         module(root)
-    with pytest.raises(ValueError, match="neither 'error' nor 'skip'"):
+    with pytest.raises(ValueError, match="on_bad_image='ignore': give 'error' or 'skip'"):
         module(root, on_bad_image="ignore")
 
 

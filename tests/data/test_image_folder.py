@@ -139,7 +139,7 @@ def test_verify_finds_a_broken_image_before_training(root):
 
 
 def test_a_misspelt_choice_is_refused(root):
-    with pytest.raises(ValueError, match="on_bad_image='Skip' is neither 'error' nor 'skip'"):
+    with pytest.raises(ValueError, match="on_bad_image='Skip': give 'error' or 'skip'"):
         module(root, on_bad_image="Skip")
 
 

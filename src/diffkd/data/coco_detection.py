@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 from diffkd.data.annotated_files import AnnotatedFiles
+from diffkd.data.bad_images import OnBadImage
 from diffkd.data.box_augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.coco_file import read_coco
-from diffkd.data.detection_files import DetectionFiles, OnBadImage
+from diffkd.data.detection_files import DetectionFiles
 from diffkd.data.enclosed import enclosed_folder
 from diffkd.data.image_data import ImageData
 

@@ -6,19 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.data.annotated_files import AnnotatedFiles
+from diffkd.data.bad_images import OnBadImage, check_on_bad_image
 from diffkd.data.box_augmentation import BoxAugmentation
 from diffkd.data.decode import MEND
 from diffkd.data.detection_dataset import DetectionDataset, collate_detection
 from diffkd.data.folder_scan import FolderSamples
 from diffkd.data.split_loaders import SplitLoaders
 from diffkd.data.verification import check_readable
-
-OnBadImage = Literal["error", "skip"]
 
 
 class DetectionFiles:
@@ -61,8 +59,7 @@ class DetectionFiles:
         on_bad_image: OnBadImage,
         verify: bool,
     ) -> None:
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image={on_bad_image!r} is neither 'error' nor 'skip'.")
+        check_on_bad_image(on_bad_image)
         self.num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         self.skipped: list[str] = []
         self.dropped: list[str] = []

@@ -3,13 +3,13 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffkd.data.augmentation import Augmentation
+from diffkd.data.bad_images import OnBadImage, check_on_bad_image
 from diffkd.data.decode import MEND
 from diffkd.data.folder_dataset import FolderDataset, eval_transform, train_transform
 from diffkd.data.folder_scan import FolderSamples, scan_folder
@@ -63,7 +63,7 @@ class ImageFolder(ImageData):
         min_crop_area: float = 0.08,
         crop_ratio: float = 0.875,
         num_workers: int | None = None,
-        on_bad_image: Literal["error", "skip"] = "error",
+        on_bad_image: OnBadImage = "error",
         verify: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
@@ -78,8 +78,7 @@ class ImageFolder(ImageData):
                 f"min_crop_area={min_crop_area} and crop_ratio={crop_ratio} must be in (0, 1], "
                 f"image_size={image_size} above 0."
             )
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image={on_bad_image!r} is neither 'error' nor 'skip'.")
+        check_on_bad_image(on_bad_image)
         classes, train, val = scan_folder(root)
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         skipped: list[str] = []
@@ -121,7 +120,7 @@ def _verified(
     samples: FolderSamples,
     *,
     split: str,
-    on_bad_image: Literal["error", "skip"],
+    on_bad_image: OnBadImage,
     threads: int,
 ) -> Verified:
     """Return the images that can be decoded, and warn of the others or refuse them."""

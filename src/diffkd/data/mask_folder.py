@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from diffkd.data.bad_images import OnBadImage
 from diffkd.data.class_names import Color, class_colors, class_names
 from diffkd.data.folder_scan import evaluation_split
 from diffkd.data.image_data import ImageData
@@ -98,7 +99,7 @@ class MaskFolder(ImageData):
         cache: Literal["none", "memory"] = "none",
         num_workers: int | None = None,
         verify: bool = False,
-        on_bad_image: Literal["error", "skip"] = "error",
+        on_bad_image: OnBadImage = "error",
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:

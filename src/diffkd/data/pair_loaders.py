@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from diffkd.data.bad_images import OnBadImage, check_on_bad_image
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_dataset import PairDataset
 from diffkd.data.pair_scan import Pairs, refuse
@@ -69,12 +70,11 @@ class PairLoaders:
         verify: bool,
         mean: Sequence[float],
         std: Sequence[float],
-        on_bad_image: Literal["error", "skip"] = "error",
+        on_bad_image: OnBadImage = "error",
     ) -> None:
         if cache not in ("none", "memory"):
             raise ValueError(f"cache={cache!r}: give 'none' or 'memory'.")
-        if on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image={on_bad_image!r}: give 'error' or 'skip'.")
+        check_on_bad_image(on_bad_image)
         if not len(mean) == len(std) == 3 or min(std) <= 0:
             raise ValueError(f"mean={tuple(mean)} and std={tuple(std)}: give three values each, std above 0.")
         self.resize = None if resize is None else _size("resize", resize)

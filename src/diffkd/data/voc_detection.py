@@ -2,8 +2,9 @@
 
 import os
 
+from diffkd.data.bad_images import OnBadImage
 from diffkd.data.box_augmentation import FLIP_BOXES, BoxAugmentation
-from diffkd.data.detection_files import DetectionFiles, OnBadImage
+from diffkd.data.detection_files import DetectionFiles
 from diffkd.data.image_data import ImageData
 from diffkd.data.voc_file import find_voc_split, read_voc
 

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from diffkd.data.annotated_files import AnnotatedFiles
+from diffkd.data.bad_images import OnBadImage
 from diffkd.data.box_augmentation import FLIP_BOXES, BoxAugmentation
-from diffkd.data.detection_files import DetectionFiles, OnBadImage
+from diffkd.data.detection_files import DetectionFiles
 from diffkd.data.image_data import ImageData
 from diffkd.data.yolo_folder import YoloFacts, read_yolo, read_yolo_facts
 
