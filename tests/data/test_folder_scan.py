@@ -31,6 +31,16 @@ def test_classes_and_files_are_sorted(root):
     assert val.labels == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_images_of_no_class_are_told_of(root, split):
+    for name in ("b.jpg", "a.png", ".hidden.png", "list.txt"):
+        (root / split / name).touch()
+    with pytest.warns(UserWarning, match=rf"{split}: 2 image\(s\) beside .* \('a.png', 'b.jpg'\); move them") as seen:
+        scan = scan_folder(root)
+    assert len(seen) == 1
+    assert (len(scan.train.paths), len(scan.val.paths)) == (4, 4)
+
+
 def test_the_evaluation_images_may_have_any_of_the_usual_names(root):
     (root / "val").rename(root / "test")
     assert scan_folder(root).val.paths[0].startswith(str(root / "test"))

@@ -53,7 +53,7 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
     """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
 
     Files are found by extension at any depth below a class folder; hidden ones are passed over, and with a warning
-    those of other kinds. Classes may lack evaluation images.
+    those of other kinds and images beside the class folders. Classes may lack evaluation images.
 
     Args:
         root: the folder.
@@ -86,6 +86,13 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
         raise ValueError(f"{train}: no images of class(es) {quoted(empty)}, {_contents(train / empty[0])}")
     if not scan.val.paths:
         raise ValueError(f"{val}: no images, {_contents(val)}")
+    for split in (train, val):
+        loose = sorted(path.name for path in split.iterdir() if _is_image(path.name) and path.is_file())
+        if loose:
+            rank_zero_warn(
+                f"{split}: {len(loose)} image(s) beside the class folders are of no class and passed over "
+                f"({quoted(loose)}); move them into the folder of their class."
+            )
     if others:
         rank_zero_warn(
             f"{top}: {others.total()} file(s) are passed over, whose names are not those of images "
@@ -142,12 +149,19 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
             if entry.is_dir():
                 paths.extend(image_files(entry.path, root, others))
                 continue
-            extension = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - half the time for a million files
-            if extension in EXTENSIONS:
+            if _is_image(entry.name):
                 paths.append(entry.path)
             elif others is not None:
-                others[extension or entry.name] += 1
+                others[_extension(entry.name) or entry.name] += 1
     return paths
+
+
+def _is_image(name: str) -> bool:
+    return _extension(name) in EXTENSIONS and not name.startswith(".")
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - half the time for a million files
 
 
 def stay_inside(path: Path, root: Path) -> None:
