@@ -101,6 +101,12 @@ def test_a_meter_begins_anew():
     assert row == pytest.approx(measure(batches))
 
 
+def test_classes_whose_names_differ_in_a_blank_are_measured_apart():
+    row = overlap(torch.tensor([[4.0, 0, 0], [0, 1, 1], [1, 0, 1]]), ("sky", "traffic light", "traffic_light"))
+    shares = {"iou/sky": 4 / 5, "iou/traffic_light_1": 1 / 2, "iou/traffic_light_2": 1 / 3}
+    assert {name: value for name, value in row.items() if "/" in name} == pytest.approx(shares)
+
+
 def test_a_class_that_occurs_nowhere_has_no_share_in_the_mean():
     (scores, masks, indices), *_ = scored([(2, 6, 6)], present=(0, 1))
     scores[:, 2] = -50

@@ -192,7 +192,8 @@ def overlap(counts: Tensor, classes: tuple[str, ...], ignore_index: int | None =
 
     Args:
         counts: (K, K) pixels by true class (rows) and predicted class (columns).
-        classes: K names.
+        classes: K names; in those of the measurements "_" takes the place of blanks, commas and slashes, and where
+            that makes two of them equal, the number of the class follows.
         ignore_index: id without pixels; if it is one of the classes, that one has no intersection over union.
 
     >>> overlap(torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]]), ("sky", "road", "car"))["iou/road"]
@@ -208,6 +209,8 @@ def overlap(counts: Tensor, classes: tuple[str, ...], ignore_index: int | None =
         "miou": float(shares.nanmean()) if union.any() else 0.0,
         "pixel_accuracy": float(hits.sum() / counts.sum().clamp_min(1)),
     }
-    names = (re.sub(r"[\s,/]+", "_", name) for name in classes)
+    names = [re.sub(r"[\s,/]+", "_", name) for name in classes]
+    # "traffic light" and "traffic_light" stay two numbers.
+    names = [name if names.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(names)]
     each = zip(names, shares.tolist(), union.tolist(), strict=True)
     return row | {f"iou/{name}": share for name, share, pixels in each if pixels}
