@@ -279,6 +279,17 @@ def test_masks_of_a_single_class_are_refused_at_the_start(root):
     module(root)
 
 
+@pytest.mark.parametrize("options", [{"verify": True}, {"on_bad_image": "skip"}])
+def test_classes_that_no_training_mask_holds_are_told_of_where_all_masks_are_read(root, options):
+    pair(root, "train", "4", (9, 13), np.full((9, 13), 4, dtype=np.uint8))
+    module(root, num_classes=8)
+    with pytest.warns(
+        UserWarning, match=r"no training mask holds class\(es\) 3, 5, 6, 7, which cannot be learned"
+    ) as seen:
+        module(root, num_classes=8, **options)
+    assert len(seen) == 1
+
+
 def test_bad_ids_stop_with_their_file_or_before_with_verify(root):
     ids = np.full((9, 13), 7, dtype=np.uint8)
     path = pair(root, "val", "bad", (9, 13), ids)

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -18,6 +19,18 @@ from diffkd.data.seeding import mix_seed
 from diffkd.data.segmentation_transform import resized
 
 PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Scan(NamedTuple):
+    """Hold what reading all pairs found.
+
+    Args:
+        problems: a message for each pair that is broken, by its index.
+        ids: the class ids that the masks of the others hold.
+    """
+
+    problems: dict[int, str]
+    ids: set[int]
 
 
 class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
@@ -118,20 +131,23 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
                 mask = self.code.read(self.pairs.masks[index])
             except ValueError:
                 return None
-            seen.update(np.unique(mask[mask != self.code.ignore_index]).tolist())
+            seen |= self._ids(mask)
             if len(seen) >= enough:
                 break
         return seen
 
-    def problems(self, threads: int = 1) -> dict[int, str]:
-        """Decode every pair once and return a message for each that is broken, by its index."""
+    def scan(self, threads: int = 1) -> Scan:
+        """Decode every pair once."""
         with ThreadPoolExecutor(max(threads, 1)) as pool:
-            found = pool.map(self._problem, range(len(self)))
-            return {index: problem for index, problem in enumerate(found) if problem is not None}
+            found = list(pool.map(self._look, range(len(self))))
+        problems = {index: one for index, one in enumerate(found) if isinstance(one, str)}
+        return Scan(problems, set().union(*(one for one in found if isinstance(one, set))))
 
-    def _problem(self, index: int) -> str | None:
+    def _look(self, index: int) -> str | set[int]:
         try:
-            self.read(index)
+            return self._ids(self.read(index)[1].numpy())
         except ValueError as error:
             return str(error)
-        return None
+
+    def _ids(self, mask: npt.NDArray[Any]) -> set[int]:
+        return set(np.unique(mask).tolist()) - {self.code.ignore_index}

@@ -13,6 +13,7 @@ from diffkd.data.bad_images import OnBadImage, check_on_bad_image
 from diffkd.data.mask_code import MaskCode
 from diffkd.data.pair_dataset import PairDataset
 from diffkd.data.pair_scan import Pairs, refuse
+from diffkd.data.quoting import quoted
 from diffkd.data.segmentation_augmentation import SegmentationAugmentation
 from diffkd.data.segmentation_transform import EvalTransform, TrainTransform, fitted
 from diffkd.data.split_loaders import SplitLoaders
@@ -89,18 +90,20 @@ class PairLoaders:
         crop = TrainTransform(augmentation, self.crop_size, code.ignore_index, mean, std)
         whole = EvalTransform(mean, std)
         self.skipped: list[str] = []
+        all_learned: set[int] | None = None  # known where every mask was read
         if on_bad_image == "skip":
-            train = self._without_broken(PairDataset(train, code, whole), "training")
-            val = self._without_broken(PairDataset(val, code, whole), "evaluation")
+            train, all_learned = self._without_broken(PairDataset(train, code, whole), "training")
+            val, _ = self._without_broken(PairDataset(val, code, whole), "evaluation")
         training = PairDataset(train, code, crop, seed=seed, resize=self.resize, cache=cache)
         evaluation = PairDataset(val, code, whole, resize=self.resize, full_size_masks=full_size_masks, cache=cache)
         if verify and on_bad_image == "error":
             threads = os.cpu_count() or 1
-            problems = [*training.problems(threads).values(), *evaluation.problems(threads).values()]
+            (broken, all_learned), (more, _) = training.scan(threads), evaluation.scan(threads)
+            problems = [*broken.values(), *more.values()]
             refuse(problems, f"{len(problems)} of {len(training) + len(evaluation)} pairs are broken")
         nothing = f"every pixel of every mask is ignored (id {code.ignore_index}), the first being "
         mend = "Check num_classes, ignore_index, and what maps ids or colours to classes."
-        learned = training.ids_seen(2)
+        learned = training.ids_seen(2) if all_learned is None else all_learned
         if learned is not None and not learned:
             raise ValueError(f"nothing to train on: {nothing}{train.masks[0]}. {mend}")
         if learned is not None and len(learned) == 1:
@@ -109,6 +112,10 @@ class PairLoaders:
                 f"{code.ignore_index}), the first mask being {train.masks[0]}. {mend} Masks of 0 and 255 want "
                 "id_map={0: 0, 255: 1}."
             )
+        absent = set(range(code.num_classes)) - {code.ignore_index} - (all_learned or set())
+        if all_learned is not None and absent:
+            listed = quoted(sorted(absent))
+            rank_zero_warn(f"no training mask holds class(es) {listed}, which cannot be learned. {mend}")
         if evaluation.ids_seen(1) == set():
             rank_zero_warn(f"nothing to evaluate on: {nothing}{val.masks[0]}. {mend}")
         self.splits = SplitLoaders(
@@ -122,9 +129,9 @@ class PairLoaders:
             sizes=evaluation.sizes(),
         )
 
-    def _without_broken(self, data: PairDataset, split: str) -> Pairs:
-        """Return the pairs that can be read; collect and warn of the others."""
-        broken = data.problems(os.cpu_count() or 1)
+    def _without_broken(self, data: PairDataset, split: str) -> tuple[Pairs, set[int]]:
+        """Return the pairs that can be read, and their class ids; collect and warn of the others."""
+        broken, ids = data.scan(os.cpu_count() or 1)
         problems = list(broken.values())
         counted = f"{len(broken)} of {len(data)} {split} pairs are"
         if len(broken) == len(data):
@@ -133,7 +140,7 @@ class PairLoaders:
             listed = "\n  ".join(problems[:10])
             rank_zero_warn(f"{counted} left out:\n  {listed}")
         self.skipped += problems
-        return data.pairs.select([index for index in range(len(data)) if index not in broken])
+        return data.pairs.select([index for index in range(len(data)) if index not in broken]), ids
 
 
 def _example(data: PairDataset, transform: EvalTransform, size: Size) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 _SPELLED_OUT = 5
 
 
-def quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[object]) -> str:
     """Return names for a message, the first five of many.
 
     >>> quoted("abcdefg")
