@@ -60,6 +60,8 @@ def run_with(tmp_path_factory, image_files, model_file):
         if strategy not in done:
             out = tmp_path_factory.mktemp(strategy) / "run"
             stopped = launch(image_files, out, model_file, strategy, trip=1)
+            if "adds up the gradients" in stopped.stderr and torch.__version__ < "2.15":
+                pytest.skip("this PyTorch cannot, and says so")
             assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-3000:]
             content = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
             assert content["global_step"] == 2  # the next step at which both look up

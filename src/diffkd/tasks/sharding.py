@@ -19,9 +19,22 @@ def shards(trainer: Trainer) -> bool:
 
 
 def shard(model: nn.Module, device: torch.device, processes: int) -> None:
-    """Spread the parameters of a model over all processes; they are gathered for the length of each step."""
+    """Spread the parameters of a model over all processes; they are gathered for the length of each step.
+
+    Raises:
+        RuntimeError: if this PyTorch adds up the gradients of the processes on this device, as 2.8 does on CPUs.
+    """
+    mesh = init_device_mesh(device.type, (processes,))
+    probe = nn.Linear(1, 1, bias=False).to(device)
+    fully_shard(probe, mesh=mesh)
+    probe(torch.ones(1, 1, device=device)).sum().backward()
+    if probe.weight.grad is None or whole(probe.weight.grad).item() != 1:
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} adds up the gradients of shards on a {device.type}, where their mean is "
+            "wanted: take --strategy ddp, or a newer PyTorch"
+        )
     model.to(memory_format=torch.contiguous_format)  # others cannot be cut into shards
-    fully_shard(model, mesh=init_device_mesh(device.type, (processes,)), reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def whole(tensor: Tensor) -> Tensor:
