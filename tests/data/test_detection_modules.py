@@ -216,6 +216,16 @@ def test_boxes_without_extent_are_counted_in_one_warning(root):
     assert len(data.dropped) == 2
 
 
+def test_classes_without_a_box_to_train_on_are_told_of(root):
+    content = write(root, "train", crowd=(1, 3))  # all dogs
+    content["categories"].append({"id": 2, "name": "animals"})
+    (root / "train.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"train.json: no box of class\(es\) 'animals', 'dog' to train on") as seen:
+        data = module(root)
+    assert len(seen) == 1
+    assert data.classes == ("animals", "cat", "dog")
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_missing_images_are_refused_before_training(root, stated):
     if not stated:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from diffkd.data.absent_classes import absent_classes
 from diffkd.data.annotated_files import AnnotatedFiles
 from diffkd.data.bad_images import OnBadImage, check_on_bad_image
 from diffkd.data.box_augmentation import BoxAugmentation
 from diffkd.data.decode import MEND
 from diffkd.data.detection_dataset import DetectionDataset, collate_detection
 from diffkd.data.folder_scan import FolderSamples
+from diffkd.data.quoting import quoted
 from diffkd.data.split_loaders import SplitLoaders
 from diffkd.data.verification import check_readable
 
@@ -125,13 +127,19 @@ class DetectionFiles:
 
 
 def _to_train(files: AnnotatedFiles, keep_empty: bool) -> AnnotatedFiles:
-    """Return the images to train on, without crowd boxes; raise ValueError if no box is left."""
+    """Return the images to train on, without crowd boxes; warn of absent classes, raise ValueError if none is there."""
     stated = len(files.annotations.boxes.labels)
     files = replace(files, annotations=files.annotations.without_crowds())
     full = files.annotations.starts.diff().nonzero()[:, 0].tolist()
     if not full:
         why = f"all {stated} boxes are marked as crowds or difficult, which are left out" if stated else "there is none"
         raise ValueError(f"{files.source}: no image has a box to train on ({why}); add boxes of single objects.")
+    absent = absent_classes((files.annotations.boxes.labels - 1).tolist(), files.classes)
+    if absent:
+        rank_zero_warn(
+            f"{files.source}: no box of class(es) {quoted(absent)} to train on, which cannot be learned; add some, or "
+            "remove the class if it is none."
+        )
     return files if keep_empty else files.select(full)
 
 
