@@ -13,7 +13,7 @@ from diffkd.data.absent_classes import absent_classes
 from diffkd.data.annotated_files import AnnotatedFiles
 from diffkd.data.bad_images import OnBadImage, check_on_bad_image
 from diffkd.data.box_augmentation import BoxAugmentation
-from diffkd.data.decode import MEND
+from diffkd.data.decode import MEND, upright_size
 from diffkd.data.detection_dataset import DetectionDataset, collate_detection
 from diffkd.data.folder_scan import FolderSamples
 from diffkd.data.quoting import quoted
@@ -154,7 +154,7 @@ def _to_measure(files: AnnotatedFiles) -> AnnotatedFiles:
 
 
 def _check_present(files: AnnotatedFiles) -> None:
-    """Raise if a file is missing, empty or not readable; quick, for it decodes nothing."""
+    """Raise if a file is missing, empty, unreadable or not of the stated size; quick, for it reads heads alone."""
     missing = [path for path in files.paths if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -162,6 +162,9 @@ def _check_present(files: AnnotatedFiles) -> None:
             'folder of the images, or set on_bad_image="skip" to leave such images out.'
         )
     check_readable(FolderSamples(list(files.paths), []))
+    for index, (path, size) in enumerate(zip(files.paths, files.sizes.tolist(), strict=True)):
+        if upright_size(path) != tuple(size):
+            files.read(index)  # says so, unless what turns the picture stands behind its pixels
 
 
 def _problem(files: AnnotatedFiles, index: int) -> str | None:
