@@ -159,7 +159,10 @@ class CocoPrecision:
             # The metric's own gathering wants equally many images on each process.
             shares: list[Any] = [None] * distributed.get_world_size()
             distributed.all_gather_object(shares, images)
-            images = sorted((image for share in shares for image in share), key=lambda image: int(image[1]["image_id"]))
+            images = [image for share in shares for image in share]
+        if all("image_id" in there for _, there in images):
+            # The order of the COCO evaluation, which decides where scores are equal.
+            images.sort(key=lambda image: int(image[1]["image_id"]))
         # The thresholds of COCO in float64; by default they are rounded to float32, and recalls of 0.2 miss theirs.
         metric = MeanAveragePrecision(
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
