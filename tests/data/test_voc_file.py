@@ -119,6 +119,12 @@ def test_bad_files_are_refused_by_name(root, content, message):
     assert "b.xml" in str(caught.value)
 
 
+@pytest.mark.parametrize("stated", ["C:\\me\\a.jpg", "..\\pictures\\a.jpg", "C:\\me\\gone.jpg"])
+def test_the_folder_of_whoever_labelled_on_windows_is_passed_over(root, stated):
+    (root / "Annotations/a.xml").write_text(text(one("dog", 1, 2, 3, 4), filename=stated))
+    assert read(root, classes=["cat", "dog"]).paths[0] == str(root / "JPEGImages/a.jpg")
+
+
 def test_bad_lists_are_refused_by_name(root):
     names = root / "ImageSets/Main/train.txt"
     for content, message in (

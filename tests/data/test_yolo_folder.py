@@ -51,7 +51,9 @@ def test_a_list_may_be_written_on_windows(root):
     assert len(files.annotations.boxes.labels) > 0
 
 
-@pytest.mark.parametrize("place", ["{root}/images/train", "../images/train", "absolute.txt"])
+@pytest.mark.parametrize(
+    "place", ["{root}/images/train", "../images/train", "images\\train", "..\\images\\train", "absolute.txt"]
+)
 def test_places_in_the_root_may_be_written_otherwise(root, place, monkeypatch):
     (root / "absolute.txt").write_text(
         "".join(f"{root}/images/train/{name}\n" for name in ("a.jpg", "b.png", "sub/c.jpg"))

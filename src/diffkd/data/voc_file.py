@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -140,6 +140,8 @@ def _box(one: ElementTree.Element, number: int, labels: dict[str, int], file: st
 def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
     """Return the image that a file names or, where that is none, the one with the same stem."""
     stem, stated = Path(file).stem, (root.findtext("filename") or "").strip()
+    if "\\" in stated:  # where it was on the Windows of whoever labelled it
+        stated = PureWindowsPath(stated).name
     extensions = (".jpg", *sorted(EXTENSIONS))
     names = [stated] if stated else []
     names += [stem + extension for extension in (*extensions, *map(str.upper, extensions))]

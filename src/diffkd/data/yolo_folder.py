@@ -109,7 +109,7 @@ def read_yolo(
 def _image_names(top: Path, place: str) -> list[str]:
     """Return the images of a folder or list, relative to the root."""
     roots = (top.absolute(), top.resolve())
-    place = _relative(place, roots)
+    place = _relative(with_slashes(place, top), roots)
     (path,) = enclosed_files(top, [place], f"{top}")
     if place.endswith(".txt") and Path(path).is_file():
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
