@@ -144,6 +144,7 @@ IMAGES, LABELS = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4, dtyp
         ({"labels": LABELS.float()}, "torch.int64"),
         ({"mean": [0.5] * 3}, "3 mean and 1 std values for images of 1 channel"),
         ({"std": [0.0]}, "cannot divide"),
+        ({"mean": [124.0], "std": [58.0]}, "divided by 255"),
         ({"batch_size": 0}, "batch_size 0"),
         ({"images": IMAGES.float(), "augmentation": Augmentation(rand_augment=2)}, "uint8"),
     ],

@@ -206,6 +206,9 @@ def test_mixed_kinds_of_images_batch_together(root, mode):
     [
         ({"augmentation": Augmentation(crop_padding=4)}, "crop_padding"),
         ({"min_crop_area": 0.0}, "min_crop_area=0.0"),
+        ({"mean": (0.5,), "std": (0.5,)}, r"mean=\(0.5,\) and std=\(0.5,\): give 3 value"),
+        ({"std": (0.5, -0.5, 0.5)}, "std above 0"),
+        ({"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}, "divided by 255"),
         ({"crop_ratio": 1.5}, "crop_ratio=1.5"),
         ({"image_size": 0}, "image_size=0"),
     ],

@@ -359,6 +359,7 @@ def test_a_record_makes_the_same_data_again(root):
         ({"val_batch_size": 0}, "val_batch_size=0"),
         ({"cache": "disk"}, "cache='disk'"),
         ({"std": (1, 0, 1)}, "std above 0"),
+        ({"mean": (123.7, 116.3, 103.5)}, "divided by 255"),
         ({"id_map": {4: 3}}, "id_map: 4 becomes 3"),
     ],
 )

@@ -10,6 +10,7 @@ from diffkd.data.augmentation import Augmentation
 from diffkd.data.digest import digest_of
 from diffkd.data.sampler import EpochSampler, drops_last
 from diffkd.data.seeding import mix_seed
+from diffkd.data.statistics import check_statistics
 
 
 class DeviceLoader:
@@ -121,6 +122,8 @@ def _check(
         )
     if not all(value > 0 for value in std):
         raise ValueError(f"std {tuple(std)} holds a value that cannot divide: give positive ones.")
+    if images.dtype == torch.uint8:
+        check_statistics(mean, std, images.shape[1])
     recolors = augmentation is not None and (augmentation.rand_augment or augmentation.color_jitter)
     if recolors and images.dtype != torch.uint8:
         raise ValueError(

@@ -15,7 +15,7 @@ from diffkd.data.folder_dataset import FolderDataset, eval_transform, train_tran
 from diffkd.data.folder_scan import FolderSamples, scan_folder
 from diffkd.data.image_data import ImageData
 from diffkd.data.split_loaders import SplitLoaders
-from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 from diffkd.data.verification import Verified, check_every_class, check_readable, verify_images
 
 FLIP = Augmentation(flip=True)
@@ -78,6 +78,7 @@ class ImageFolder(ImageData):
                 f"min_crop_area={min_crop_area} and crop_ratio={crop_ratio} must be in (0, 1], "
                 f"image_size={image_size} above 0."
             )
+        check_statistics(mean, std)
         check_on_bad_image(on_bad_image)
         classes, train, val = scan_folder(root)
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers

@@ -17,6 +17,7 @@ from diffkd.data.quoting import quoted
 from diffkd.data.segmentation_augmentation import SegmentationAugmentation
 from diffkd.data.segmentation_transform import EvalTransform, TrainTransform, fitted
 from diffkd.data.split_loaders import SplitLoaders
+from diffkd.data.statistics import check_statistics
 
 SCALE_AND_FLIP = SegmentationAugmentation(scale=(0.5, 2.0), flip=True)
 Size = tuple[int, int]
@@ -76,8 +77,7 @@ class PairLoaders:
         if cache not in ("none", "memory"):
             raise ValueError(f"cache={cache!r}: give 'none' or 'memory'.")
         check_on_bad_image(on_bad_image)
-        if not len(mean) == len(std) == 3 or min(std) <= 0:
-            raise ValueError(f"mean={tuple(mean)} and std={tuple(std)}: give three values each, std above 0.")
+        check_statistics(mean, std)
         self.resize = None if resize is None else _size("resize", resize)
         self.crop_size = self.resize or (512, 512) if crop_size is None else _size("crop_size", crop_size)
         self.val_batch_size = (batch_size if self.resize else 1) if val_batch_size is None else val_batch_size

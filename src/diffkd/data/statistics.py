@@ -1,11 +1,23 @@
 """Mean and standard deviation of the channels of a data set."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 # The channels of ImageNet's training images, in units of [0, 1]; pretrained models expect these.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def check_statistics(mean: Sequence[float], std: Sequence[float], channels: int = 3) -> None:
+    """Raise ValueError unless mean and standard deviation are given for each channel, in units of [0, 1]."""
+    counted = len(mean) == len(std) == channels
+    if not (counted and all(0 <= value <= 1 for value in mean) and all(value > 0 for value in std)):
+        raise ValueError(
+            f"mean={tuple(mean)} and std={tuple(std)}: give {channels} value(s) each, mean from 0 to 1, std above 0; "
+            "those of pixels from 0 to 255 are to be divided by 255."
+        )
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
