@@ -78,6 +78,15 @@ def test_an_empty_class(root):
         scan_folder(root)
 
 
+def test_a_folder_of_hidden_images_is_said_to_be_one(root):
+    (root / "train" / "__MACOSX").mkdir()
+    (root / "train" / "__MACOSX" / "._a.jpg").touch()
+    with pytest.raises(
+        ValueError, match=r"'__MACOSX', .* holds only 'hidden files'; add images .*or remove the folder"
+    ):
+        scan_folder(root)
+
+
 def test_classes_may_lack_evaluation_images_but_not_all_of_them(root):
     for path in (root / "val" / "dog").iterdir():
         path.unlink()

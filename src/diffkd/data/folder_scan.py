@@ -110,9 +110,13 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 def _contents(folder: Path) -> str:
     """Say what a folder holds instead of images, and what to do about it."""
-    others = sorted({path.suffix or path.name for path in folder.rglob("*") if path.is_file()})
+    others = sorted({_kind(path) for path in folder.rglob("*") if path.is_file()})
     found = f"{folder} holds only {quoted(others)}" if others else f"{folder} is empty"
     return f"{found}; add images ({', '.join(sorted(EXTENSIONS))}) or remove the folder."
+
+
+def _kind(path: Path) -> str:
+    return "hidden files" if path.name.startswith(".") else path.suffix or path.name
 
 
 def _samples(split: Path, classes: tuple[str, ...], root: Path, others: Counter[str]) -> FolderSamples:
