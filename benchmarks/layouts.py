@@ -23,8 +23,8 @@ from diffkd.calling import input_size_of
 from diffkd.layers import Layer, list_layers
 from diffkd.layout import MAX_PREFIX_TOKENS, Layout, fitting_layouts, select_tensor
 from diffkd.locality import change_corner, most_local
-from diffkd.matching import last_feature
 from diffkd.prefix_tokens import prefix_tokens
+from diffkd.stages import last_feature
 from diffkd.trace import run_watched
 
 NETWORKS = (

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from diffkd import CWD, BoxKD, DiffKD, Distiller, FitNet, ReviewKD, list_layers, match_layers
 from diffkd.dense_layers import box_outputs, class_map, common_levels, pyramid
 from diffkd.layers import Layer
-from diffkd.matching import last_feature
+from diffkd.stages import last_feature
 
 IMAGES = torch.randn(2, 3, 32, 32)
 

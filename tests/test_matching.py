@@ -7,7 +7,8 @@ from tiny_segmenters import Segmenter
 from torch import nn
 
 from diffkd import CWD, DIST, DKD, KD, DiffKD, FitNet, Pair, list_layers, match_layers
-from diffkd.matching import DEFAULT_WANTS, last_feature, stages, wants_of
+from diffkd.matching import DEFAULT_WANTS, wants_of
+from diffkd.stages import last_feature, stages
 
 IMAGES = torch.randn(2, 3, 16, 16)
 

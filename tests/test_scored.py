@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from diffkd import KD, DiffKD, Distiller, FitNet, Pair, list_layers, match_layers
 from diffkd.dense_layers import class_map
-from diffkd.matching import last_feature
 from diffkd.shape import FeatureShape
+from diffkd.stages import last_feature
 
 IMAGES = torch.randn(2, 3, 16, 16)
 
