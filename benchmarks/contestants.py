@@ -16,8 +16,8 @@ from benchmarks.cases import Case
 from benchmarks.plain_transcription import PlainDiffKD
 from benchmarks.unet_denoiser import unet
 from diffkd import KD, DiffKD, Distiller, FitNet, Pair, TeacherOptions
-from diffkd.memory_layout import try_channels_last
-from diffkd.tasks.optimization import build_optimizer
+from diffkd.features.memory_layout import try_channels_last
+from diffkd.training.optimization import build_optimizer
 
 FEATURE_ALONE = ("fitnet", "diffkd", "checkpointed", "plain", "unet")
 WITH_NETWORKS = ("alone", "kd", *FEATURE_ALONE)

@@ -24,7 +24,7 @@ from diffkd.methods.box_kd import BoxKD
 from diffkd.methods.shared import Shared
 from diffkd.models import load_detector
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.setup import build_distiller
+from diffkd.training.models import build_distiller
 
 METHODS: dict[str, list[MethodFactory]] = {
     "alone": [],

@@ -27,8 +27,8 @@ from benchmarks.counting import bytes_moved, multiply_adds
 from benchmarks.report import RESULTS, machine, save
 from benchmarks.roofline import measured_rates
 from diffkd import save_student
-from diffkd.tasks.checkpointing import read_checkpoint
-from diffkd.tasks.run_folder import RunFolder
+from diffkd.files.run_folder import RunFolder
+from diffkd.training.checkpointing import read_checkpoint
 
 
 def epoch_seconds(run: Path) -> list[float]:
@@ -118,7 +118,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def _fit(words: list[str]) -> None:
-    from diffkd.cli import main as diffkd
+    from diffkd.commands.cli import main as diffkd
 
     if code := diffkd(["fit", *words]):
         raise RuntimeError(f"diffkd fit {' '.join(words)} ended with exit status {code}; its message is above")

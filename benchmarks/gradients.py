@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.at_least_one import at_least_one
 from benchmarks.report import RESULTS, machine, save, table
-from diffkd.compare import find_method
-from diffkd.step_cost import training_of
+from diffkd.commands.compare import find_method
+from diffkd.commands.step_cost import training_of
 from diffkd.tasks.task import TASK
 
 

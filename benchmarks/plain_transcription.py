@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd import FeatureShape
-from diffkd.losses import kl_divergence
+from diffkd.diffusion.distances import kl_divergence
 
 
 class PlainDiffKD(nn.Module):

@@ -29,7 +29,7 @@ class Case:
     """Two segmenters by name, and the batches they are given.
 
     Args:
-        student: as for :func:`diffkd.models.load_segmenter`.
+        student: as for :func:`diffkd.models.segmenters.load`.
         teacher: likewise.
         classes: K.
         batch: images in a batch.

@@ -20,7 +20,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
 from benchmarks.roofline import Rates, measured_rates
 from benchmarks.timing import CLOCKS, ratios, spread, take_turns
-from diffkd.tasks.memory import freed_memory_kept
+from diffkd.training.memory import freed_memory_kept
 
 
 def measure(

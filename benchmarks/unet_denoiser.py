@@ -7,7 +7,7 @@ has 14.7 million for 256 channels.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.modules import Denoiser
+from diffkd.diffusion.modules import Denoiser
 
 LEVELS = (64, 128, 256)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffkd.data.fashion_mnist import CLASSES, DEBIAN_FOLDER, read_fashion_mnist
+from diffkd.data.classification.fashion_mnist import CLASSES, DEBIAN_FOLDER, read_fashion_mnist
 
 PER_CLASS = {"train": 800, "test": 200}
 SPLITS = {"train": "train", "test": "t10k"}

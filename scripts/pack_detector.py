@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from diffkd.tasks.evaluation import evaluate
-from diffkd.tasks.student_file import find_student, read_card
-from diffkd.weights import read_weights
+from diffkd.commands.evaluate import evaluate
+from diffkd.export.student_file import find_student, read_card
+from diffkd.files.weights import read_weights
 
 
 def main(run: str, target: Path) -> None:

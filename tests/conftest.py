@@ -1,8 +1,11 @@
-"""What all tests share: one thread and a fixed seed."""
+"""What all tests share: one thread, a fixed seed, and small images in files for whole trainings in seconds."""
 
 import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +16,44 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: result
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=50)
 hypothesis.settings.load_profile("tests")
 
+CLASSES = 6
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two .npz files of 8x8 images in six classes, told apart by brightness, with noise."""
+    folder = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    files = {}
+    for name, count in (("train", 60), ("test", 36)):
+        labels = np.arange(count) % CLASSES
+        bright = labels[:, None, None, None] * 30
+        images = (draw.integers(0, 60, (count, 8, 8, 3)) + bright).astype(np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=labels)
+        files[name] = str(folder / f"{name}.npz")
+    return files
+
+
+@pytest.fixture(scope="session")
+def model_file() -> str:
+    """The file whose functions build the models of these tests."""
+    return str(Path(__file__).parent / "tiny_models.py")
+
+
+@pytest.fixture
+def named_files(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Write files of 8x8 images whose classes have names, over those of an earlier call."""
+
+    def write(names: Sequence[str], count: int = 60, shift: int = 0) -> dict[str, str]:
+        files = {"train": str(tmp_path / "train.npz"), "test": str(tmp_path / "test.npz")}
+        for file, images in zip(files.values(), (count, 36), strict=True):
+            pixels = np.random.default_rng(0).integers(0, 256, (images, 8, 8, 3), dtype=np.uint8)
+            np.savez(file, images=pixels, labels=(np.arange(images) + shift) % len(names), classes=np.array(names))
+        return files
+
+    return write

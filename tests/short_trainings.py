@@ -10,8 +10,8 @@ import torch
 
 from diffkd import DiffKD
 from diffkd.data import Arrays, Augmentation
-from diffkd.tasks.fit import fit
-from diffkd.weights import read_weights
+from diffkd.files.weights import read_weights
+from diffkd.training.fit import fit
 
 
 class Tripping(Arrays):

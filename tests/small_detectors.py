@@ -9,12 +9,12 @@ from short_trainings import Tripwire
 from torch import nn
 
 from diffkd.data import DetectionScenes
+from diffkd.files.config import describe
+from diffkd.files.weights import save_student
 from diffkd.models import load_detector
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.describe import describe
 from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.fit import fit
-from diffkd.weights import save_student
+from diffkd.training.fit import fit
 
 CLASSES = ("Bag", "Trouser")
 TINY = DetectionOptions(fpn_channels=32, norm="group", anchor_scale=0.1)

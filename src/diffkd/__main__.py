@@ -2,7 +2,7 @@
 
 import sys
 
-from diffkd.cli import main
+from diffkd.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

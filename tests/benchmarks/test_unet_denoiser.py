@@ -4,7 +4,7 @@ from benchmarks.cases import CASES
 from benchmarks.contestants import Settings, make_step
 from benchmarks.unet_denoiser import UNetDenoiser, unet
 
-from diffkd.modules import Denoiser
+from diffkd.diffusion.modules import Denoiser
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 7), (1, 2)])

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffkd.data.decode import read_rgb, upright_size
+from diffkd.data.images import read_rgb, upright_size
 
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(8, 32)
 

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from diffkd.data.enclosed import enclosed_files, enclosed_folder
+from diffkd.data.folders import enclosed_files, enclosed_folder
 
 
 def test_names_become_paths_whether_or_not_they_exist(tmp_path):

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from diffkd.data.folder_scan import scan_folder
+from diffkd.data.folders import scan_folder
 
 
 @pytest.fixture

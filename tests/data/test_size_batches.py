@@ -1,8 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffkd.data.sampler import EpochSampler
-from diffkd.data.size_batches import SizeBatches
+from diffkd.data.sampler import EpochSampler, SizeBatches
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=30), st.integers(1, 5))

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 from diffkd.data import Augmentation, FashionSubset, ImageFolder
-from diffkd.data.placement import placement
+from diffkd.data.image_data import placement
 
 # Lightning 2.6 uses a name that newer versions of torch are about to drop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")

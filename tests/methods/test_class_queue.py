@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffkd.methods.class_queue import ClassQueue
+from diffkd.methods.cirkd import ClassQueue
 
 
 def contents(queue):

@@ -10,7 +10,7 @@ from plain_diffkd import Parameters, plain_diffkd
 from torch import nn
 
 from diffkd import DiffKD, FeatureShape
-from diffkd.modules import Denoiser
+from diffkd.diffusion.modules import Denoiser
 from diffkd.official import their_name, to_official_state
 
 CASES = {

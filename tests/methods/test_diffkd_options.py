@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffkd import DiffKD, FeatureShape
-from diffkd.losses import dist, kl_divergence, mse
+from diffkd.diffusion.distances import dist, kl_divergence, mse
 
 
 class TestOptions:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffkd import DIST, FeatureShape
-from diffkd.losses import dist
+from diffkd.diffusion.distances import dist
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (2, 7, 3, 3)])

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from diffkd import KD, FeatureShape
 from diffkd.methods.dkd import DKD, decoupled
-from diffkd.methods.standardization import standardize
+from diffkd.methods.kd import standardize
 
 
 def shapes(classes, size=()):

@@ -5,7 +5,7 @@ from torch import distributed
 from diffkd import FeatureShape
 from diffkd.methods.cirkd import CIRKD
 from diffkd.methods.crd import CRD
-from diffkd.methods.gathering import averaged, gathered, rank
+from diffkd.methods.inputs import averaged, gathered, rank
 from diffkd.methods.ofd import OFD
 
 SHAPES = FeatureShape(3, (2, 3)), FeatureShape(4, (2, 3))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from diffkd import KD, FeatureShape
-from diffkd.losses import kl_divergence
+from diffkd.diffusion.distances import kl_divergence
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (2, 7, 3, 3)])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffkd.methods.standardization import standardize
+from diffkd.methods.kd import standardize
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (1, 2), (2, 5, 3, 4)])

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from diffkd.models import load_model, model_names
-from diffkd.models.spelling import nearest
+from diffkd.models.extras import nearest
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from tiny_models import large, small
 from torch import nn
 
 from diffkd import KD, DiffKD, Distiller
-from diffkd.data.mixing import mix
+from diffkd.data.classification.augmentation import mix
 from diffkd.data.seeding import mix_seed
 from diffkd.tasks.classification import Classification, logits_of
-from diffkd.tasks.optimization import Schedule
-from diffkd.tasks.quiet import quiet_trainer
-from diffkd.tasks.training import Training
+from diffkd.training.lightning_module import Training
+from diffkd.training.optimization import Schedule
+from diffkd.training.progress import quiet_trainer
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

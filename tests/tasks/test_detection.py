@@ -18,14 +18,14 @@ from small_detectors import CLASSES, NAME, detector, facts, scenes, teacher_file
 from torch import nn
 
 from diffkd import DiffKD
+from diffkd.commands.evaluate import evaluate
+from diffkd.commands.export import export
+from diffkd.files.weights import read_weights, save_student
 from diffkd.methods.box_kd import BoxKD
 from diffkd.methods.shared import Shared
 from diffkd.tasks.detection import CocoPrecision, Detection, DetectionOptions, classes_of
-from diffkd.tasks.evaluation import evaluate
-from diffkd.tasks.interruption import Interrupted
-from diffkd.tasks.setup import build_teacher
-from diffkd.tasks.student_file import export
-from diffkd.weights import read_weights, save_student
+from diffkd.training.checkpointing import Interrupted
+from diffkd.training.models import build_teacher
 
 METHODS = [functools.partial(Shared, method=functools.partial(DiffKD, kd_weight=5.0)), BoxKD]
 

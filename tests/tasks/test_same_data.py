@@ -6,15 +6,15 @@ import pytest
 import torch
 from short_trainings import arrays, signal_self, train
 
-from diffkd.data.boxes import Annotations, ImageBoxes
-from diffkd.data.detection_dataset import DetectionDataset
-from diffkd.data.folder_dataset import FolderDataset
-from diffkd.data.folder_loader import FolderLoader
-from diffkd.data.folder_scan import FolderSamples
-from diffkd.data.pair_dataset import PairDataset
-from diffkd.data.pair_scan import Pairs
-from diffkd.tasks.interruption import Interrupted
-from diffkd.tasks.same_data import describe_samples
+from diffkd.data.classification.image_folder import FolderDataset
+from diffkd.data.detection.annotated_files import Annotations, ImageBoxes
+from diffkd.data.detection.dataset import DetectionDataset
+from diffkd.data.folders import FolderSamples
+from diffkd.data.loaders import FolderLoader
+from diffkd.data.segmentation.dataset import PairDataset
+from diffkd.data.segmentation.pairs import Pairs
+from diffkd.tasks.data_facts import describe_samples
+from diffkd.training.checkpointing import Interrupted
 
 NAMES = ("ant", "bee", "cat", "dog", "emu", "fox")
 

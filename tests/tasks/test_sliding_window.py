@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from diffkd.tasks.sliding_window import sliding_window
+from diffkd.tasks.segmentation import sliding_window
 
 sizes = st.integers(1, 24)
 

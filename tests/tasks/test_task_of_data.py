@@ -8,8 +8,8 @@ import torch
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.segmentation import SegmentationOptions
-from diffkd.tasks.setup import build_student
 from diffkd.tasks.task_of_data import build_task
+from diffkd.training.models import build_student
 
 FACTS = DataFacts(5, 3, (32, 32), (0.5,) * 3, (0.25,) * 3, tuple("abcde"), torch.zeros(2, 3, 32, 32))
 

@@ -1,26 +1,24 @@
 """What comes in: data modules for classification, detection and segmentation, their loaders and their augmentation."""
 
-from diffkd.data.ade20k import Ade20k
-from diffkd.data.arrays import Arrays
-from diffkd.data.augmentation import Augmentation
-from diffkd.data.box_augmentation import BoxAugmentation
-from diffkd.data.cifar import Cifar
-from diffkd.data.cityscapes import Cityscapes
-from diffkd.data.coco_detection import CocoDetection
-from diffkd.data.detection_scenes import DetectionScenes
-from diffkd.data.device_loader import DeviceLoader
-from diffkd.data.fashion_mnist import FashionMNIST
-from diffkd.data.fashion_subset import FashionSubset
-from diffkd.data.image_folder import ImageFolder
-from diffkd.data.mask_folder import MaskFolder
-from diffkd.data.mixing import mix
-from diffkd.data.palette import palette
+from diffkd.data.classification.arrays import Arrays
+from diffkd.data.classification.augmentation import Augmentation, mix
+from diffkd.data.classification.cifar import Cifar
+from diffkd.data.classification.device_loader import DeviceLoader
+from diffkd.data.classification.fashion_mnist import FashionMNIST, FashionSubset
+from diffkd.data.classification.image_folder import ImageFolder
+from diffkd.data.detection.augmentation import BoxAugmentation
+from diffkd.data.detection.coco import CocoDetection
+from diffkd.data.detection.voc import VocDetection
+from diffkd.data.detection.yolo import YoloDetection
+from diffkd.data.scenes.detection import DetectionScenes
+from diffkd.data.scenes.segmentation import SegmentationScenes
 from diffkd.data.seeding import mix_seed
-from diffkd.data.segmentation_augmentation import SegmentationAugmentation
-from diffkd.data.segmentation_scenes import SegmentationScenes
-from diffkd.data.voc_detection import VocDetection
-from diffkd.data.voc_segmentation import VocSegmentation
-from diffkd.data.yolo_detection import YoloDetection
+from diffkd.data.segmentation.ade20k import Ade20k
+from diffkd.data.segmentation.cityscapes import Cityscapes
+from diffkd.data.segmentation.mask_folder import MaskFolder
+from diffkd.data.segmentation.palette import palette
+from diffkd.data.segmentation.transform import SegmentationAugmentation
+from diffkd.data.segmentation.voc import VocSegmentation
 
 __all__ = [
     "Ade20k",

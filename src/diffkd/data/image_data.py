@@ -1,14 +1,31 @@
 """What all data modules here have in common: loaders over their splits, and the facts that models are built after."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
-from diffkd.data.device_loader import DeviceLoader
-from diffkd.data.folder_loader import FolderLoader
+from diffkd.data.sampler import EpochSampler
 
-Loader = DeviceLoader | FolderLoader
+
+class Loader(Protocol):
+    """Batches of one split, in an order that its seed and epoch decide."""
+
+    @property
+    def sampler(self) -> EpochSampler:
+        """The order of the samples; the trainer sets its epoch."""
+
+    @property
+    def digest(self) -> str | None:
+        """A text that differs where the samples do; None where that is not known."""
+
+    def __len__(self) -> int:
+        """Return the batches of one epoch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Iterate over the batches of one epoch."""
 
 
 class Loaders(Protocol):
@@ -78,3 +95,25 @@ class ImageData(LightningDataModule):
         For detection a list of two (3, H, W) float32 in [0, 1], each of its own size.
         """
         return self._loaders.example()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Name the place of one process.
+
+    Args:
+        device: where the model runs.
+        rank: this process among `world_size`.
+        world_size: number of processes.
+    """
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+
+def placement(trainer: Trainer | None) -> Placement:
+    """Return the trainer's device, rank and world size; without a trainer the CPU, 0 and 1."""
+    if trainer is None:
+        return Placement(torch.device("cpu"), rank=0, world_size=1)
+    return Placement(trainer.strategy.root_device, rank=trainer.global_rank, world_size=trainer.world_size)

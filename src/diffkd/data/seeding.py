@@ -1,5 +1,10 @@
 """One integer seed from several numbers, so that randomness is a function of where training stands."""
 
+import hashlib
+from collections.abc import Iterable
+
+from torch import Tensor
+
 _MASK = (1 << 64) - 1
 
 
@@ -25,3 +30,18 @@ def mix_seed(*numbers: int) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
         state ^= state >> 31
     return state >> 1
+
+
+def digest_of(*parts: Tensor | Iterable[object]) -> str:
+    """Return a digest of tensors and of the texts of other values, in order.
+
+    >>> digest_of(["a", 1]) == digest_of(["a", "1"]) != digest_of([1, "a"])
+    True
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update("\0".join(map(str, part)).encode(errors="surrogateescape"))
+    return digest.hexdigest()[:32]

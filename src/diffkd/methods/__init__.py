@@ -4,7 +4,7 @@ A method is an `nn.Module` built as `Method(student_shape, teacher_shape, **opti
 :class:`~diffkd.FeatureShape`. Its forward takes the two features, (B, C, H, W) or (B, C), and returns a dict of scalar
 losses, or a tuple with a field `losses` as :class:`DiffKD` does. Class attributes say what it wants:
 
-- `wants`: what automatic pairing gives it, a set of the words in :mod:`diffkd.shape`;
+- `wants`: what automatic pairing gives it, a set of the words in :mod:`diffkd.features.shape`;
 - `least_classes` (may be missing): the fewest classes of logits that it can learn from, which automatic pairing then
   heeds;
 - `least_batch` (may be missing): the fewest images of a batch that it can learn from, as it relates them;
@@ -30,7 +30,7 @@ from diffkd.methods.dist import DIST
 from diffkd.methods.dkd import DKD
 from diffkd.methods.fgd import FGD
 from diffkd.methods.fitnet import FitNet
-from diffkd.methods.kd import KD
+from diffkd.methods.kd import KD, standardize
 from diffkd.methods.maskd import MasKD
 from diffkd.methods.mgd import MGD
 from diffkd.methods.ofd import OFD
@@ -39,7 +39,6 @@ from diffkd.methods.reviewkd import ReviewKD
 from diffkd.methods.rkd import RKD
 from diffkd.methods.sp import SP
 from diffkd.methods.srrl import SRRL
-from diffkd.methods.standardization import standardize
 from diffkd.methods.vid import VID
 
 # Of one feature on each side the shapes are a FeatureShape each, of several a list of them.

@@ -4,9 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32, mse
+from diffkd.diffusion.distances import at_least_float32, mse
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import check_same_grid, require_maps, unit
-from diffkd.shape import FeatureShape, Want
 
 
 class AT(nn.Module):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32
-from diffkd.shape import FeatureShape, Want
+from diffkd.diffusion.distances import at_least_float32
+from diffkd.features.shape import FeatureShape, Want
 
 
 class BoxKD(nn.Module):

@@ -6,11 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32
+from diffkd.diffusion.distances import at_least_float32
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.counter_random import random_integers
-from diffkd.methods.gathering import gathered, rank
-from diffkd.methods.inputs import check_labels, embed, full_precision, like_parameters, unit
-from diffkd.shape import FeatureShape, Want
+from diffkd.methods.inputs import check_labels, embed, full_precision, gathered, like_parameters, rank, unit
 
 
 class CRD(nn.Module):

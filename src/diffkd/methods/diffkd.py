@@ -7,12 +7,12 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffkd.diffusion import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
-from diffkd.losses import Distance, at_least_float32, check_several_classes, distance_by_name, mse
-from diffkd.memory_layout import drawn, fast_layout
-from diffkd.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
-from diffkd.passes import DenoiserPasses
-from diffkd.shape import FeatureShape, Want, channels_of
+from diffkd.diffusion.distances import Distance, at_least_float32, check_several_classes, distance_by_name, mse
+from diffkd.diffusion.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
+from diffkd.diffusion.passes import DenoiserPasses
+from diffkd.diffusion.schedule import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
+from diffkd.features.memory_layout import drawn, fast_layout
+from diffkd.features.shape import FeatureShape, Want, channels_of
 
 DistanceName = Literal["mse", "kl", "dist", "attention_mse"]
 
@@ -69,9 +69,9 @@ class DiffKD(nn.Module):
         kd_weight: lambda 3 of Eq. 9, of the distance.
         diffusion_weight: lambda 1, of the denoiser's loss.
         reconstruction_weight: lambda 2, of the autoencoder's loss.
-        denoiser: makes another network than the light :class:`~diffkd.modules.Denoiser` (Table 12), called with the
-            latent's channels and whether it is a map. The network takes the noisy latent and the timesteps, (B,) int64,
-            and returns the noise, in the latent's shape. `denoiser_norm` is for the light one.
+        denoiser: makes another network than the light :class:`~diffkd.diffusion.modules.Denoiser` (Table 12), called
+            with the latent's channels and whether it is a map. The network takes the noisy latent and the timesteps,
+            (B,) int64, and returns the noise, in the latent's shape. `denoiser_norm` is for the light one.
         checkpoint: keep no activations of the denoiser's passes and compute them again in the backward: less memory,
             more time, the same numbers to the last bit.
         variant: "code" or "paper", see above.

@@ -4,10 +4,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffkd.losses import dist
-from diffkd.methods.kd import check_classes
-from diffkd.methods.standardization import standardize as standardized
-from diffkd.shape import FeatureShape, Want
+from diffkd.diffusion.distances import dist
+from diffkd.features.shape import FeatureShape, Want
+from diffkd.methods.kd import check_classes, standardize
 
 
 class DIST(nn.Module):
@@ -55,6 +54,6 @@ class DIST(nn.Module):
         """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
         teacher = teacher.detach()
         if self.standardize:
-            student, teacher = standardized(student), standardized(teacher)
+            student, teacher = standardize(student), standardize(teacher)
         loss = dist(student, teacher, self.beta, self.gamma, self.temperature, self.pool_positions)
         return {"kd": self.weight * loss}

@@ -5,11 +5,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32
+from diffkd.diffusion.distances import at_least_float32
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import check_label_maps, check_labels, labels_on_grid
-from diffkd.methods.kd import check_classes
-from diffkd.methods.standardization import standardize as standardized
-from diffkd.shape import FeatureShape, Want
+from diffkd.methods.kd import check_classes, standardize
 
 
 class DKD(nn.Module):
@@ -27,7 +26,7 @@ class DKD(nn.Module):
         alpha: weight of the target class.
         beta: weight of the other classes.
         temperature: tau > 0.
-        standardize: take the logits' Z-scores first (:func:`~diffkd.methods.standardization.standardize`).
+        standardize: take the logits' Z-scores first (:func:`~diffkd.methods.kd.standardize`).
         weight: factor of the loss.
 
     Raises:
@@ -69,7 +68,7 @@ class DKD(nn.Module):
             check_labels("DKD", labels, (batch,))
         teacher = teacher.detach()
         if self.standardize:
-            student, teacher = standardized(student), standardized(teacher)
+            student, teacher = standardize(student), standardize(teacher)
         student, teacher = (x.movedim(1, -1).reshape(-1, classes) for x in (student, teacher))
         labels = labels.reshape(-1)
         known = (labels >= 0) & (labels < classes)

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32, attentions
+from diffkd.diffusion.distances import at_least_float32, attentions
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import align, check_same_grid, like_parameters, require_maps
-from diffkd.shape import FeatureShape, Want
 
 
 class FGD(nn.Module):

@@ -4,10 +4,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffkd.losses import mse
+from diffkd.diffusion.distances import mse
+from diffkd.diffusion.modules import pointwise
+from diffkd.features.shape import FeatureShape, Want, channels_of
 from diffkd.methods.inputs import like_parameters
-from diffkd.modules import pointwise
-from diffkd.shape import FeatureShape, Want, channels_of
 
 
 class FitNet(nn.Module):

@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from diffkd.calling import first_parameter
-from diffkd.losses import at_least_float32
-from diffkd.modules import pointwise
-from diffkd.shape import FeatureShape
+from diffkd.diffusion.distances import at_least_float32
+from diffkd.diffusion.modules import pointwise
+from diffkd.features.calling import first_parameter
+from diffkd.features.shape import FeatureShape
 
 
 def require_maps(method: str, *shapes: FeatureShape) -> None:
@@ -80,3 +80,27 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 def labels_on_grid(labels: Tensor, height: int, width: int) -> Tensor:
     """Return class maps (B, H, W), of whole numbers, on another grid: the nearest label of each position."""
     return F.interpolate(labels[:, None].float(), (height, width), mode="nearest")[:, 0].long()
+
+
+def rank() -> int:
+    """Return the rank of this process; 0 outside of distributed training."""
+    return distributed.get_rank() if _is_distributed() else 0
+
+
+@torch.no_grad()
+def gathered(tensor: Tensor) -> Tensor:
+    """Return the tensors of all ranks, of equal shape, one after the other along dimension 0."""
+    if not _is_distributed() or distributed.get_world_size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """Return the mean over all ranks."""
+    return gathered(tensor[None]).mean(dim=0)
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

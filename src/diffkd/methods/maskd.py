@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32
+from diffkd.diffusion.distances import at_least_float32
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import align, check_same_grid, full_precision, like_parameters, require_maps
-from diffkd.shape import FeatureShape, Want
 
 
 class MasKD(nn.Module):

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32
+from diffkd.diffusion.distances import at_least_float32
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import align, check_same_grid, like_parameters, require_maps
-from diffkd.shape import FeatureShape, Want
 
 
 class MGD(nn.Module):

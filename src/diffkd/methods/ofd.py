@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32
-from diffkd.methods.gathering import averaged
-from diffkd.methods.inputs import like_parameters, require_maps
-from diffkd.modules import BatchNorm
-from diffkd.shape import FeatureShape, Want
+from diffkd.diffusion.distances import at_least_float32
+from diffkd.diffusion.modules import BatchNorm
+from diffkd.features.shape import FeatureShape, Want
+from diffkd.methods.inputs import averaged, like_parameters, require_maps
 
 
 class OFD(nn.Module):

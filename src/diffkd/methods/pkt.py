@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import embed, full_precision, unit
-from diffkd.shape import FeatureShape, Want
 
 
 class PKT(nn.Module):

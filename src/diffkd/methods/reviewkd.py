@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.losses import mse
+from diffkd.diffusion.distances import mse
+from diffkd.diffusion.modules import BatchNorm
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import like_parameters, require_maps
-from diffkd.modules import BatchNorm
-from diffkd.shape import FeatureShape, Want
 
 
 class ReviewKD(nn.Module):

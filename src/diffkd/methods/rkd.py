@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import embed, full_precision, unit
-from diffkd.shape import FeatureShape, Want
 
 
 class RKD(nn.Module):

@@ -6,9 +6,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffkd.layout import resize
+from diffkd.features.layout import resize
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods import DiffKD, MethodFactory
-from diffkd.shape import FeatureShape, Want
 
 
 class SharedOutput(NamedTuple):

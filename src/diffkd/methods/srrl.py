@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffkd.losses import mse
+from diffkd.diffusion.distances import mse
+from diffkd.diffusion.modules import BatchNorm
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import embed, like_parameters
-from diffkd.modules import BatchNorm
-from diffkd.shape import FeatureShape, Want
 
 
 class SRRL(nn.Module):

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.losses import at_least_float32
+from diffkd.diffusion.distances import at_least_float32
+from diffkd.diffusion.modules import pointwise
+from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import like_parameters
-from diffkd.modules import pointwise
-from diffkd.shape import FeatureShape, Want
 
 
 class VID(nn.Module):

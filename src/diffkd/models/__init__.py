@@ -1,9 +1,10 @@
 """Models: networks for small images, and any model of timm, torchvision, transformers or the user's own by name."""
 
-from diffkd.models.any_size import AnySize, stride_of, upsample
-from diffkd.models.cifar_mobilenetv2 import CifarMobileNetV2, mobilenetv2
-from diffkd.models.cifar_resnet import (
+from diffkd.models.cifar.mobilenetv2 import CifarMobileNetV2, mobilenetv2
+from diffkd.models.cifar.resnet import (
     CifarResNet,
+    compact_resnet8,
+    compact_resnet14,
     resnet8,
     resnet8x4,
     resnet14,
@@ -14,16 +15,16 @@ from diffkd.models.cifar_resnet import (
     resnet56,
     resnet110,
 )
-from diffkd.models.cifar_resnet50 import CifarResNet50, resnet50
-from diffkd.models.cifar_shufflenetv1 import CifarShuffleNetV1, shufflenetv1
-from diffkd.models.cifar_shufflenetv2 import CifarShuffleNetV2, shufflenetv2
-from diffkd.models.compact_resnet import compact_resnet8, compact_resnet14
-from diffkd.models.detector_teacher import DetectorTeacher
+from diffkd.models.cifar.resnet50 import CifarResNet50, resnet50
+from diffkd.models.cifar.shufflenetv1 import CifarShuffleNetV1, shufflenetv1
+from diffkd.models.cifar.shufflenetv2 import CifarShuffleNetV2, shufflenetv2
+from diffkd.models.cifar.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_28_10, wrn_40_1, wrn_40_2
+from diffkd.models.detectors.load import load_detector
+from diffkd.models.detectors.teacher import DetectorTeacher
 from diffkd.models.load import load_model, model_names
-from diffkd.models.load_detector import load_detector
-from diffkd.models.load_segmenter import load_segmenter
 from diffkd.models.normalization import Normalization, input_normalization
-from diffkd.models.wide_resnet import WideResNet, wrn_16_1, wrn_16_2, wrn_28_10, wrn_40_1, wrn_40_2
+from diffkd.models.segmenters.any_size import AnySize, stride_of, upsample
+from diffkd.models.segmenters.load import load_segmenter
 
 __all__ = [
     "AnySize",

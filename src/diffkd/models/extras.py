@@ -1,6 +1,8 @@
 """Libraries that only an extra of this package installs, imported when a model needs them."""
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from types import ModuleType
 
 
@@ -24,3 +26,18 @@ def require(module: str, extra: str, reason: str) -> ModuleType:
         raise ModuleNotFoundError(
             f"{reason} needs {library}, which is not installed: pip install 'diffkd[{extra}]'", name=library
         ) from None
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return "nearest: 'a', 'b'", the known names most like `name`, for use in an error message.
+
+    Args:
+        name: the name that was not found.
+        known: the names that exist.
+        count: at most so many are returned.
+
+    Returns:
+        The text; "nothing is close to it" if no known name is.
+    """
+    close = difflib.get_close_matches(name, sorted(known), n=count)
+    return "nearest: " + ", ".join(f"'{match}'" for match in close) if close else "nothing is close to it"

@@ -11,7 +11,7 @@ from types import ModuleType
 
 from torch import nn
 
-from diffkd.models.spelling import nearest
+from diffkd.models.extras import nearest
 
 
 def build_from_function(

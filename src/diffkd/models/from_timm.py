@@ -4,8 +4,7 @@ import warnings
 
 from torch import nn
 
-from diffkd.models.extras import require
-from diffkd.models.spelling import nearest
+from diffkd.models.extras import nearest, require
 
 
 def timm_names() -> list[str]:

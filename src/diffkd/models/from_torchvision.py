@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from diffkd.models.extras import require
-from diffkd.models.spelling import nearest
+from diffkd.models.extras import nearest, require
 
 # Built without their auxiliary classifiers, so that they too return one tensor in training mode.
 _WITH_AUXILIARY = ("googlenet", "inception_v3")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from torch import nn
 
+from diffkd.files.weights import load_weights
 from diffkd.models.cifar import build_cifar, cifar_names
+from diffkd.models.extras import nearest
 from diffkd.models.from_function import build_from_function
 from diffkd.models.from_timm import build_timm, timm_names
 from diffkd.models.from_torchvision import build_torchvision, torchvision_names
 from diffkd.models.from_transformers import build_transformers
-from diffkd.models.spelling import nearest
-from diffkd.weights import load_weights
 
 _FORMS = (
     "cifar/NAME, timm/NAME, torchvision/NAME, hf/NAME_OR_FOLDER, package.module:function or path/to/file.py:function"

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from diffkd.data.mixing import mix
-from diffkd.layout import select_tensor
+from diffkd.data.classification.augmentation import mix
+from diffkd.features.layout import select_tensor
+from diffkd.files.history import Row
 from diffkd.methods.inputs import like_parameters
-from diffkd.tasks.history import Row
 from diffkd.tasks.task import TASK, Step
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -27,7 +27,7 @@ class Classification:
     Args:
         num_classes: K, length of the student's output.
         label_smoothing: share of the label that is spread over all classes.
-        mixup, cutmix: alpha of Mixup and CutMix, 0 is off (:func:`~diffkd.data.mixing.mix`).
+        mixup, cutmix: alpha of Mixup and CutMix, 0 is off (:func:`~diffkd.data.classification.augmentation.mix`).
 
     Raises:
         ValueError: if `label_smoothing` is not in [0, 1).

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from diffkd.files.history import Row
 from diffkd.methods.inputs import like_parameters
-from diffkd.models.backbone_norm import Norm
+from diffkd.models.detectors.backbone_norm import Norm
+from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.extras import require
-from diffkd.models.transformers_detector import TransformersDetector
-from diffkd.tasks.history import Row
-from diffkd.tasks.replicas import several_processes
+from diffkd.tasks.distributed import several_processes
 from diffkd.tasks.task import TASK, Step
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]], Tensor]
@@ -38,7 +38,7 @@ COCO_NUMBERS = {
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """How detectors are built by name, student and teacher alike (:func:`~diffkd.models.load_detector`).
+    """How detectors are built by name, student and teacher alike (:func:`~diffkd.models.detectors.load`).
 
     Args:
         fpn_channels: channels of the feature pyramid and of the heads on it.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffkd.tasks.history import Row
+from diffkd.files.history import Row
 
 TASK = "task"
 """The name of the task's own loss, and the first part of the names of its terms."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffkd.models import load_detector, load_model, load_segmenter
-from diffkd.models.any_size import stride_of
+from diffkd.models.segmenters.any_size import stride_of
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.detection import Detection, DetectionOptions
@@ -68,8 +68,8 @@ def load(
     """Build a model by name for the task of the data.
 
     Args:
-        name: as for :func:`~diffkd.models.load_model`, :func:`~diffkd.models.load_segmenter` or
-            :func:`~diffkd.models.load_detector`.
+        name: as for :func:`~diffkd.models.load_model`, :func:`~diffkd.models.segmenters.load` or
+            :func:`~diffkd.models.detectors.load`.
         data: says which task, and how a detector is fed.
         num_classes: what it tells apart; None: the model's own, of a classifier.
         in_channels: channels of the images; None: the model's own, of a classifier.

@@ -1,0 +1,211 @@
+"""The command line: `diffkd COMMAND`, each command a typed function whose arguments are its options."""
+
+import json
+import os
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from diffkd.commands.arguments import call, fit_with
+from diffkd.commands.usage_errors import Misuse
+
+_HELP = """usage: diffkd COMMAND [OPTIONS]
+
+Knowledge distillation for vision models, with DiffKD at its heart.
+
+commands:
+{commands}
+
+`diffkd COMMAND --help` lists the options of a command.
+--traceback, or DIFFKD_TRACEBACK=1, shows where an error came from.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the words after `diffkd`; None: those of this process.
+
+    Returns:
+        0 if all went well, 1 if the command failed, 2 if it was called wrongly, 128 and the signal's number if it was
+        interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    wants_traceback = "--traceback" in words or os.environ.get("DIFFKD_TRACEBACK") == "1"
+    # A shell leaves the ~ of --out=~/runs to the program, which would make a folder of that name.
+    words = [re.sub(r"^(--[\w.]+=)?~(?=/)", _at_home, word) for word in words if word != "--traceback"]
+    commands = _commands()
+    if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        lines = (
+            textwrap.fill(
+                f"  {name:{width}}  {(run.__doc__ or '').splitlines()[0]}",
+                width=80,
+                subsequent_indent=" " * (width + 4),
+                break_on_hyphens=False,
+            )
+            for name, run in commands.items()
+        )
+        print(_HELP.format(commands="\n".join(lines)), end="")  # noqa: T201
+        return 0 if words else 2
+    if words[0] == "--version":
+        from diffkd import __version__
+
+        print(__version__)  # noqa: T201
+        return 0
+    if words[0] not in commands:
+        return _fail(f"there is no command {words[0]!r}; there are {', '.join(commands)}", 2)
+    if missing := [name for name in ("lightning", "jsonargparse", "torchmetrics", "rich") if find_spec(name) is None]:
+        return _fail(f"`diffkd {words[0]}` needs {', '.join(missing)}: pip install 'diffkd[train]'", 1)
+    try:
+        with _plain_warnings():
+            commands[words[0]](words[1:])
+    except Misuse as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
+        if wants_traceback:
+            raise
+        return _fail(_reason(error), 1)
+    except Exception as error:
+        if (signum := getattr(error, "signum", None)) is not None:
+            return _fail(str(error), 128 + signum)
+        if wants_traceback or not type(error).__module__.startswith("lightning."):
+            raise  # a mistake of this package's: all that is known of it should be seen
+        return _fail(str(error), 1)
+    return 0
+
+
+def _at_home(found: re.Match[str]) -> str:
+    return f"{found[1] or ''}{Path.home()}"
+
+
+def _commands() -> dict[str, Callable[[list[str]], None]]:
+    return {
+        "demo": _demo,
+        "fit": _fit,
+        "test": _test,
+        "layers": _layers,
+        "export": _export,
+        "compare": _compare,
+        "plot": _plot,
+        "recipes": _recipes,
+    }
+
+
+def _demo(words: list[str]) -> None:
+    """Distil a small student with each method, in minutes, with data that come with the package."""
+    from diffkd.commands.demo import demo
+
+    call(demo, words, "demo")
+
+
+def _fit(words: list[str]) -> None:
+    """Train a student, alone or with a teacher: diffkd fit [RECIPE] --out FOLDER [OPTIONS]."""
+    fit_with(words)
+
+
+def _compare(words: list[str]) -> None:
+    """Train a recipe with several methods and seeds: diffkd compare RECIPE --out FOLDER [OPTIONS] [-- FIT_OPTIONS]."""
+    from diffkd.commands.compare import compare
+
+    split = words.index("--") if "--" in words else len(words)
+    fixed = {"options": words[split + 1 :]}
+    call(compare, words[:split], "compare", fixed=fixed, positional="recipe")
+
+
+def _test(words: list[str]) -> None:
+    """Measure a trained student: diffkd test RUN_OR_FILE [OPTIONS]."""
+    import diffkd.data  # noqa: F401
+    from diffkd.commands.evaluate import evaluate
+
+    call(evaluate, _with_data_of_card(words), "test", positional="student")
+
+
+def _with_data_of_card(words: list[str]) -> list[str]:
+    """Let `--data.NAME VALUE` without `--data` change the data that the student's card names."""
+    from diffkd.commands.evaluate import described_data
+    from diffkd.export.student_file import find_student, read_card
+
+    changes = [position for position, word in enumerate(words) if re.match(r"--data\.(?!help\b)", word)]
+    named = any(re.match(r"--data(=|$)", word) for word in words)
+    if named or not changes or words[0].startswith("-"):
+        return words
+    student = find_student(words[0], "best" if {"best", "--which=best"} & set(words) else "last")
+    kind, arguments = described_data(read_card(student))
+    described = json.dumps({"class_path": f"diffkd.data.{kind.__name__}", "init_args": arguments})
+    return [*words[: changes[0]], f"--data={described}", *words[changes[0] :]]
+
+
+def _layers(words: list[str]) -> None:
+    """List the layers of a model, and with --teacher the pairs of two: diffkd layers MODEL [OPTIONS]."""
+    from diffkd.commands.layers import layers
+
+    call(layers, words, "layers", positional="model")
+
+
+def _export(words: list[str]) -> None:
+    """Save the plain student of a run or checkpoint: diffkd export RUN_OR_CHECKPOINT --out FILE."""
+    from diffkd.commands.export import export
+
+    call(export, words, "export", positional="source")
+
+
+def _plot(words: list[str]) -> None:
+    """Draw the course of a run, and what student, denoiser and teacher see: diffkd plot RUN [OPTIONS]."""
+    from diffkd.commands.plot import plot
+
+    call(plot, words, "plot", positional="run")
+
+
+def _recipes(words: list[str]) -> None:
+    """List the recipes that come with the package, for diffkd fit."""
+    from diffkd.recipes import recipes
+
+    call(recipes, words, "recipes")
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Let warnings of this package be written without the line of code that they come from."""
+    usual, package = warnings.formatwarning, Path(__file__).parent
+
+    def plain(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if package in Path(filename).parents:
+            return f"diffkd: warning: {message}\n"
+        return usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error, of one in a process that loads data without the traceback in it."""
+    text = str(error)
+    if caught := re.match(r"Caught (\w+) in DataLoader worker process", text):
+        text = re.split(rf"^(?:[\w.]+\.)?{caught[1]}: ", text, flags=re.MULTILINE)[-1]
+    return text or type(error).__name__
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"diffkd: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

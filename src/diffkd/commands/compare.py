@@ -1,0 +1,306 @@
+"""`compare`: train a recipe with several methods and seeds, and put the results side by side."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from diffkd.commands.arguments import fit_with, values_of_fit
+from diffkd.commands.step_cost import step_costs
+from diffkd.commands.usage_errors import Misuse
+from diffkd.files.history import read_csv
+from diffkd.files.run_folder import RunFolder
+from diffkd.files.weights import write_text
+from diffkd.recipes import find_recipe
+from diffkd.reports.plots import draw_results
+from diffkd.reports.tables import (
+    REFERENCES,
+    Row,
+    as_json,
+    as_latex,
+    as_markdown,
+    cells,
+    summarize,
+    write_all_measurements,
+)
+from diffkd.training.checkpointing import Interrupted
+
+COSTS = "step_cost.json"
+# Columns that a terminal shows only if there is room, the first to go first.
+_SPARED = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
+DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a comparison: its method, its seed, and the folder it leaves."""
+
+    method: str
+    seed: int
+    folder: Path
+
+
+def compare(
+    recipe: str,
+    out: Path,
+    *,
+    methods: list[str] | None = None,
+    seeds: int = 3,
+    jobs: int = 1,
+    devices: list[int] | None = None,
+    cost: bool = True,
+    json: bool = False,
+    markdown: bool = False,
+    latex: bool = False,
+    options: Sequence[str] = (),
+) -> list[Row]:
+    """Train a recipe with several methods, each from several seeds, and write one table.
+
+    Every run is a `diffkd fit` of its own in `out/METHOD/seed-N`. Called again, it leaves finished runs alone, goes on
+    with those that were interrupted, and makes the table anew: `comparison.json`, `.md`, `.tex` and `.png` in `out`,
+    and `measurements.json` and `.md` with all that was measured beside the headline.
+
+    Args:
+        recipe: file, or name of a recipe in the package.
+        out: folder of the comparison.
+        methods: names of methods in the package ("alone", "kd", "diffkd", ...; `diffkd recipes` lists them under
+            "methods/"), or files that set other values of the recipe. Of a recipe's method of the same class they keep
+            the options that they do not set.
+        seeds: how many, from 0.
+        jobs: runs at the same time. On a CPU each gets its share of the cores.
+        devices: GPUs to spread the runs over, such as [0, 1]; None: the first, or the CPU.
+        cost: measure what a training step of each method costs, side by side, when all have been trained.
+        json: print the table as JSON.
+        markdown: print it as Markdown.
+        latex: print it as LaTeX.
+        options: further options of `diffkd fit`, for all runs; those of teacher and method not for a student alone.
+
+    Returns:
+        A row per method.
+
+    Raises:
+        ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
+            other values; nothing is trained then.
+        Misuse: if options do not fit `diffkd fit`, or one of the methods; likewise.
+        RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
+    """
+    out = out.expanduser()
+    methods = list(DEFAULT_METHODS) if methods is None else methods
+    names = [Path(method).stem for method in methods]
+    if not methods or len(set(names)) < len(names) or seeds < 1 or jobs < 1:
+        raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
+    recipe_file = find_recipe(recipe)
+    presets = {name: find_method(method) for name, method in zip(names, methods, strict=True)}
+    # A student alone stays so, whatever teacher the options give the others.
+    alone = [*_without_method(options), "--teacher=null"]
+    meant = {name: alone if _sets_no_teacher(preset) else options for name, preset in presets.items()}
+    # Seed by seed, so that an interrupted comparison has something of every method.
+    runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
+    console = Console(stderr=True)
+    commands = {
+        run: [
+            *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
+            *(f"--seed={run.seed}", f"--out={run.folder}", "--resume=true", "--progress=false"),
+            *([f"--devices=[{devices[index % len(devices)]}]"] if devices else []),
+        ]
+        for index, run in enumerate(runs)
+    }
+    for run, words in commands.items():
+        if run.seed == 0 or run.folder.is_dir():
+            try:
+                values = values_of_fit(words)
+            except Misuse as error:
+                raise Misuse(f"{error} ({run.method} with the options of the comparison)") from error
+            RunFolder(run.folder).check(values, resume=True)
+    failed = train_all(commands, jobs, console)
+    if cost:
+        write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
+    rows = report(out, names, seeds)
+    if rows:
+        console.print(rich_table(rows, console.width))
+    for wanted, text in ((json, _json_text(rows)), (markdown, as_markdown(rows)), (latex, as_latex(rows))):
+        if wanted:
+            print(text, end="")  # noqa: T201
+    if failed:
+        logs = ", ".join(str(run.folder.with_suffix(".log")) for run in failed)
+        rest = " The others are in the table." if rows else ""
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed; see {logs}.{rest}")
+    return rows
+
+
+def find_method(method: str) -> Path:
+    """Return the file that sets a method's values: a path, or the name of one in the package.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    return find_recipe(method if Path(method).is_file() else f"methods/{method}")
+
+
+def _sets_no_teacher(preset: Path) -> bool:
+    values = yaml.safe_load(preset.read_text(encoding="utf-8")) or {}
+    return isinstance(values, dict) and values.get("teacher", "kept") is None
+
+
+def _without_method(options: Sequence[str]) -> list[str]:
+    """Return options of `diffkd fit` less those of the method and its pairs, with their values."""
+    kept: list[str] = []
+    dropped = False
+    for word in options:
+        if word.startswith("--"):
+            dropped = re.match(r"--(method|pairs)(\W|$)", word) is not None
+        if not dropped:
+            kept.append(word)
+    return kept
+
+
+def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) -> None:
+    """Measure the cost of a step of every method, unless the file of costs holds them all, and write that file."""
+    file = out / COSTS
+    reference = next((method for method in REFERENCES[::-1] if method in commands), next(iter(commands), None))
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if reference is None or (known.get("reference") == reference and set(commands) <= set(known["methods"])):
+        return
+    console.print(f"measuring a training step of {len(commands)} methods, side by side")
+    costs = step_costs(commands, reference)
+    facts = {
+        "reference": reference,
+        "threads": torch.get_num_threads(),
+        "methods": {method: asdict(one) for method, one in costs.items()},
+    }
+    write_text(file, json.dumps(facts, indent=2) + "\n")
+
+
+def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
+    """Write table and curves of what is finished in the folder of a comparison, and return the rows."""
+    results: dict[str, dict[int, Any]] = {}
+    curves: dict[str, list[list[float]]] = {}
+    for method in methods:
+        for seed in range(seeds):
+            folder = out / method / f"seed-{seed}"
+            if (folder / "result.json").is_file():
+                results.setdefault(method, {})[seed] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+                score = results[method][seed]["score"]
+                history = read_csv(folder / "metrics.csv")
+                curves.setdefault(method, []).append([100 * float(row[score]) for row in history])
+    if not results:
+        return []
+    first = next(iter(next(iter(results.values())).values()))
+    score = first["score"]
+    costs = json.loads((out / COSTS).read_text(encoding="utf-8")) if (out / COSTS).is_file() else None
+    rows = summarize(results, score, costs)
+    facts = {"device": first["device"], "versions": first["versions"], "metric": score, "rows": as_json(rows)}
+    if costs is not None:
+        facts["step_cost"] = costs
+    texts = {"json": json.dumps(facts, indent=2) + "\n", "md": as_markdown(rows), "tex": as_latex(rows)}
+    for suffix, text in texts.items():
+        write_text(out / f"comparison.{suffix}", text)
+    write_all_measurements(out, results)
+    draw_results(out / "comparison.png", curves, ylabel=f"{score} (%)")
+    return rows
+
+
+def rich_table(rows: Sequence[Row], width: int) -> Table:
+    """Return the rows as a table for a terminal of `width` columns; a narrow one leaves out what files still hold."""
+    kept = {title: column for title, *column in zip(*cells(rows), strict=True)}
+    for title in _SPARED:
+        if sum(3 + max(map(len, [title, *column])) for title, column in kept.items()) <= width:
+            break
+        kept.pop(title, None)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in kept:
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
+    for line in zip(*kept.values(), strict=True):
+        table.add_row(*line)
+    return table
+
+
+def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) -> list[Run]:
+    """Train runs in processes of their own, and return those that failed.
+
+    Args:
+        commands: for each run, the words of its `diffkd fit`.
+        jobs: runs at the same time; on a CPU each gets its share of the cores.
+        console: says how it goes.
+    """
+    failed, started = [], time.monotonic()
+    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // jobs)
+    # Not forked: CUDA and threads do not survive that.
+    context = multiprocessing.get_context("spawn")
+    previous = {signum: signal.signal(signum, _stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
+        futures = {pool.submit(_train, run, words): run for run, words in commands.items()}
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                run = futures[future]
+                if reason := future.result():
+                    failed.append(run)
+                outcome = f"failed: {reason}" if reason else f"done  {(time.monotonic() - started) / 60:.1f} min"
+                console.print(
+                    f"{done}/{len(futures)}  {run.method} seed {run.seed} {outcome}", markup=False, soft_wrap=True
+                )
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()  # a run that is asked to stop saves first
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+    return failed
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted("the comparison was stopped; the same command goes on with it", signum)
+
+
+def _start_worker(threads: int) -> None:
+    """Use so many threads, and leave Ctrl-C, which reaches the workers too, to the comparison: it tells them."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _train(run: Run, words: list[str]) -> str:
+    """Train one run, its output going to a log beside its folder; return why it failed, "" if it did not."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)  # the comparison is gone, and nobody would read the result
+    if (run.folder / "result.json").is_file():
+        return ""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with run.folder.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            fit_with(words)
+        except Interrupted as stopped:
+            # The process ends with its run: it would take the next one from the queue, which is not to be begun.
+            print(stopped, flush=True)  # noqa: T201
+            os._exit(128 + stopped.signum)
+        except Exception as error:
+            traceback.print_exc()
+            return " ".join(str(error).split()) or type(error).__name__
+    return ""
+
+
+def _json_text(rows: Sequence[Row]) -> str:
+    return json.dumps(as_json(rows), indent=2) + "\n"

@@ -1,0 +1,91 @@
+"""`demo --task segmentation`: a small segmenter distilled on generated scenes, and what it sees in them."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from diffkd.commands.compare import compare, cores
+from diffkd.data import SegmentationScenes
+from diffkd.export.student_file import find_weights, read_card
+from diffkd.files.weights import write_text
+from diffkd.models import AnySize, load_segmenter
+from diffkd.reports.predictions import draw_overlays
+from diffkd.reports.tables import Row, class_table_of
+
+RECIPE = "scenes/segmentation"
+METHODS = ("alone", "kd", "cwd", "diffkd")
+TEACHER_WEIGHTS = "scenes/teacher.safetensors"
+IMAGES = 5  # scenes in the picture
+
+
+def segmentation_demo(
+    out: Path, seeds: int, epochs: int, jobs: int | None, console: Console, *, recipe: str = RECIPE
+) -> list[Row]:
+    """Train a small segmenter alone and with KD, CWD and DiffKD, compare, and draw what it sees.
+
+    Scenes are generated and the teacher comes with the package: nothing is fetched. Interrupted and called again, it
+    goes on where it was.
+
+    Args:
+        out: folder for the tables, the picture, the DiffKD student and all runs.
+        seeds: runs of each method.
+        epochs: length of each run.
+        jobs: runs at the same time; None: one per core.
+        console: says how it goes.
+        recipe: on scenes, with the packaged teacher.
+
+    Returns:
+        A row per method.
+    """
+    console.print(f"segmentation: {len(METHODS)} methods, {seeds} seed(s) each, on generated scenes, in {out}")
+    methods = [f"segmentation/{method}" for method in METHODS]
+    options = [f"--epochs={epochs}"]
+    rows = compare(recipe, out, methods=methods, seeds=seeds, jobs=cores() if jobs is None else jobs, options=options)
+    write_text(out / "classes.md", class_table_of(out, METHODS, seeds))
+    run = out / "diffkd" / "seed-0"
+    for suffix in (".safetensors", ".json"):
+        shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
+    look(out, out / "demo.png")
+    console.print(f"tables  {out / 'comparison.md'}, {out / 'classes.md'}\npicture {out / 'demo.png'}", soft_wrap=True)
+    console.print(
+        f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
+    )
+    return rows
+
+
+def look(out: Path, picture: Path, count: int = IMAGES) -> Path:
+    """Draw evaluation scenes of a finished demonstration, as student, distilled student and teacher see them.
+
+    Args:
+        out: folder of the demonstration.
+        picture: PNG or SVG file to write.
+        count: how many scenes.
+
+    Returns:
+        The picture.
+    """
+    weights = {
+        "student alone": out / "alone" / "seed-0" / "student.safetensors",
+        "student, DiffKD": out / "diffkd" / "seed-0" / "student.safetensors",
+        "teacher": find_weights(TEACHER_WEIGHTS),
+    }
+    card = read_card(weights["student alone"])
+    data = SegmentationScenes(**(card["data"]["init_args"] | {"seed": card["seed"], "train_count": 2}))
+    images, masks, _ = next(iter(data.val_dataloader()))
+    # Those with most classes show most.
+    order = sorted(range(len(masks)), key=lambda index: -len(masks[index].unique()))[:count]
+    images, masks = images[order], masks[order]
+    maps = {title: _seen(file, images) for title, file in weights.items()} | {"truth": masks}
+    return draw_overlays(picture, images, maps, data.classes, ignore_index=data.ignore_index)
+
+
+def _seen(weights: Path, images: Tensor) -> Tensor:
+    """Return the class ids (B, H, W) that a saved segmenter finds in normalised images."""
+    card = read_card(weights)
+    model = load_segmenter(card["model"], num_classes=card["num_classes"], weights=weights)
+    with torch.no_grad():
+        ids: Tensor = AnySize(model).eval()(images).argmax(dim=1)
+    return ids

@@ -1,0 +1,178 @@
+"""Measuring a saved student exactly as at the end of its training."""
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from rich.console import Console
+from torch import nn
+
+from diffkd.export.plain_student import named_model
+from diffkd.export.student_file import Which, find_student, read_card
+from diffkd.tasks.data_facts import DataFacts, facts_of, first_difference
+from diffkd.tasks.segmentation import SegmentationOptions
+from diffkd.tasks.task_of_data import build_task, load_saved
+from diffkd.teacher.view import TeacherInput
+from diffkd.training.build import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
+from diffkd.training.lightning_module import Training
+from diffkd.training.models import lay_out
+from diffkd.training.progress import quiet_trainer
+
+
+def evaluate(
+    student: str,
+    *,
+    model: str | None = None,
+    data: LightningDataModule | None = None,
+    which: Which = "last",
+    segmentation: SegmentationOptions | None = None,
+    precision: str | None = None,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> dict[str, float]:
+    """Measure a student on the evaluation set.
+
+    What is not given is read off the card beside the weights. A card is believed where it names models of the known
+    libraries and data of this package; code of anybody's own runs only if it is named here.
+
+    Args:
+        student: folder of a run, or file of weights.
+        model: name of the model, as for fit.
+        data: data to measure on; on the command line, `--data.NAME VALUE` without it changes one value of the card's.
+        which: of a run, the student of the last or of the best epoch.
+        segmentation: as for fit, such as the windows of the evaluation; None: as in training.
+        precision: as for fit; None: as in training.
+        accelerator: cpu, gpu, mps, or auto.
+        progress: print what was found.
+
+    Returns:
+        The measurements by name, shares of 1 all but "loss": for classification "top1", with more than five classes
+        "top5", and "loss", the mean cross entropy.
+
+    Raises:
+        FileNotFoundError: if there are no such weights, or the data are not where they were.
+        ValueError: if the weights do not fit the model, the data have their classes in another order, or neither the
+            arguments nor the card say what is needed.
+    """
+    path = find_student(student, which)
+    card = read_card(path)
+    if path.suffix == ".ckpt" and (model is None or data is None):
+        raise ValueError(
+            f"{path} holds a whole training: take the student out of it with `diffkd export {path} --out "
+            "student.safetensors`, and test that"
+        )
+    data = data_of(card) if data is None else data
+    facts = facts_of(data)
+    name = model or named_model(card, path)
+    classes, channels = card.get("num_classes", facts.num_classes), card.get("in_channels", facts.in_channels)
+    if (classes, channels) != (facts.num_classes, facts.in_channels):
+        raise ValueError(
+            f"{path} is for {classes} classes and {channels} channels, the data have {facts.num_classes} and "
+            f"{facts.in_channels}; give the data it was trained on with --data"
+        )
+    if card.get("task", facts.task) != facts.task:
+        raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
+    _check_names(path, card.get("classes") or facts.classes, facts.classes)
+    options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
+    built = load_saved(name, facts, path, card)
+    lay_out(built, facts, card.get("channels_last"), accelerator)
+    training = Training(
+        _renormalised(built, card, facts),
+        build_task(facts, segmentation=options if segmentation is None else segmentation),
+        optimizer=DEFAULT_OPTIMIZER,
+        schedule=DEFAULT_SCHEDULE,
+        epochs=1,
+    )
+    with quiet_trainer():
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=1,
+            precision=precision or card.get("precision", "32-true"),  # type: ignore[arg-type]  # checked by the trainer
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        trainer.validate(training, datamodule=data, verbose=False)
+    measured = training.measured
+    console = Console(quiet=not progress)
+    console.print(
+        f"{path}: {name}, {sum(p.numel() for p in built.parameters()):,} parameters", highlight=False, soft_wrap=True
+    )
+    width = max(map(len, measured))
+    for metric, value in measured.items():
+        recorded = card.get("metrics", {}).get(metric)
+        note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}, {card.get('which', '')})"
+        console.print(f"{metric:{width}}  {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
+    return measured
+
+
+def _check_names(path: Path, learned: Sequence[str], given: Sequence[str]) -> None:
+    other = first_difference(learned, given)
+    if other is not None and sorted(learned) == sorted(given):
+        raise ValueError(f"{path} has the classes of the data in another order: {other}. Give the data that order")
+    if other is not None:
+        warnings.warn(
+            f"{path} names its classes otherwise than the data: {other}. If they are others, or in another order, what "
+            "is measured says nothing",
+            stacklevel=3,
+        )
+
+
+def _pairs_as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _shown(metric: str, value: float) -> str:
+    return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
+
+
+def data_of(card: dict[str, Any]) -> LightningDataModule:
+    """Build the data module that a card names, if it is one of this package's."""
+    kind, arguments = described_data(card)
+    parameters = inspect.signature(kind).parameters
+    if isinstance(arguments.get("augmentation"), dict):
+        # Each kind of data has its own description of augmentation, which is the default's type.
+        described = parameters["augmentation"].default
+        arguments["augmentation"] = type(described)(**_pairs_as_tuples(arguments["augmentation"]))
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        name = f"{kind.__module__}.{kind.__name__}"
+        raise ValueError(f"the data cannot be made from the card ({error}); give --data {name} ...") from error
+
+
+def described_data(card: dict[str, Any]) -> tuple[type[LightningDataModule], dict[str, Any]]:
+    """Return the kind of data that a card names and its arguments, as the card holds them.
+
+    Raises:
+        ValueError: if the card names none, or one that is not this package's.
+    """
+    description = card.get("data") or {}
+    module, _, name = str(description.get("class_path", "")).rpartition(".")
+    if not module:
+        raise ValueError("nothing says what to measure on; give --data, such as diffkd.data.FashionMNIST")
+    kind = getattr(importlib.import_module("diffkd.data"), name, None)
+    ours = module == "diffkd.data" or module.startswith("diffkd.data.")
+    if not ours or not isinstance(kind, type) or not issubclass(kind, LightningDataModule):
+        raise ValueError(
+            f"the card names data of somebody's own, {module}.{name}; give --data {module}.{name} yourself"
+        )
+    arguments = dict(description.get("init_args") or {})
+    if "seed" in inspect.signature(kind).parameters and card.get("seed") is not None:
+        # The command line gives the data the run's own seed, which generated scenes are drawn from.
+        arguments.setdefault("seed", card["seed"])
+    return kind, arguments
+
+
+def _renormalised(model: nn.Module, card: dict[str, Any], facts: DataFacts) -> nn.Module:
+    """Let the model see images normalised as in its training, whatever the data's own normalisation."""
+    mean, std = tuple(card.get("mean", facts.mean)), tuple(card.get("std", facts.std))
+    if facts.task == "detection" or (mean, std) == (facts.mean, facts.std):
+        return model
+    return nn.Sequential(TeacherInput(facts.mean, facts.std, mean, std), model)

@@ -1,0 +1,85 @@
+"""`layers`: what a model is made of, and how two models would be paired."""
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from diffkd.features.layers import list_layers
+from diffkd.methods import MethodFactory
+from diffkd.tasks.data_facts import DataFacts, TaskName
+from diffkd.tasks.task_of_data import load, padded_example
+from diffkd.training.models import build_distiller
+from diffkd.training.start_report import pairs_table
+
+
+def layers(
+    model: str,
+    *,
+    teacher: str | None = None,
+    task: TaskName = "classification",
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    image_size: int | None = None,
+    method: MethodFactory | None = None,
+) -> None:
+    """Print the layers of a model; with a teacher, how the two are paired.
+
+    Args:
+        model: name of the model, or of the student.
+        teacher: name of the teacher.
+        task: what the models are for.
+        num_classes: classes of both; None: each its own, of detectors and segmenters 20.
+        in_channels: channels of the images.
+        image_size: side of the images in pixels; None: what the model was made for, 32 or 224.
+        method: which pairs are wanted for; None: DiffKD.
+
+    Raises:
+        ValueError: if a model is unknown, cannot take such images, or nothing can be paired.
+    """
+    classes = 20 if num_classes is None and task != "classification" else num_classes
+    student = load(model, _facts(task, classes, in_channels, image_size), num_classes=classes, in_channels=in_channels)
+    side = _usual_size(model, student) if image_size is None else image_size
+    facts = _facts(task, classes, in_channels, side)
+    console = Console()
+    if teacher is not None:
+        other = load(teacher, facts, num_classes=classes, in_channels=in_channels)
+        distiller = build_distiller(student, other, None, data=facts, pairs="auto", method=method, seed=0)
+        console.print(pairs_table(distiller))
+        return
+    table = Table(title=f"{model}, images {in_channels}x{side}x{side}", title_justify="left")
+    for column in ("layer", "type", "shape", "layout", ""):
+        table.add_column(column, overflow="fold")  # a name that is cut short cannot be given as that of a pair
+    for layer in list_layers(student, padded_example(facts, student)):
+        note = "" if layer.instead is None else f"not distillable; take {layer.instead or 'a layer around it'}"
+        if layer.elements:
+            note = ", ".join(f"{name} {'x'.join(map(str, shape[1:]))}" for name, shape in layer.elements)
+        shape = str(layer.feature_shape or "x".join(map(str, layer.shape[1:])))
+        table.add_row(*map(escape, (layer.name, layer.type, shape, str(layer.layout or "unknown"), note)))
+    console.print(table)
+
+
+def _facts(task: TaskName, classes: int | None, channels: int, side: int | None) -> DataFacts:
+    """Return what data of that task and size would say of themselves."""
+    count, size = classes or 1, 224 if side is None else side
+    images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    return DataFacts(
+        num_classes=count,
+        in_channels=channels,
+        image_size=(size, size),
+        mean=(0.0,) * channels,
+        std=(1.0,) * channels,
+        classes=tuple(map(str, range(count))),
+        example=list(images) if task == "detection" else images,
+        task=task,
+        min_size=(size,),
+        max_size=size,
+    )
+
+
+def _usual_size(name: str, model: nn.Module) -> int:
+    published = getattr(model, "pretrained_cfg", None)
+    if isinstance(published, dict) and "input_size" in published:
+        return int(published["input_size"][-1])
+    return 32 if name.startswith("cifar/") else 224

@@ -1,0 +1,175 @@
+"""`plot`: the figures of a run, as it was last saved."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from torch import Tensor
+
+from diffkd.commands.step_cost import training_of
+from diffkd.distill.distiller import Distiller
+from diffkd.distill.observation import Observation
+from diffkd.files.history import read_csv
+from diffkd.files.run_folder import RunFolder
+from diffkd.reports.plots import saliency
+from diffkd.reports.run_figures import draw_course, draw_gammas, draw_looks, draw_scores
+from diffkd.tasks.classification import Classification
+from diffkd.tasks.task import Task
+from diffkd.training.checkpointing import read_checkpoint
+from diffkd.training.lightning_module import Training
+
+
+def plot(
+    run: str, *, out: Path | None = None, images: int = 6, gammas: int = 1000, progress: bool = True
+) -> list[Path]:
+    """Draw the course of a run, and what its student, teacher and methods make of evaluation images.
+
+    Student and methods are those of the last checkpoint, in evaluation mode; the noise is drawn from one seed.
+
+    Args:
+        run: folder of a run of fit.
+        out: folder for the figures; None: `figures` in the run's.
+        images: evaluation images to show, for classification of different classes.
+        gammas: evaluation images to draw the histograms of gamma from.
+        progress: print what was drawn.
+
+    Returns:
+        The files: `course.png`; of a distillation also `looks-PAIR.png` for pairs of maps, `scores-PAIR.png` for logits
+        of a classifier, and with DiffKD `gamma.png`.
+
+    Raises:
+        FileNotFoundError: if there is no run of at least one epoch.
+        ValueError: if its models cannot be built again, or the checkpoint does not fit them.
+    """
+    if images < 1 or gammas < 1:
+        raise ValueError(f"images and gammas must be at least 1, got {images} and {gammas}")
+    folder = RunFolder(run)
+    training, data = saved_training(folder)
+    out = folder.path / "figures" if out is None else out
+    console = Console(quiet=not progress)
+    drawn: list[Path] = []
+
+    def note(path: Path) -> None:
+        drawn.append(path)
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+    note(draw_course(out / "course.png", read_csv(folder.metrics), training.task.headlines[0]))
+    if training.distiller is None:
+        return drawn
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    training.to(device or "cpu").eval()
+    data.setup("validate")
+    batches = iter(data.val_dataloader())
+    first = next(batches)
+    for path in _draw_pairs(training, first, _chosen(first, images), getattr(data, "classes", ()), out):
+        note(path)
+    if found := _gammas(training, itertools.chain([first], batches), gammas):
+        note(draw_gammas(out / "gamma.png", found))
+    return drawn
+
+
+def saved_training(folder: RunFolder) -> tuple[Training, LightningDataModule]:
+    """Build what a run trains and its data again, and load the last checkpoint.
+
+    Raises:
+        FileNotFoundError: if the run has not ended an epoch.
+        ValueError: if its models cannot be built again, or the checkpoint does not fit them.
+    """
+    for file in (folder.config, folder.metrics, folder.checkpoint):
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no {file}; give the folder of a run that ended an epoch")
+    training, data = training_of([f"--config={folder.config}"])
+    state = read_checkpoint(folder.checkpoint)["state_dict"]
+    try:
+        training.load_state_dict(state)
+    except RuntimeError as error:
+        mismatch = str(error).splitlines()[-1].strip()[:200]
+        raise ValueError(
+            f"{folder.checkpoint} does not fit the models that {folder.config} names, so one of them has changed since "
+            f"({mismatch}): take the run's own configuration and code"
+        ) from error
+    return training, data
+
+
+def _observe(training: Training, batch: Any) -> tuple[Any, dict[str, Observation]]:
+    """Return the pixels of a batch as they were given, and what is made of them."""
+    task: Task = training.task
+    if isinstance(task, Classification):
+        task = replace(task, mixup=0.0, cutmix=0.0)
+    distiller = training.distiller
+    assert isinstance(distiller, Distiller)
+    step = task.step(training.transfer_batch_to_device(batch, training.device, 0), 0)
+    with torch.no_grad():
+        return batch[0], distiller.observe(step.inputs, **step.context)
+
+
+def _chosen(batch: Any, count: int) -> list[int]:
+    """Return which images of a batch to show: the first ones, of as many classes as there are."""
+    images, labels, _ = batch
+    if isinstance(labels, Tensor) and labels.ndim == 1:
+        firsts = [labels.tolist().index(label) for label in set(labels.tolist())]
+        rest = [index for index in range(len(images)) if index not in firsts]
+        return sorted([*firsts, *rest][:count])
+    return list(range(min(count, len(images))))
+
+
+def _draw_pairs(training: Training, batch: Any, chosen: list[int], classes: tuple[str, ...], out: Path) -> list[Path]:
+    images: list[Tensor] = []
+    features: dict[str, dict[str, list[Tensor]]] = {}
+    for index in chosen:
+        torch.manual_seed(index)
+        shown, seen = _observe(training, [part[index : index + 1] for part in batch])
+        images.append(shown[0])
+        for name, sides in _sides(seen):
+            for title, feature in sides.items():
+                features.setdefault(name, {}).setdefault(title, []).append(feature.float().cpu())
+    paths = []
+    for name, columns in features.items():
+        file = re.sub(r"[^\w.]+", "-", name).strip("-")
+        shape = columns["teacher"][0].shape
+        if len(shape) == 4:
+            maps = {title: [saliency(one)[0] for one in seen] for title, seen in columns.items()}
+            paths.append(draw_looks(out / f"looks-{file}.png", images, maps))
+        elif training.task.name == "classification" and shape[1] == len(classes):
+            scores = {title: torch.cat(seen).softmax(dim=1) for title, seen in columns.items()}
+            paths.append(draw_scores(out / f"scores-{file}.png", images, scores, classes))
+    return paths
+
+
+def _sides(seen: Mapping[str, Observation]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield for each pair, and each of its levels, the features to show by title, the teacher's last."""
+    for name, (student, teacher, result) in seen.items():
+        if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+            yield name, _titled(student, teacher, result)
+        else:
+            results = getattr(result, "results", [None] * len(student))
+            for level, sides in enumerate(zip(student, teacher, results, strict=True)):
+                yield f"{name}-{level}", _titled(*sides)
+
+
+def _titled(student: Tensor, teacher: Tensor, result: Any) -> dict[str, Tensor]:
+    if not hasattr(result, "denoised"):
+        return {"student": student, "teacher": teacher}
+    return {"student": student, "denoised": result.denoised, "teacher": teacher}
+
+
+def _gammas(training: Training, batches: Iterable[Any], count: int) -> dict[str, Tensor]:
+    """Return by pair the gammas of so many images, or of all there are; empty where no method has any."""
+    found: dict[str, list[Tensor]] = {}
+    images = 0
+    torch.manual_seed(0)
+    for batch in batches:
+        given, seen = _observe(training, batch)
+        for name, (_, _, result) in seen.items():
+            if getattr(result, "gamma", None) is not None:
+                found.setdefault(name, []).append(result.gamma.float().cpu())
+        images += len(given)
+        if images >= count or not found:
+            break
+    return {name: torch.cat(values) for name, values in found.items()}

@@ -1,0 +1,109 @@
+"""What a training step of each method costs, measured side by side."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from diffkd.commands.arguments import fit_with
+from diffkd.training.build import build_training
+from diffkd.training.lightning_module import Training
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of one method's training step relative to the reference's, over rounds in which each took one.
+
+    Attributes:
+        median: of the ratios.
+        low: their first quartile.
+        high: their third quartile.
+        milliseconds: median duration of the step itself; on a CPU the processor time of all threads.
+        rounds: how many.
+    """
+
+    median: float
+    low: float
+    high: float
+    milliseconds: float
+    rounds: int
+
+
+def step_costs(
+    commands: Mapping[str, Sequence[str]], reference: str, *, rounds: int = 12, device: torch.device | None = None
+) -> dict[str, StepCost]:
+    """Time a whole training step (teacher, student, losses, backward, optimiser) of several methods.
+
+    The methods take turns on the same batch, so that what else the machine does falls on all of them alike; the first
+    two rounds are not counted.
+
+    Args:
+        commands: for each method, the words of its `diffkd fit`.
+        reference: the method that the others are compared with.
+        rounds: counted rounds.
+        device: where to; None: the first GPU, or the CPU.
+
+    Returns:
+        The cost of each method.
+
+    Raises:
+        ValueError: if the reference is not among the methods or there are no rounds.
+    """
+    if reference not in commands or rounds < 1:
+        raise ValueError(f"{reference!r} must be one of {', '.join(commands)}, and rounds at least 1, got {rounds}")
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # On a CPU the time that this process has computed, which other processes disturb least.
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    steps = {method: _stepper(words, device) for method, words in commands.items()}
+    seconds: dict[str, list[float]] = {method: [] for method in steps}
+    for round_ in range(rounds + 2):
+        for method, step in steps.items():
+            _wait(device)
+            started = clock()
+            step()
+            _wait(device)
+            if round_ >= 2:
+                seconds[method].append(clock() - started)
+    costs = {}
+    for method, taken in seconds.items():
+        ratios = [ours / theirs for ours, theirs in zip(taken, seconds[reference], strict=True)]
+        low, median, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
+        costs[method] = StepCost(median, low, high, 1000 * statistics.median(taken), rounds)
+    return costs
+
+
+def training_of(words: Sequence[str]) -> tuple[Training, LightningDataModule]:
+    """Return what the words of a `diffkd fit` would train, and on which data."""
+
+    def build(data: LightningDataModule, **values: Any) -> tuple[Training, LightningDataModule]:
+        return build_training(data=data, **values), data
+
+    made: tuple[Training, LightningDataModule] = fit_with(list(words), use=build)
+    return made
+
+
+def _stepper(words: Sequence[str], device: torch.device) -> Callable[[], None]:
+    """Return a function that takes one training step of the run that `words` describe."""
+    torch.manual_seed(0)
+    training, data = training_of(words)
+    training.to(device).train()
+    optimizer = training.configure_optimizers()
+    batch = training.transfer_batch_to_device(next(iter(data.train_dataloader())), device, 0)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        terms = training.terms(training.task.step(batch, 0))
+        torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,195 @@
+"""What is wrong with the words of a command line, said in those words: which option, why, and what instead."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+# Where the classes are that these options name without their module, and what they are kinds of.
+_HOMES = {
+    "data": ("diffkd.data", "LightningDataModule"),
+    "method": ("diffkd.methods", "Module"),
+    "optimizer": ("torch.optim", "Optimizer"),
+}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "text"}
+# What only the parser understands.
+_NOISE = (
+    r"Does not validate against any of the Union subtypes Subtypes: .*? Errors:",
+    r"Given value type: <class '[^']*'>",
+    r"Type collections\.abc\.Callable\[\[.*?\], [\w.]+\] expects a function or a callable class:",
+    r"(?:Got|Given) value: .*",
+    r"- Expected a <class '(?:NoneType|list)'>",
+    r'Parser key "[^"]*":',
+    r"Problem with given class_path '[\w.]+':",
+)
+
+
+class Misuse(Exception):  # noqa: N818
+    """The words of the command line do not fit the command."""
+
+
+def explain(complaint: str, options: Sequence[str], command: str) -> str:
+    """Say in one line what is wrong with the words of a command line.
+
+    Args:
+        complaint: what jsonargparse says, version 4.
+        options: those that the command has, such as "--epochs".
+        command: its name.
+
+    Returns:
+        The option, the reason, and where there are any the nearest names.
+    """
+    text = " ".join(complaint.split())
+    keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]*)"', text)))
+    option = "--" + ".".join(keys)
+    if found := re.search(r"Option '([^']*)' is not accepted|unrecognized arguments: --([\w.]*)", text):
+        name = found[1] or found[2]
+        kinds = list(re.finditer(r"class_path[= ]'([\w.]+)'", text))
+        # Of a part inside of another, the inner one, which stands last before the complaint; or it stands after it.
+        kind = next((one for one in reversed(kinds) if one.start() < found.start()), kinds[0] if kinds else None)
+        if keys and (kind is None or kind[1].rpartition(".")[2] in dict(_HOMES.values()).values()):
+            return f"{option}.{name}: say first what {option} is, by {option} NAME"
+        if keys and kind is not None:
+            listed = f"`diffkd {command} {option}.help {kind[1]}` lists its options"
+            owner = kind[1].rpartition(".")[2]
+            return f"{option}.{name}: {owner} has no option {name!r}; {_near(name, _arguments(kind[1])) or listed}"
+        listed = f"`diffkd {command} --help` lists all"
+        return f"there is no option --{name}; {_near(f'--{name}', options) or listed}"
+    if found := re.search(r"unrecognized arguments: (.*)$", text):
+        return f"nothing is known of {found[1]!r}; options begin with --, and `diffkd {command} --help` lists them"
+    if found := re.search(r"the following arguments are required: (.*)$", text):
+        missing = (f"{option}.{name}" if keys else f"--{name}" for name in found[1].split(", "))
+        return f"required, but not given: {', '.join(missing)}"
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+        base = _HOMES.get(keys[-1] if keys else "", ("", "object"))[1]
+        names = [f"{found[1]}.{name}" for name in _classes(found[1], base)]
+        return "; ".join(filter(None, (f"{option}: there is no {found[1]}.{found[2]}", _near(found[2], names))))
+    if keys and (
+        found := re.search(r"(?:Unexpected import path format|dot import path string): (\S+?):(\w+)(?= |$)", text)
+    ):
+        path = Path(found[1])
+        how = f"and put its folder on PYTHONPATH: PYTHONPATH={path.parent} diffkd {command} ..."
+        return f"{option}: write {path.stem}.{found[2]}, {how}"
+    if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in _HOMES:
+        names = _classes(*_HOMES[keys[-1]])
+        return f"{option}: there is no {found[1]!r}; {_near(found[1], names) or 'there are ' + ', '.join(names)}"
+    if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*?) Subclass types expect", text):
+        return f"{option}: {found[2]} is no {found[1]}, which has its values by name"
+    if found := re.search(r"Expected an import path or a subclass spec, but got ([^ .]+)", text):
+        return f"{option}: {found[1]} names no class; write package.module.Name"
+    if found := re.search(r"No module named '[^']*'|Unexpected import path format: \S+", text):
+        how = "write package.module.Name, of a module that is installed or whose folder is on PYTHONPATH"
+        return f"{option}: {found[0]}; {how}"
+    if found := re.search(r"Unable to load config ['\"]([^'\"]*)['\"]", text):
+        parts = [name for name in options if name.startswith(f"{option}.")]
+        instead = f"; give its values one by one: {', '.join(parts)}" if parts else ""
+        return f"{option}: there is no file of values {found[1]!r}{instead}"
+    return _of_type(text, option) if keys else text
+
+
+def _of_type(text: str, option: str) -> str:
+    """Explain a value of a wrong type; of what is not known to be one, leave out what only the parser understands."""
+    last = re.split(r"\.? Got value: Namespace", text.rpartition("Parser key ")[2])[0]
+    wanted = re.findall(r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[\w.]+'>)", last)
+    value = re.search(r"(?:Got|Given) value: (?!NestedArg|Namespace)(.*?)(?= Given value| - |$)", last)
+    pairs = [one.count(",") + 1 for one in re.findall(r"[tT]uple\[([^\]]*)\]", last)]
+    if pairs and value:
+        example = "[" + ",".join(["64"] * pairs[0]) + "]"
+        return f"{option}: {value[1]} is no list of {pairs[0]}, as {example} is"
+    if value and any(not one.endswith(("'list'>", "'NoneType'>")) for one in wanted):
+        return f"{option}: {value[1]!r} is not {' or '.join(dict.fromkeys(_kind(one) for one in wanted))}"
+    for noise in _NOISE:
+        text = re.sub(noise, "", text)
+    reasons = dict.fromkeys(part.strip(" .-") for part in re.split(r"(?:^|\s)- ", text))
+    return f"{option}: {'; '.join(filter(None, reasons))}"
+
+
+def _kind(wanted: str) -> str:
+    if found := re.match(r"typing\.Literal\[(.*)\]", wanted):
+        return f"one of {found[1]}" if "," in found[1] else found[1]
+    name = wanted.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
+    return _KINDS.get(name, f"a {name}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """Return "nearest: ..." of the known names, or "" if none is close; the case and the module do not count."""
+    by_end = {one.rpartition(".")[2].lower() if "--" not in one else one: one for one in known}
+    end = name if "--" in name else name.rpartition(".")[2].lower()
+    near = get_close_matches(end, by_end, n=3)
+    return f"nearest: {', '.join(by_end[one] for one in near)}" if near else ""
+
+
+def _arguments(path: str) -> list[str]:
+    module, _, name = path.rpartition(".")
+    return list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+
+
+def _classes(module: str, base: str) -> list[str]:
+    """Return the names of the public classes of a module that are below one of the name `base`, sorted."""
+    known = inspect.getmembers(importlib.import_module(module), inspect.isclass)
+    found = (name for name, one in known if base in [parent.__name__ for parent in one.__mro__[1:]] and name[0] != "_")
+    return sorted(found, key=str.lower)
+
+
+_OF_A_TEACHER = (
+    "teacher_weights",
+    "teacher_pretrained",
+    "teacher_options",
+    "teacher_cache",
+    "teacher_cache_storage",
+    "teacher_views",
+    "method_weight",
+    "method_ramp",
+)
+# Kinds of schedule that heed an option.
+_SCHEDULE_KINDS = {
+    "milestones": ("step",),
+    "every": ("step", "exponential"),
+    "factor": ("step", "exponential"),
+    "floor": ("cosine", "poly"),
+    "power": ("poly",),
+}
+
+
+def check_idle(words: list[str], values: Any) -> None:
+    """Raise Misuse if an option on a command line of `fit` has no effect.
+
+    What only stands in a file may have none: another file, or another option, has switched off what it is for.
+
+    Args:
+        words: of the command line.
+        values: what was resolved from words and files, by name.
+    """
+    for option, mend in _idle(set(_given(words)), values):
+        raise Misuse(f"--{option} has no effect {mend}, or leave --{option} out")
+
+
+def _given(words: list[str]) -> Iterator[str]:
+    """Yield the names of the options among the words; of those of a part, such as `--schedule.every`, the part too."""
+    for word in words:
+        if found := re.match(r"--(\w+)((?:\.\w+)*)", word):
+            yield from (found[1], found[1] + found[2])
+
+
+def _idle(given: set[str], values: Any) -> Iterator[tuple[str, str]]:
+    """Yield options without effect, and why and what to do instead."""
+    if values.teacher is None and "teacher" not in given:  # which may be switched off in the same words
+        for name in _OF_A_TEACHER:
+            if name in given and values[name] not in (None, False):
+                yield name, "without a teacher: give --teacher"
+    if "teacher_cache_storage" in given and values.teacher is not None and values.teacher_cache is None:
+        yield "teacher_cache_storage", "without a cache: give --teacher_cache FOLDER"
+    pairs = values.pairs if isinstance(values.pairs, list) else []
+    if "method" in given and values.method is not None and pairs and all(pair.method is not None for pair in pairs):
+        yield "method", "where all pairs name a method of their own: give --pairs auto"
+    schedule = values.schedule
+    for name, kinds in _SCHEDULE_KINDS.items():
+        if f"schedule.{name}" in given and schedule.kind not in kinds:
+            yield f"schedule.{name}", f"on schedule.kind {schedule.kind}: give --schedule.kind {' or '.join(kinds)}"
+    if "schedule.every" in given and schedule.kind == "step" and schedule.milestones:
+        yield "schedule.every", "beside schedule.milestones: give --schedule.milestones []"
+    if "schedule.warmup_start" in given and not schedule.warmup_epochs:
+        yield "schedule.warmup_start", "without warm-up: give --schedule.warmup_epochs"

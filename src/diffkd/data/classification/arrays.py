@@ -1,0 +1,179 @@
+"""Any labelled images that fit in memory, from two `.npz` files."""
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from diffkd.data.classification.augmentation import Augmentation
+from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
+from diffkd.data.folders import absent_classes, quoted
+from diffkd.data.image_data import ImageData
+
+Layout = Literal["auto", "NHWC", "NCHW"]
+
+
+class LabelledArrays(NamedTuple):
+    """Hold what a file gave: images and labels, and the names of the classes if it has them."""
+
+    data: ImageSet
+    classes: tuple[str, ...] | None
+
+
+def read_npz(path: str | os.PathLike[str], layout: Layout = "auto") -> LabelledArrays:
+    """Read images, labels and, if present, class names from a `.npz` file; nothing in it can run code.
+
+    Args:
+        path: the file. Its keys: `images` (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float; `labels` (N,)
+            integers; optional `classes` (K,) strings.
+        layout: where the channels are. "auto" takes the last axis if it is 1 or 3 long, else the second if that is.
+
+    Returns:
+        Images as (N, C, H, W) uint8 or float32, labels as int64, and the class names or None. Labels and pixel values
+        are not checked here but by `check_image_set`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated or no `.npz`, a key is missing, or a shape or type is wrong; names the
+            file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give a .npz with the keys images and labels.")
+    arrays = _read(path)
+    images, labels = arrays["images"], arrays["labels"]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}; give integers of shape (N,).")
+    if images.dtype != np.uint8 and images.dtype.kind != "f":
+        raise ValueError(f"{path}: images are {images.dtype}; give uint8 in 0..255, or floats.")
+    images = np.ascontiguousarray(_channels_first(images, layout, path))
+    tensor = torch.from_numpy(images if images.dtype == np.uint8 else images.astype(np.float32))
+    return LabelledArrays(ImageSet(tensor, torch.from_numpy(labels.astype(np.int64))), _names(arrays, path))
+
+
+def _names(arrays: dict[str, np.ndarray[Any, Any]], path: Path) -> tuple[str, ...] | None:
+    names = arrays.get("classes")
+    if names is None:
+        return None
+    if names.ndim != 1 or names.dtype.kind not in "USiu":
+        raise ValueError(f"{path}: classes are {names.dtype} {names.shape}; give texts of shape (K,).")
+    return tuple(name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names)
+
+
+def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the arrays of the keys that matter; other keys may hold anything and are not touched."""
+    try:
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            keys = list(file) if isinstance(file, np.lib.npyio.NpzFile) else ["a single array"]
+            wanted = [key for key in keys if key in ("images", "labels", "classes")]
+            arrays: dict[str, np.ndarray[Any, Any]] = {key: file[key] for key in wanted}
+        bare = [key for key in wanted if not isinstance(arrays[key], np.ndarray)]
+        if bare:
+            raise ValueError(f"{bare[0]} is no array of NumPy")
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, ValueError) as error:
+        raise ValueError(
+            f"{path}: damaged, or not plain arrays ({error}); copy it again, or save it with "
+            "np.savez(path, images=..., labels=...), without objects."
+        ) from error
+    missing = [key for key in ("images", "labels") if key not in arrays]
+    if missing:
+        raise ValueError(f"{path}: no key {' or '.join(map(repr, missing))}, only {keys}; rename or add it.")
+    return arrays
+
+
+def _channels_first(images: np.ndarray[Any, Any], layout: Layout, path: Path) -> np.ndarray[Any, Any]:
+    """Return the images as (N, C, H, W)."""
+    if images.ndim == 3:
+        return images[:, None]
+    if images.ndim != 4:
+        raise ValueError(f"{path}: images have shape {images.shape}; give (N, H, W), (N, H, W, C) or (N, C, H, W).")
+    if layout == "auto":
+        layout = "NHWC" if images.shape[3] in (1, 3) else "NCHW"
+        if layout == "NCHW" and images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"{path}: images {images.shape} have 1 or 3 channels neither last nor second; "
+                "say where they are with layout NHWC or NCHW."
+            )
+    return images.transpose(0, 3, 1, 2) if layout == "NHWC" else images
+
+
+NO_AUGMENTATION = Augmentation()
+_MOST_CLASSES = 1_000_000  # labels beyond are numbers of something else, and so many names could fill the memory
+
+
+class Arrays(ImageData):
+    """Serve images and labels of two `.npz` files from memory.
+
+    Both files are read and checked when the module is made, so that bad ones are found before training.
+
+    Args:
+        train: file of the training set with the keys `images`, (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float;
+            `labels`, (N,) integers from 0; and optionally `classes`, the names of the classes.
+        test: file of the evaluation set, likewise.
+        batch_size: images per batch and process.
+        augmentation: what is done to training images.
+        seed: seed of order and augmentation.
+        mean: one value per channel, in units of [0, 1] for uint8 images and in their own for floats; None computes it
+            from the training set.
+        std: one value per channel, likewise.
+        layout: where the channels are; "auto" finds 1 or 3 channels.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is damaged, a key is missing, a label is out of range, a value is not finite, or the two
+            files do not fit together; names the file and the first bad index.
+    """
+
+    def __init__(
+        self,
+        train: str | os.PathLike[str],
+        test: str | os.PathLike[str],
+        batch_size: int = 128,
+        augmentation: Augmentation = NO_AUGMENTATION,
+        seed: int = 0,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        layout: Layout = "auto",
+    ) -> None:
+        train_set, classes = read_npz(train, layout)
+        test_set, test_classes = read_npz(test, layout)
+        if classes is None:
+            classes = test_classes or _counted(train_set.labels, train)
+        elif test_classes not in (None, classes):
+            raise ValueError(f"{test}: its classes {test_classes} are not those of {train}, {classes}; write the same.")
+        check_image_set(train_set, len(classes), os.fspath(train))
+        check_image_set(test_set, len(classes), os.fspath(test))
+        unseen = absent_classes(train_set.labels.tolist(), classes)
+        if unseen:
+            rank_zero_warn(
+                f"{train}: no image of class(es) {quoted(unseen)}, which cannot be learned; number the classes "
+                "from 0 without gaps, or add images."
+            )
+        shape, test_shape = tuple(train_set.images.shape[1:]), tuple(test_set.images.shape[1:])
+        if shape != test_shape or train_set.images.dtype != test_set.images.dtype:
+            raise ValueError(
+                f"{test}: images are {test_set.images.dtype} {test_shape} (C, H, W), those of {train} are "
+                f"{train_set.images.dtype} {shape}; write both alike."
+            )
+        memory = InMemory(
+            train_set, test_set, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std
+        )
+        super().__init__(memory, classes, image_size=(shape[1], shape[2]), mean=memory.mean, std=memory.std)
+        self.augmentation = augmentation
+        self.batch_size, self.seed = batch_size, seed
+        self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
+
+
+def _counted(labels: Tensor, source: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return the numbers of the classes as their names, where nothing names them."""
+    count = int(labels.max()) + 1 if len(labels) else 1
+    if count > _MOST_CLASSES:
+        raise ValueError(f"{source}: label {count - 1} makes {count} classes; number the classes from 0 without gaps.")
+    return tuple(map(str, range(count)))

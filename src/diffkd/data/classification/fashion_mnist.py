@@ -1,0 +1,197 @@
+"""Fashion-MNIST, all of it: 60,000 training and 10,000 test images, 28x28 grey, ten kinds of clothing."""
+
+import gzip
+import io
+import math
+import struct
+import zlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffkd.data.classification.augmentation import Augmentation
+from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
+from diffkd.data.image_data import ImageData
+
+
+def read_idx(path: Path, ndim: int) -> Tensor:
+    """Read an IDX file of unsigned bytes, plain or gzipped.
+
+    Args:
+        path: the file; one that ends in `.gz` is unpacked while it is read.
+        ndim: number of dimensions the file must have: 3 for images, 1 for labels.
+
+    Returns:
+        uint8 tensor of the shape that the file states.
+
+    Raises:
+        ValueError: if the file is not IDX, has other dimensions, or is truncated or longer than it states; names the
+            file.
+        OSError: if the file cannot be opened.
+    """
+    mend = "fetch the file again"
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            header = file.read(4 + 4 * ndim)
+            if header[:4] != bytes([0, 0, 8, ndim]):
+                raise ValueError(
+                    f"{path}: not an IDX file of bytes in {ndim} dimension(s), it begins {header[:4]!r}; {mend}."
+                )
+            shape = struct.unpack(f">{ndim}I", header[4:])
+            content = file.read(math.prod(shape) + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error, struct.error, MemoryError) as error:
+            raise ValueError(f"{path}: truncated or damaged ({error!r}); {mend}.") from error
+    if len(content) != math.prod(shape):
+        raise ValueError(f"{path}: states {math.prod(shape)} bytes {shape}, holds {len(content)} or more; {mend}.")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(shape)
+
+
+CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+MEAN = (0.28604,)
+STD = (0.35302,)
+CROP_AND_FLIP = Augmentation(crop_padding=2, flip=True)
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
+
+class FashionMNIST(ImageData):
+    """Serve the whole of Fashion-MNIST (Xiao et al., 2017, arXiv 1708.07747) from memory.
+
+    The four IDX files are read when the module is made, so that a bad one is found before training. Evaluation is on
+    the official test set.
+
+    Args:
+        root: folder of the IDX files (`train-images-idx3-ubyte.gz`, ...; gzipped or not), or a folder of torchvision
+            with them in `FashionMNIST/raw`. None looks where Debian's package `dataset-fashion-mnist` puts them, then
+            in `data/`.
+        batch_size: images per batch and process.
+        augmentation: what is done to training images.
+        seed: seed of order and augmentation.
+        mean: one value, in units of [0, 1]; default is that of the 60,000 training images.
+        std: one value, likewise.
+
+    Raises:
+        FileNotFoundError: if a file is missing; says where to get it.
+        ValueError: if a file is damaged; names it.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        batch_size: int = 128,
+        augmentation: Augmentation = CROP_AND_FLIP,
+        seed: int = 0,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+    ) -> None:
+        folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
+        memory = InMemory(
+            read_fashion_mnist(folders, "train"),
+            read_fashion_mnist(folders, "t10k"),
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+        )
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
+        self.augmentation = augmentation
+        self.batch_size, self.seed = batch_size, seed
+        self.root = root
+
+
+def read_fashion_mnist(folders: list[Path], split: str) -> ImageSet:
+    """Read one split from the first folder that has it.
+
+    Args:
+        folders: where to look; in each also its `FashionMNIST/raw`.
+        split: "train" or "t10k", as the files are named.
+
+    Returns:
+        (N, 1, 28, 28) uint8 images and (N,) int64 labels.
+
+    Raises:
+        FileNotFoundError: if a file is missing; says where to get it.
+        ValueError: if a file is damaged; names it.
+    """
+    images_path = _find(folders, f"{split}-images-idx3-ubyte")
+    labels_path = _find(folders, f"{split}-labels-idx1-ubyte")
+    images = read_idx(images_path, ndim=3)
+    if images.shape[1:] != (28, 28):
+        raise ValueError(
+            f"{images_path}: images are {tuple(images.shape[1:])}, not (28, 28); fetch Fashion-MNIST again."
+        )
+    data = ImageSet(images[:, None], read_idx(labels_path, ndim=1).long())
+    check_image_set(data, len(CLASSES), str(labels_path))
+    return data
+
+
+def _find(folders: list[Path], name: str) -> Path:
+    places = [place for folder in folders for place in (folder, folder / "FashionMNIST" / "raw")]
+    candidates = [place / file for place in places for file in (f"{name}.gz", name)]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"Fashion-MNIST's {name}.gz is in none of {', '.join(map(str, places))}. "
+            "Get it with `apt install dataset-fashion-mnist`, or with "
+            "`torchvision.datasets.FashionMNIST('data', download=True)`, and give its folder as root."
+        )
+    return found
+
+
+class FashionSubset(ImageData):
+    """Serve a fixed, class-balanced subset of Fashion-MNIST that comes with the package.
+
+    It holds the first 800 training and the first 200 test images of each class, in their official order and bit-exact,
+    taken from the official training and test sets (`scripts/make_fashion_subset.py` made it). It is normalised with
+    the statistics of the full set, so that models trained on either fit both.
+
+    Args:
+        batch_size: images per batch and process.
+        augmentation: what is done to training images.
+        seed: seed of order and augmentation.
+        mean: one value, in units of [0, 1].
+        std: one value, likewise.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        augmentation: Augmentation = CROP_AND_FLIP,
+        seed: int = 0,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+    ) -> None:
+        train, test = read_fashion_subset()
+        memory = InMemory(train, test, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std)
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
+        self.augmentation = augmentation
+        self.batch_size, self.seed = batch_size, seed
+
+
+def read_fashion_subset() -> tuple[ImageSet, ImageSet]:
+    """Read the training and the test part: (N, 1, 28, 28) uint8 images and (N,) int64 labels each."""
+    return read_fashion_part("train"), read_fashion_part("test")
+
+
+def read_fashion_part(part: Literal["train", "test"]) -> ImageSet:
+    """Read one part: (N, 1, 28, 28) uint8 images and (N,) int64 labels."""
+    content = files("diffkd").joinpath("assets", "fashion_mnist", "subset.npz").read_bytes()
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return ImageSet(
+            torch.from_numpy(arrays[f"{part}_images"])[:, None], torch.from_numpy(arrays[f"{part}_labels"]).long()
+        )

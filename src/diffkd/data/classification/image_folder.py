@@ -1,0 +1,253 @@
+"""Images in folders, one per class: the usual form of ImageNet and of one's own data."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from diffkd.data.classification.augmentation import Augmentation
+from diffkd.data.folders import FolderSamples, scan_folder
+from diffkd.data.image_data import ImageData
+from diffkd.data.images import (
+    MEND,
+    OnBadImage,
+    Verified,
+    check_every_class,
+    check_on_bad_image,
+    check_readable,
+    read_rgb,
+    verify_images,
+)
+from diffkd.data.loaders import SplitLoaders
+from diffkd.data.seeding import digest_of, mix_seed
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
+
+
+class FolderDataset(Dataset[tuple[Tensor, int, int]]):
+    """Give (image, label, index) for the key (epoch, index) that `EpochSampler` yields.
+
+    What is drawn for an image is a function of (seed, epoch, index), so that the number of workers, their timing and a
+    resume change nothing. The random state of the process is left as it was.
+
+    Args:
+        samples: files and labels.
+        transform: PIL image to tensor (C, H, W).
+        seed: seed of the augmentation.
+    """
+
+    def __init__(self, samples: FolderSamples, transform: v2.Transform, seed: int = 0) -> None:
+        self.samples = samples
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.samples.paths)
+
+    @property
+    def digest(self) -> str:
+        """A digest of files and labels."""
+        return digest_of(*self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+        """Return the image (C, H, W) float32, its label and its index; raise ValueError if the file is broken."""
+        epoch, index = key
+        image = read_rgb(self.samples.paths[index])
+        # Transforms of torchvision draw from the global generator of the CPU, and from no other.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
+            return self.transform(image), self.samples.labels[index], index
+
+
+def train_transform(
+    augmentation: Augmentation, image_size: int, min_crop_area: float, mean: Sequence[float], std: Sequence[float]
+) -> v2.Transform:
+    """Build the training transform: random resized crop, then as `Augmentation` says.
+
+    Args:
+        augmentation: what to do; `crop_padding` must be 0.
+        image_size: side of the square result, in pixels.
+        min_crop_area: smallest area of the crop as a fraction of the image; its aspect ratio is in 3/4 to 4/3.
+        mean: three values, in units of [0, 1].
+        std: three values, in units of [0, 1].
+
+    Returns:
+        A transform from PIL image to (3, image_size, image_size) float32.
+    """
+    jitter = augmentation.color_jitter
+    steps: list[v2.Transform] = [v2.RandomResizedCrop(image_size, scale=(min_crop_area, 1.0))]
+    if not (augmentation.rand_augment or jitter):
+        # Cut as a tensor: in about half the time, at most one level of 255 away. Colours are changed in PIL images.
+        steps.insert(0, v2.PILToTensor())
+    if augmentation.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    if augmentation.rand_augment:
+        steps.append(v2.RandAugment(augmentation.rand_augment, augmentation.rand_augment_magnitude))
+    if jitter:
+        steps.append(v2.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter))
+    steps.append(_normalised(mean, std))
+    if augmentation.random_erasing:
+        steps.append(v2.RandomErasing(augmentation.random_erasing, value="random"))
+    return v2.Compose(steps)
+
+
+def eval_transform(image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
+    """Build the evaluation transform: the shorter side to image_size / crop_ratio, then the centre.
+
+    Args:
+        image_size: side of the square result, in pixels.
+        crop_ratio: fraction of the resized image's shorter side that is kept.
+        mean: three values, in units of [0, 1].
+        std: three values, in units of [0, 1].
+
+    Returns:
+        A transform from PIL image to (3, image_size, image_size) float32.
+    """
+    resize, crop = v2.Resize(round(image_size / crop_ratio)), v2.CenterCrop(image_size)
+    return v2.Compose([v2.Lambda(_shortened), resize, crop, _normalised(mean, std)])
+
+
+def _shortened(image: Image.Image) -> Image.Image:
+    """Return the middle of a strip: scaled to the shorter side as a whole, one of few rows would fill the memory."""
+    longest = 16 * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    middle: Image.Image = v2.functional.center_crop(image, [min(image.height, longest), min(image.width, longest)])
+    return middle
+
+
+def _normalised(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
+    # The three channels come interleaved; apart, all that follows, batching too, is faster.
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Lambda(torch.Tensor.contiguous),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(mean), list(std), inplace=True),
+        ]
+    )
+
+
+FLIP = Augmentation(flip=True)
+
+
+class ImageFolder(ImageData):
+    """Serve images from `root/train/<class>/` and `root/val/<class>/`, decoded by worker processes.
+
+    Instead of `val` the folder may be called `valid`, `validation` or `test`. The folders are listed and checked when
+    the module is made. Training images are cut by a random resized crop; evaluation images are resized and cut in the
+    middle. Every kind of image becomes upright 8-bit RGB (`diffkd.data.images`).
+
+    Args:
+        root: the folder.
+        batch_size: images per batch and process.
+        augmentation: what is done to training images besides the random resized crop; `crop_padding` must be 0.
+        seed: seed of order and augmentation.
+        image_size: side of the square images the models get, in pixels.
+        min_crop_area: smallest area of the random resized crop, as a fraction of the image.
+        crop_ratio: fraction of the shorter side that the centre crop of evaluation keeps.
+        num_workers: worker processes; None takes one per core, at most 8.
+        on_bad_image: "error" refuses empty and unreadable files before training and stops at a file that cannot be
+            decoded, with its name; "skip" decodes every file before training and leaves the broken ones out, with a
+            warning that counts and names them.
+        verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
+        mean: three values, in units of [0, 1].
+        std: three values, in units of [0, 1].
+
+    Attributes:
+        skipped: one message per image left out.
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
+        ValueError: if a class has no training image, evaluation images are of other classes, a link leaves the root,
+            or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int = 256,
+        augmentation: Augmentation = FLIP,
+        seed: int = 0,
+        image_size: int = 224,
+        min_crop_area: float = 0.08,
+        crop_ratio: float = 0.875,
+        num_workers: int | None = None,
+        on_bad_image: OnBadImage = "error",
+        verify: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        if augmentation.crop_padding:
+            raise ValueError(
+                f"crop_padding={augmentation.crop_padding} is for images in memory, folders are cut by min_crop_area; "
+                "set crop_padding to 0."
+            )
+        if not (0 < min_crop_area <= 1 and 0 < crop_ratio <= 1 and image_size > 0):
+            raise ValueError(
+                f"min_crop_area={min_crop_area} and crop_ratio={crop_ratio} must be in (0, 1], "
+                f"image_size={image_size} above 0."
+            )
+        check_statistics(mean, std)
+        check_on_bad_image(on_bad_image)
+        classes, train, val = scan_folder(root)
+        num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+        skipped: list[str] = []
+        if verify or on_bad_image == "skip":
+            check = partial(_verified, on_bad_image=on_bad_image, threads=num_workers)
+            (train, broken), (val, more) = check(train, split="train"), check(val, split="val")
+            skipped = [*broken, *more]
+        else:
+            check_readable(train)
+            check_readable(val)
+        check_every_class(train, val, classes)
+        evaluation = eval_transform(image_size, crop_ratio, mean, std)
+        training = train_transform(augmentation, image_size, min_crop_area, mean, std)
+        loaders = SplitLoaders(
+            FolderDataset(train, training, seed),
+            FolderDataset(val, evaluation),
+            partial(_example, FolderDataset(train, evaluation)),
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        super().__init__(loaders, classes, image_size=(image_size, image_size), mean=mean, std=std)
+        # As an argument it is one side, as an attribute both.
+        self.save_hyperparameters("image_size", logger=False)
+        self.root = root
+        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
+        self.min_crop_area, self.crop_ratio = min_crop_area, crop_ratio
+        self.num_workers = num_workers
+        self.on_bad_image, self.verify = on_bad_image, verify
+        self.skipped = skipped
+
+
+def _example(data: FolderDataset) -> Tensor:
+    """Return the first and the last image, (2, 3, H, W)."""
+    return torch.stack([data[0, index][0] for index in (0, len(data) - 1)])
+
+
+def _verified(
+    samples: FolderSamples,
+    *,
+    split: str,
+    on_bad_image: OnBadImage,
+    threads: int,
+) -> Verified:
+    """Return the images that can be decoded, and warn of the others or refuse them."""
+    verified = verify_images(samples, threads)
+    problems = verified.problems
+    counted = f"{split}: {len(problems)} of {len(samples.paths)} images are"
+    if problems and on_bad_image == "error":
+        raise ValueError(f"{counted} broken; the first: {problems[0]}")
+    if problems:
+        listed = "\n  ".join(problem.removesuffix(MEND) for problem in problems[:10])
+        rank_zero_warn(f"{counted} left out:\n  {listed}")
+    return verified

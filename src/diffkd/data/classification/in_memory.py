@@ -1,0 +1,136 @@
+"""The part that all data modules with pixels in memory share: two sets, and the loaders over them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from diffkd.data.classification.augmentation import Augmentation
+from diffkd.data.classification.device_loader import DeviceLoader
+from diffkd.data.image_data import placement
+from diffkd.data.statistics import channel_statistics
+
+
+class ImageSet(NamedTuple):
+    """Hold images and their labels.
+
+    Args:
+        images: (N, C, H, W) uint8, or finite floats.
+        labels: (N,) int64 in [0, number of classes).
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """Return the set on a device; itself where it is there already."""
+        return ImageSet(self.images.to(device), self.labels.to(device))
+
+
+def check_image_set(data: ImageSet, num_classes: int, name: str) -> None:
+    """Refuse a set that cannot be trained or evaluated on.
+
+    Args:
+        data: the set.
+        num_classes: labels must be in [0, num_classes).
+        name: the file or folder to name in errors.
+
+    Raises:
+        ValueError: if the set is empty, numbers of images and labels differ, a label is out of range, or a pixel is
+            NaN or infinite; names the first bad index.
+    """
+    images, labels = data
+    if len(images) != len(labels):
+        raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels; give one label per image.")
+    if not images.numel():
+        raise ValueError(f"{name}: no images, shape {tuple(images.shape)}; give at least one.")
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        index = int(outside.nonzero()[0])
+        raise ValueError(
+            f"{name}: label {int(labels[index])} at index {index} is out of range for {num_classes} classes "
+            f"({int(outside.sum())} such labels); labels count from 0 to {num_classes - 1}."
+        )
+    if images.is_floating_point():
+        bad = ~images.isfinite().flatten(1).all(dim=1)
+        if bad.any():
+            index = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{name}: image {index} holds NaN or infinity ({int(bad.sum())} such images); remove or mend them."
+            )
+
+
+class InMemory:
+    """Keep a training and an evaluation set on the trainer's device and make loaders over them.
+
+    Args:
+        train: training images and labels.
+        val: evaluation images and labels.
+        batch_size: images per batch and process, at training and evaluation.
+        augmentation: what is done to training images.
+        seed: seed of order and augmentation.
+        mean: one value per channel; None computes it from the training set.
+        std: one value per channel; None computes it from the training set.
+    """
+
+    def __init__(
+        self,
+        train: ImageSet,
+        val: ImageSet,
+        *,
+        batch_size: int,
+        augmentation: Augmentation,
+        seed: int,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        self.train = train
+        self.val = val
+        self.batch_size = batch_size
+        self.augmentation = augmentation
+        self.seed = seed
+        computed_mean, computed_std = (mean, std) if mean and std else channel_statistics(train.images)
+        self.mean = tuple(mean or computed_mean)
+        self.std = tuple(std or computed_std)
+
+    def train_loader(self, trainer: Trainer | None, start_batch: int = 0) -> DeviceLoader:
+        """Return shuffled, augmented batches of the training set; the first epoch begins at `start_batch`."""
+        place = placement(trainer)
+        self.train = self.train.to(place.device)
+        return DeviceLoader(
+            *self.train,
+            batch_size=self.batch_size,
+            mean=self.mean,
+            std=self.std,
+            augmentation=self.augmentation,
+            seed=self.seed,
+            shuffle=True,
+            rank=place.rank,
+            world_size=place.world_size,
+            start_batch=start_batch,
+        )
+
+    def val_loader(self, trainer: Trainer | None) -> DeviceLoader:
+        """Return the batches of the evaluation set, in order, every image exactly once over all ranks."""
+        place = placement(trainer)
+        self.val = self.val.to(place.device)
+        return DeviceLoader(
+            *self.val,
+            batch_size=self.batch_size,
+            mean=self.mean,
+            std=self.std,
+            rank=place.rank,
+            world_size=place.world_size,
+        )
+
+    def test_loader(self, trainer: Trainer | None) -> DeviceLoader:
+        """Return the same as `val_loader`."""
+        return self.val_loader(trainer)
+
+    def example(self) -> Tensor:
+        """Return two normalised training images, (2, C, H, W) float32 on the CPU, for probing models."""
+        two = ImageSet(self.train.images[[0, -1]], self.train.labels[[0, -1]]).to(placement(None).device)
+        images, _, _ = next(iter(DeviceLoader(*two, batch_size=2, mean=self.mean, std=self.std)))
+        return images

@@ -1,0 +1,253 @@
+"""Image files and their boxes, checked: what the readers of all formats return."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from diffkd.data.images import read_rgb
+
+# Narrower boxes, in pixels, would lose their extent to rounding when a detector scales them down, and stop it.
+SMALLEST = 0.01
+
+
+class ImageBoxes(NamedTuple):
+    """Hold the boxes of one image.
+
+    Args:
+        boxes: (n, 4) float32 left, top, right, bottom in pixels.
+        labels: (n,) int64 from 1.
+        area: (n,) float32, pixels of the object, or of its box where nobody said.
+        iscrowd: (n,) int64, 1 for a region that holds many objects or is not to be counted.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    area: Tensor
+    iscrowd: Tensor
+
+    def keep(self, chosen: Tensor) -> "ImageBoxes":
+        """Return the boxes that a (n,) bool mask chooses."""
+        return ImageBoxes(*(part[chosen] for part in self))
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Hold the boxes of N images; few large tensors, so that worker processes share them.
+
+    Args:
+        image_ids: (N,) int64.
+        starts: (N + 1,) int64; the boxes of image i are those from starts[i] to starts[i + 1].
+        boxes: those of all images, one after the other.
+    """
+
+    image_ids: Tensor
+    starts: Tensor
+    boxes: ImageBoxes
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.image_ids)
+
+    def of(self, index: int) -> ImageBoxes:
+        """Return the boxes of one image."""
+        start, end = self.starts[index : index + 2].tolist()
+        return ImageBoxes(*(part[start:end] for part in self.boxes))
+
+    def without_crowds(self) -> "Annotations":
+        """Return the annotations without crowd boxes, for training."""
+        kept = self.boxes.iscrowd == 0
+        counts = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
+        return Annotations(self.image_ids, counts[self.starts], self.boxes.keep(kept))
+
+    def select(self, indices: list[int]) -> "Annotations":
+        """Return the annotations of some images, in the given order."""
+        return gather(self.image_ids[indices].tolist(), (self.of(index) for index in indices))
+
+
+def gather(image_ids: Iterable[int], images: Iterable[ImageBoxes]) -> Annotations:
+    """Put the boxes of images together, in their order."""
+    listed = list(images)
+    starts = torch.tensor([0, *(len(one.labels) for one in listed)]).cumsum(0)
+    parts = [torch.cat(part) for part in zip(no_boxes(), *listed, strict=True)]
+    return Annotations(torch.tensor(list(image_ids), dtype=torch.int64), starts, ImageBoxes(*parts))
+
+
+def no_boxes() -> ImageBoxes:
+    """Return the boxes of an image without any."""
+    integers = torch.zeros(0, dtype=torch.int64)
+    return ImageBoxes(torch.zeros(0, 4), integers, torch.zeros(0), integers)
+
+
+def measurable(boxes: Tensor) -> Tensor:
+    """Return which boxes have an extent, (n,) bool; those with NaN have none.
+
+    Args:
+        boxes: (n, 4) left, top, right, bottom in pixels.
+    """
+    return ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(dim=1) & boxes.isfinite().all(dim=1)
+
+
+class ReadBox(NamedTuple):
+    """Hold a box as a file states it.
+
+    Args:
+        corners: left, top, right, bottom in pixels.
+        label: from 1.
+        name: what to call it in messages.
+        area: pixels of the object; None takes those of the box.
+        crowd: whether it is left out of training.
+    """
+
+    corners: tuple[float, float, float, float]
+    label: int
+    name: str | int
+    area: float | None = None
+    crowd: bool = False
+
+
+class ReadImage(NamedTuple):
+    """Hold an image as a file states it.
+
+    Args:
+        path: the image file.
+        size: (H, W) in pixels.
+        image_id: any int64.
+        boxes: its boxes.
+    """
+
+    path: str
+    size: tuple[int, int]
+    image_id: int
+    boxes: list[ReadBox]
+
+
+@dataclass(frozen=True)
+class AnnotatedFiles:
+    """Hold the N images of a split.
+
+    Args:
+        source: the file or folder they are of, for messages.
+        paths: N image files.
+        sizes: (N, 2) int64, height and width as the annotations state them.
+        annotations: the boxes, cut at the border of their image.
+        classes: the names of labels 1 to K.
+        category_ids: the number each has in the format.
+        dropped: one message for each box that has no extent inside its image.
+        cut: how many of the others reach more than a pixel out of their image.
+        first_cut: a message for the first of them.
+    """
+
+    source: str
+    paths: tuple[str, ...]
+    sizes: Tensor
+    annotations: Annotations
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    dropped: tuple[str, ...]
+    cut: int
+    first_cut: str
+
+    def select(self, indices: list[int]) -> "AnnotatedFiles":
+        """Return some of the images, in the given order."""
+        return replace(
+            self,
+            paths=tuple(self.paths[index] for index in indices),
+            sizes=self.sizes[indices],
+            annotations=self.annotations.select(indices),
+        )
+
+    def read(self, index: int) -> Tensor:
+        """Return an image, (3, H, W) uint8.
+
+        Raises:
+            ValueError: if the file is broken, or is not of the size that the annotations are for; names it.
+        """
+        image = read_rgb(self.paths[index])
+        height, width = self.sizes[index].tolist()
+        if image.size != (width, height):
+            raise ValueError(
+                f"image {self.paths[index]} is {image.width}x{image.height} pixels, but its annotations are for "
+                f"{width}x{height}: write the size and boxes of the upright image, or scale it."
+            )
+        pixels: Tensor = pil_to_tensor(image)
+        return pixels
+
+
+def flag(value: object, name: str, where: str) -> bool:
+    """Return what a file says by 0 or 1, true or false, as a number or a text; empty: no.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    known = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
+    text = str("" if value is None else value).strip().lower()
+    if text not in known:
+        raise ValueError(f"{where} has {name} {value!r}; write 0 or 1.")
+    return known[text]
+
+
+def annotated_files(
+    source: str, images: Sequence[ReadImage], classes: Sequence[str], category_ids: Sequence[int]
+) -> AnnotatedFiles:
+    """Check and gather what a reader has read.
+
+    Boxes are cut at the border of their image, and dropped if nothing measurable is left or a coordinate is not finite.
+
+    Args:
+        source: the file or folder, for messages.
+        images: what it holds.
+        classes: the names of labels 1 to K.
+        category_ids: the number each has in the format.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    if not images:
+        raise ValueError(f"{source}: no images; give at least one.")
+    listed = [box for image in images for box in image.boxes]
+    counts = torch.tensor([len(image.boxes) for image in images])
+    sizes = torch.tensor([image.size for image in images], dtype=torch.int64)
+    stated = torch.from_numpy(np.array([box.corners for box in listed], dtype=np.float64).reshape(-1, 4))
+    limits = sizes.flip(1).repeat(1, 2).repeat_interleave(counts, dim=0)  # width, height, width, height of each box
+    boxes = stated.clamp(min=0).minimum(limits.to(torch.float64)).to(torch.float32)
+    kept = measurable(boxes) & stated.isfinite().all(dim=1)
+    area = torch.tensor([_area(box.area) for box in listed], dtype=torch.float32)
+    area = torch.where(area > 0, area, (boxes[:, 2:] - boxes[:, :2]).prod(dim=1))
+    every = ImageBoxes(
+        boxes,
+        torch.tensor([box.label for box in listed], dtype=torch.int64),
+        area,
+        torch.tensor([int(box.crowd) for box in listed], dtype=torch.int64),
+    )
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), kept.cumsum(0)])
+    starts = ends[torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])]
+    owners = torch.arange(len(images)).repeat_interleave(counts)
+
+    def told(index: int, what: str) -> str:
+        box, image = listed[index], images[int(owners[index])]
+        corners, size = list(box.corners), f"{image.size[1]}x{image.size[0]}"
+        return f"{source}: box {box.name} of {image.path}: {corners} (left, top, right, bottom) {what} its {size} image"
+
+    beyond = (kept & ((stated - boxes).abs() > 1).any(dim=1)).nonzero()[:, 0].tolist()
+    ids = torch.tensor([image.image_id for image in images], dtype=torch.int64)
+    return AnnotatedFiles(
+        source,
+        tuple(image.path for image in images),
+        sizes,
+        Annotations(ids, starts, every.keep(kept)),
+        tuple(classes),
+        tuple(category_ids),
+        tuple(told(index, "has no extent inside") for index in (~kept).nonzero()[:, 0].tolist()),
+        len(beyond),
+        told(beyond[0], "reaches out of") if beyond else "",
+    )
+
+
+def _area(stated: float | None) -> float:
+    """Return a stated area, or 0 if it says nothing."""
+    return stated if stated is not None and 0 < stated < 1e30 else 0.0

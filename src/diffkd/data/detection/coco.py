@@ -1,0 +1,283 @@
+"""Images with boxes in COCO's JSON format, as a data module."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffkd.data.detection.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files, flag
+from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
+from diffkd.data.detection.dataset import DetectionFiles
+from diffkd.data.folders import enclosed_files, enclosed_folder
+from diffkd.data.image_data import ImageData
+from diffkd.data.images import OnBadImage, upright_size
+
+_UNKNOWN = (0, 0)  # height and width that a file does not state
+
+
+def read_coco(
+    file: str | os.PathLike[str],
+    images: Path,
+    categories: Mapping[int, str] | None = None,
+    *,
+    skip_bad: bool = False,
+) -> AnnotatedFiles:
+    """Read the boxes of a COCO file; segmentations and keypoints are passed over.
+
+    Category ids may have gaps: labels count from 1 in their order. Where neither height nor width of an image is
+    stated, or both are 0, its file says them.
+
+    Args:
+        file: the JSON file.
+        images: folder that its file names are relative to.
+        categories: id and name of the categories of the training file, which this one's must be among; None takes its
+            own.
+        skip_bad: whether images whose size cannot be read are let pass, with size 0 and without boxes. So are those
+            without a file, in any case.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no JSON, lacks a key, holds a value of the wrong kind or an id twice, names an image or
+            category that it does not have, or a file outside of the folder, or the size of an image cannot be read.
+    """
+    source = os.fspath(file)
+    content = _load(source)
+    own = _categories(source, _entries(content, "categories", source))
+    if categories is None:
+        categories = own
+    for number, name in own.items():
+        if categories.get(number) != name:
+            theirs = f"is {categories[number]!r}" if number in categories else "does not exist"
+            raise ValueError(
+                f"{source}: category {number}, {name!r}, {theirs} in the training file; "
+                "write the same categories into all files."
+            )
+    ids = sorted(categories)
+    listed = _images(source, _entries(content, "images", source), images, skip_bad)
+    by_id = {image.image_id: image for image in listed}
+    labels = {number: label for label, number in enumerate(ids, start=1) if number in own}
+    for index, entry in enumerate(_entries(content, "annotations", source)):
+        where = f"{source}: annotation {index}"
+        image_id, category = _value(entry, "image_id", where), _value(entry, "category_id", where)
+        if not _is_integer(image_id) or image_id not in by_id:
+            raise ValueError(f"{where} is of image {image_id!r}, which is not among its images; add or remove it.")
+        if not _is_integer(category) or category not in labels:
+            raise ValueError(f"{where} is of category {category!r}, which is not among its categories.")
+        left, top, width, height = _numbers(_value(entry, "bbox", where), where)
+        area: Any = entry.get("area")
+        box = ReadBox(
+            (left, top, left + width, top + height),
+            labels[category],
+            name=entry.get("id", index),
+            area=_float(area) if _is_number(area) else None,
+            crowd=flag(entry.get("iscrowd"), "iscrowd", where),
+        )
+        if by_id[image_id].size != _UNKNOWN:
+            by_id[image_id].boxes.append(box)
+    return annotated_files(source, listed, [categories[number] for number in ids], ids)
+
+
+def _load(source: str) -> Mapping[str, Any]:
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no such file; give the name of a COCO JSON file.")
+    try:
+        content = json.loads(Path(source).read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: no JSON ({error}); the file is damaged, write it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: holds a {type(content).__name__}, not an object with images and annotations.")
+    return content
+
+
+def _entries(content: Mapping[str, Any], key: str, source: str) -> list[dict[str, Any]]:
+    entries = _value(content, key, source)
+    if not isinstance(entries, list):
+        raise ValueError(f"{source}: '{key}' is a {type(entries).__name__}; COCO has a list there.")
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{source}: entry {index} of '{key}' is a {type(entry).__name__}, not an object.")
+    return entries
+
+
+def _categories(source: str, entries: list[dict[str, Any]]) -> dict[int, str]:
+    categories: dict[int, str] = {}
+    for index, entry in enumerate(entries):
+        where = f"{source}: category {index}"
+        number, name = _id(entry, where), _value(entry, "name", where)
+        if number in categories:
+            raise ValueError(f"{where} has the id {number} of another one; give each its own.")
+        categories[number] = str(name)
+    if not categories:
+        raise ValueError(f"{source}: no categories; give at least one.")
+    return categories
+
+
+def _images(source: str, entries: list[dict[str, Any]], folder: Path, skip_bad: bool) -> list[ReadImage]:
+    names, images, seen = [], [], set()
+    for index, entry in enumerate(entries):
+        where = f"{source}: image {index}"
+        number, name = _id(entry, where), _value(entry, "file_name", where)
+        if number in seen:
+            raise ValueError(f"{where} has the id {number} of another one; give each its own.")
+        if not isinstance(name, str):
+            raise ValueError(f"{where} has the file name {name!r}; write a text.")
+        size = _UNKNOWN
+        if any(entry.get(key) not in (None, 0) for key in ("height", "width")):
+            size = _side(entry, "height", where), _side(entry, "width", where)
+        seen.add(number)
+        names.append(name)
+        images.append(ReadImage("", size, number, []))
+    paths = enclosed_files(folder, names, source)
+    return [
+        image._replace(path=path, size=_read_size(path, skip_bad) if image.size == _UNKNOWN else image.size)
+        for image, path in zip(images, paths, strict=True)
+    ]
+
+
+def _read_size(path: str, skip_bad: bool) -> tuple[int, int]:
+    if not Path(path).is_file():
+        return _UNKNOWN  # whoever wants the pixels counts and names all that are missing
+    try:
+        return upright_size(path)
+    except ValueError:
+        if not skip_bad:
+            raise
+        return _UNKNOWN
+
+
+def _value(entry: Mapping[str, Any], key: str, where: str) -> Any:
+    if key not in entry:
+        raise ValueError(f"{where} lacks '{key}'; it has {', '.join(map(repr, entry)) or 'nothing'}.")
+    return entry[key]
+
+
+def _id(entry: Mapping[str, Any], where: str) -> int:
+    value: Any = _value(entry, "id", where)
+    if not _is_integer(value) or abs(value) >= 1 << 63:
+        raise ValueError(f"{where} has the id {value!r}; ids are integers of 64 bits.")
+    return int(value)
+
+
+def _side(entry: Mapping[str, Any], key: str, where: str) -> int:
+    value: Any = _value(entry, key, where)
+    if not _is_number(value) or not 1 <= value < 1 << 31 or value != int(value):
+        raise ValueError(f"{where} has the {key} {value!r}; write a number of pixels, 1 or more.")
+    return int(value)
+
+
+def _numbers(bbox: Any, where: str) -> tuple[float, float, float, float]:
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
+        raise ValueError(f"{where} has the bbox {bbox!r}; write [left, top, width, height] in pixels.")
+    left, top, width, height = map(_float, bbox)
+    return left, top, width, height
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class CocoDetection(ImageData):
+    """Serve images whose boxes are in COCO JSON files, decoded by worker processes at their own sizes.
+
+    For COCO itself: `CocoDetection("coco", "annotations/instances_train2017.json",
+    "annotations/instances_val2017.json", images="train2017", val_images="val2017")`.
+
+    The files are read and checked when the module is made. Boxes are cut at the border of their image; those without
+    extent are left out with a warning. Crowd boxes (`iscrowd`) are left out of training and stay, flagged, in
+    evaluation.
+
+    Args:
+        root: folder that the other names are relative to.
+        train: JSON file of the training images.
+        val: JSON file of the evaluation images; its categories must be among those of `train`.
+        test: JSON file of the test images; None tests on `val`.
+        images: folder that the file names of the training images are relative to.
+        val_images: that of the evaluation images; None takes `images`.
+        test_images: that of the test images; None takes that of the evaluation images.
+        batch_size: images per batch and process.
+        augmentation: what is done to training images and their boxes.
+        seed: seed of order and augmentation.
+        keep_empty: whether to train on images without boxes, too; evaluation is always on all images.
+        num_workers: worker processes; None takes one per core, at most 8.
+        on_bad_image: "error" refuses missing files before training and stops at a file that cannot be decoded, with its
+            name; "skip" decodes every file before training and leaves broken ones out, with a warning that names them.
+        verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
+        min_size: shorter side at which a detector is to work, in pixels, or several to draw from in training. This and
+            `max_size` are for whoever builds the detector; the images served are not scaled.
+        max_size: limit of its longer side.
+
+    Attributes:
+        classes: the names of labels 1 to `num_classes`, ordered by category id.
+        category_ids: the ids these have in the files.
+        skipped: one message per image left out.
+        dropped: one message per box left out.
+
+    Raises:
+        FileNotFoundError: if a file or folder is missing.
+        ValueError: if a file is damaged or contradicts itself, or names a file outside of its folder; see `read_coco`.
+    """
+
+    task = "detection"
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        train: str = "train.json",
+        val: str = "val.json",
+        test: str | None = None,
+        images: str = "images",
+        val_images: str | None = None,
+        test_images: str | None = None,
+        batch_size: int = 4,
+        augmentation: BoxAugmentation = FLIP_BOXES,
+        seed: int = 0,
+        keep_empty: bool = True,
+        num_workers: int | None = None,
+        on_bad_image: OnBadImage = "error",
+        verify: bool = False,
+        min_size: int | tuple[int, ...] = 800,
+        max_size: int = 1333,
+    ) -> None:
+        top = Path(root)
+        skip_bad = on_bad_image == "skip"
+        training = read_coco(top / train, enclosed_folder(top, images), skip_bad=skip_bad)
+        categories = dict(zip(training.category_ids, training.classes, strict=True))
+
+        def other(file: str, *folders: str | None) -> AnnotatedFiles:
+            folder = next(folder for folder in folders if folder is not None)
+            return read_coco(top / file, enclosed_folder(top, folder), categories, skip_bad=skip_bad)
+
+        files = DetectionFiles(
+            training,
+            other(val, val_images, images),
+            None if test is None else other(test, test_images, val_images, images),
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            keep_empty=keep_empty,
+            num_workers=num_workers,
+            on_bad_image=on_bad_image,
+            verify=verify,
+        )
+        super().__init__(files.splits, training.classes, image_size=files.image_size)
+        self.root, self.train, self.val, self.test = root, train, val, test
+        self.images, self.val_images, self.test_images = images, val_images, test_images
+        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
+        self.keep_empty, self.num_workers = keep_empty, files.num_workers
+        self.on_bad_image, self.verify = on_bad_image, verify
+        self.min_size, self.max_size = min_size, max_size
+        self.category_ids = training.category_ids
+        self.skipped, self.dropped = files.skipped, files.dropped

@@ -1,0 +1,268 @@
+"""Images with boxes in Pascal VOC's XML format, as a data module."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from diffkd.data.detection.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files, flag
+from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
+from diffkd.data.detection.dataset import DetectionFiles
+from diffkd.data.folders import EXTENSIONS, enclosed_files, enclosed_folder
+from diffkd.data.image_data import ImageData
+from diffkd.data.images import OnBadImage, upright_size
+
+
+class VocSplit(NamedTuple):
+    """Hold where a split is.
+
+    Args:
+        source: the list or folder, for messages.
+        files: the XML files.
+        images: folder of the image files.
+    """
+
+    source: str
+    files: list[str]
+    images: Path
+
+
+def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
+    """Find the XML files of a split.
+
+    It may be a list `ImageSets/Main/SPLIT.txt` of names in `Annotations`, with the images in `JPEGImages`; or a folder
+    SPLIT that holds XML files and images side by side, or in `Annotations` and `JPEGImages` of its own.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if the split is empty, or a name is listed twice or leads out of the folder.
+    """
+    top = Path(root)
+    names = top / "ImageSets" / "Main" / f"{split}.txt"
+    if names.is_file():
+        folder, source = top, str(names)
+        listed = [_without_flag(line) for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        twice = [name for name, count in Counter(listed).items() if count > 1]
+        if twice:
+            raise ValueError(f"{names}: lists {twice[0]!r} more than once; keep one of them.")
+    elif (top / split).is_dir():
+        folder = enclosed_folder(top, split)
+        source, listed = str(folder), []
+    else:
+        raise FileNotFoundError(f"{names}: no such list, and {top / split} is no folder; give the name of a split.")
+    annotations = enclosed_folder(folder, "Annotations") if (folder / "Annotations").is_dir() else folder
+    images = enclosed_folder(folder, "JPEGImages") if (folder / "JPEGImages").is_dir() else folder
+    if names.is_file():
+        xml_names = [f"{name}.xml" for name in listed]
+    else:
+        xml_names = sorted(path.name for path in annotations.glob("*.xml"))
+    if not xml_names:
+        raise ValueError(f"{source}: no XML files; give at least one.")
+    return VocSplit(source, enclosed_files(annotations, xml_names, source), images)
+
+
+def read_voc(split: VocSplit, classes: Sequence[str] | None = None, first_pixel: int = 0) -> AnnotatedFiles:
+    """Read the boxes of a split.
+
+    Objects marked as difficult are treated as crowds: left out of training, flagged in evaluation.
+
+    Args:
+        split: what `find_voc_split` returned.
+        classes: the names of labels 1 to K; None takes the names that occur, sorted.
+        first_pixel: the number of the first pixel: 1 if left and top count from 1 and right and bottom are inclusive,
+            as in the official VOC files; 0 if corners are taken as they are.
+
+    Raises:
+        FileNotFoundError: if an XML file is missing.
+        ValueError: if a file is no XML, defines entities, lacks a part, or names an unknown class or a file outside of
+            the folder.
+    """
+    if first_pixel not in (0, 1):
+        raise ValueError(f"first_pixel={first_pixel} is neither 0 nor 1.")
+    roots = [_parse(file) for file in split.files]
+    if classes is None:
+        found = {
+            _text(one, "name", file) for file, root in zip(split.files, roots, strict=True) for one in _objects(root)
+        }
+        classes = sorted(found)
+        if not classes:
+            raise ValueError(f"{split.source}: no objects, hence no classes; give the names of the classes.")
+    labels = {name: label for label, name in enumerate(classes, start=1)}
+    images = []
+    for index, (file, root) in enumerate(zip(split.files, roots, strict=True)):
+        path = _image(file, root, split.images)
+        boxes = [_box(one, number, labels, file, first_pixel) for number, one in enumerate(_objects(root))]
+        images.append(ReadImage(path, _size(root, file, path), index, boxes))
+    return annotated_files(split.source, images, classes, range(1, len(classes) + 1))
+
+
+class _Builder:
+    """Build a tree, and refuse the declarations by which an XML file may expand or fetch entities."""
+
+    def __init__(self) -> None:
+        builder = ElementTree.TreeBuilder()
+        self.start, self.end, self.data, self.close = builder.start, builder.end, builder.data, builder.close
+
+    def doctype(self, name: str, public: str | None, system: str | None) -> None:
+        raise ValueError("it has a document type, which may define entities; remove it")
+
+
+def _parse(file: str) -> ElementTree.Element:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file; add it, or remove its name from the list.")
+    parser = ElementTree.XMLParser(target=_Builder())
+    try:
+        parser.feed(Path(file).read_bytes())
+        root: ElementTree.Element = parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise ValueError(f"{file}: no XML of Pascal VOC ({error}).") from error
+    if root.tag != "annotation" and not _objects(root):
+        raise ValueError(f"{file}: no XML of Pascal VOC (its root is {root.tag!r}, not 'annotation').")
+    return root
+
+
+def _objects(root: ElementTree.Element) -> list[ElementTree.Element]:
+    return root.findall("object")
+
+
+def _box(one: ElementTree.Element, number: int, labels: dict[str, int], file: str, first_pixel: int) -> ReadBox:
+    where = f"{file}: object {number}"
+    name = _text(one, "name", where)
+    if name not in labels:
+        raise ValueError(f"{where} is of class {name!r}, which is none of {', '.join(map(repr, labels))}.")
+    left, top, right, bottom = (
+        _number(_text(one, f"bndbox/{side}", where), where) for side in ("xmin", "ymin", "xmax", "ymax")
+    )
+    difficult = flag(one.findtext("difficult"), "difficult", where)
+    return ReadBox((left - first_pixel, top - first_pixel, right, bottom), labels[name], number, crowd=difficult)
+
+
+def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
+    """Return the image that a file names or, where that is none, the one with the same stem."""
+    stem, stated = Path(file).stem, (root.findtext("filename") or "").strip()
+    if "\\" in stated:  # where it was on the Windows of whoever labelled it
+        stated = PureWindowsPath(stated).name
+    extensions = (".jpg", *sorted(EXTENSIONS))
+    names = [stated] if stated else []
+    names += [stem + extension for extension in (*extensions, *map(str.upper, extensions))]
+    for name in names:
+        (path,) = enclosed_files(folder, [name], file)
+        if Path(path).is_file():
+            return path
+    return str(folder / names[0])
+
+
+def _size(root: ElementTree.Element, file: str, path: str) -> tuple[int, int]:
+    """Return the stated height and width, or those of the image where nothing is stated."""
+    stated = [(root.findtext(f"size/{side}") or "").strip() for side in ("height", "width")]
+    if all(side in ("", "0") for side in stated):
+        return upright_size(path)
+    height, width = (_number(side, file) for side in stated)
+    if not all(1 <= side < 1 << 31 and side == int(side) for side in (height, width)):
+        raise ValueError(f"{file}: its size is {stated[1]}x{stated[0]}; write numbers of pixels, 1 or more.")
+    return int(height), int(width)
+
+
+def _text(element: ElementTree.Element, path: str, where: str) -> str:
+    text = (element.findtext(path) or "").strip()
+    if not text:
+        raise ValueError(f"{where} lacks '{path}'.")
+    return text
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{where} has {text!r} where a number of pixels belongs.") from None
+
+
+def _without_flag(line: str) -> str:
+    """Return the name in a line; the lists of single classes have 1, 0 or -1 behind it."""
+    name, _, flag = line.strip().rpartition(" ")
+    return name.strip() if flag in ("1", "0", "-1") and name else line.strip()
+
+
+class VocDetection(ImageData):
+    """Serve images whose boxes are in one XML file each, decoded by worker processes at their own sizes.
+
+    A split is a list `ImageSets/Main/SPLIT.txt` over `Annotations/*.xml` and `JPEGImages`, or a folder of XML files and
+    images side by side. The files are read and checked when the module is made. Boxes are cut at the border of their
+    image; those without extent are left out with a warning. Objects marked as difficult are left out of training and
+    stay, flagged as crowds, in evaluation.
+
+    Args:
+        root: folder of the data set.
+        train: name of the training split.
+        val: name of the evaluation split.
+        test: name of the test split; None tests on `val`.
+        classes: the names of labels 1 to K; None takes those that occur in the training split, sorted.
+        first_pixel: the number of the first pixel: 1 for the official VOC files, whose corners count from 1 and are
+            inclusive; 0 takes corners as they are.
+        batch_size: images per batch and process.
+        augmentation: what is done to training images and their boxes.
+        seed: seed of order and augmentation.
+        keep_empty: whether to train on images without boxes, too; evaluation is always on all images.
+        num_workers: worker processes; None takes one per core, at most 8.
+        on_bad_image: "error" refuses missing files before training and stops at a file that cannot be decoded, with its
+            name; "skip" decodes every file before training and leaves broken ones out, with a warning that names them.
+        verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
+        min_size: shorter side at which a detector is to work, in pixels, or several to draw from in training. This and
+            `max_size` are for whoever builds the detector; the images served are not scaled.
+        max_size: limit of its longer side.
+
+    Attributes:
+        classes: the names of labels 1 to `num_classes`.
+        category_ids: the labels themselves.
+        skipped: one message per image left out.
+        dropped: one message per box left out.
+
+    Raises:
+        FileNotFoundError: if a file or folder is missing.
+        ValueError: if a file is damaged, an object is of an unknown class, or a file leads out of the folder.
+    """
+
+    task = "detection"
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        train: str = "train",
+        val: str = "val",
+        test: str | None = None,
+        classes: tuple[str, ...] | None = None,
+        first_pixel: int = 0,
+        batch_size: int = 4,
+        augmentation: BoxAugmentation = FLIP_BOXES,
+        seed: int = 0,
+        keep_empty: bool = True,
+        num_workers: int | None = None,
+        on_bad_image: OnBadImage = "error",
+        verify: bool = False,
+        min_size: int | tuple[int, ...] = 800,
+        max_size: int = 1333,
+    ) -> None:
+        training = read_voc(find_voc_split(root, train), classes, first_pixel)
+        files = DetectionFiles(
+            training,
+            read_voc(find_voc_split(root, val), training.classes, first_pixel),
+            None if test is None else read_voc(find_voc_split(root, test), training.classes, first_pixel),
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            keep_empty=keep_empty,
+            num_workers=num_workers,
+            on_bad_image=on_bad_image,
+            verify=verify,
+        )
+        super().__init__(files.splits, training.classes, image_size=files.image_size)
+        self.root, self.train, self.val, self.test = root, train, val, test
+        self.first_pixel = first_pixel
+        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
+        self.keep_empty, self.num_workers = keep_empty, files.num_workers
+        self.on_bad_image, self.verify = on_bad_image, verify
+        self.min_size, self.max_size = min_size, max_size
+        self.category_ids = training.category_ids
+        self.skipped, self.dropped = files.skipped, files.dropped

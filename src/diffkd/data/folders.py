@@ -1,0 +1,250 @@
+"""What a folder of image folders holds: classes, files, and every reason why it cannot be used."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import NamedTuple
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def absent_classes(labels: Iterable[int], classes: Sequence[str]) -> list[str]:
+    """Return the names of the classes that no label stands for, in their order.
+
+    >>> absent_classes([0, 2, 2], ["cat", "dog", "bird"])
+    ['dog']
+    """
+    present = set(labels)
+    return [name for label, name in enumerate(classes) if label not in present]
+
+
+_SPELLED_OUT = 5
+
+
+def quoted(names: Sequence[object]) -> str:
+    """Return names for a message, the first five of many.
+
+    >>> quoted("abcdefg")
+    "'a', 'b', 'c', 'd', 'e' and 2 more"
+    """
+    more = f" and {len(names) - _SPELLED_OUT} more" if len(names) > _SPELLED_OUT else ""
+    return ", ".join(map(repr, names[:_SPELLED_OUT])) + more
+
+
+EXTENSIONS = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+
+
+# Of the images that are evaluated; the first that is there is taken. Roboflow exports "valid" beside "test".
+EVALUATION_SPLITS = ("val", "valid", "validation", "test")
+
+
+class FolderSamples(NamedTuple):
+    """List the images of one split.
+
+    Args:
+        paths: N files, ordered by class and then by name.
+        labels: N class indices.
+    """
+
+    paths: list[str]
+    labels: list[int]
+
+
+class FolderScan(NamedTuple):
+    """Hold what a root folder offers: the class names, sorted, and the samples for training and evaluation."""
+
+    classes: tuple[str, ...]
+    train: FolderSamples
+    val: FolderSamples
+
+
+def evaluation_split(root: Path, folder: str = "{split}") -> str:
+    """Return which of the usual names the folder of the evaluation images has, "val" if none is there.
+
+    Args:
+        root: the folder of the data.
+        folder: where a split is, "{split}" standing for its name.
+    """
+    return next((name for name in EVALUATION_SPLITS if (root / folder.replace("{split}", name)).is_dir()), "val")
+
+
+def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+    """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
+
+    Files are found by extension at any depth below a class folder; hidden ones are passed over, and with a warning
+    those of other kinds and images beside the class folders. Classes may lack evaluation images.
+
+    Args:
+        root: the folder.
+
+    Returns:
+        The class names, which are the sorted names of the folders in `train`, and the samples of both splits.
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
+        ValueError: if there are no classes, a class has no training image, no class an evaluation image, `val` has
+            classes that `train` has not, or a symbolic link leaves the root; names the folder and the mend.
+    """
+    top = Path(root)
+    train, val = top / "train", top / evaluation_split(top)
+    for folder in (train, val):
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no such folder; give a root with train/<class>/*.jpg and val/<class>/*.jpg (or "
+                f"{', '.join(f'{name}/' for name in EVALUATION_SPLITS[1:])})."
+            )
+    classes = _class_names(train)
+    unknown = sorted(set(_class_names(val)) - set(classes))
+    if unknown:
+        raise ValueError(f"{val}: class(es) {quoted(unknown)} are not in {train}; add images to train or remove them.")
+    real = top.resolve()
+    others: Counter[str] = Counter()
+    scan = FolderScan(classes, _samples(train, classes, real, others), _samples(val, classes, real, others))
+    empty = absent_classes(scan.train.labels, classes)
+    if empty:
+        raise ValueError(f"{train}: no images of class(es) {quoted(empty)}, {_contents(train / empty[0])}")
+    if not scan.val.paths:
+        raise ValueError(f"{val}: no images, {_contents(val)}")
+    for split in (train, val):
+        loose = sorted(path.name for path in split.iterdir() if _is_image(path.name) and path.is_file())
+        if loose:
+            rank_zero_warn(
+                f"{split}: {len(loose)} image(s) beside the class folders are of no class and passed over "
+                f"({quoted(loose)}); move them into the folder of their class."
+            )
+    if others:
+        rank_zero_warn(
+            f"{top}: {others.total()} file(s) are passed over, whose names are not those of images "
+            f"({quoted(sorted(others))}); save images as .png or .jpg."
+        )
+    return scan
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder}: no class folders; put the images of each class in a folder of its own.")
+    return tuple(names)
+
+
+def _contents(folder: Path) -> str:
+    """Say what a folder holds instead of images, and what to do about it."""
+    others = sorted({_kind(path) for path in folder.rglob("*") if path.is_file()})
+    found = f"{folder} holds only {quoted(others)}" if others else f"{folder} is empty"
+    return f"{found}; add images ({', '.join(sorted(EXTENSIONS))}) or remove the folder."
+
+
+def _kind(path: Path) -> str:
+    return "hidden files" if path.name.startswith(".") else path.suffix or path.name
+
+
+def _samples(split: Path, classes: tuple[str, ...], root: Path, others: Counter[str]) -> FolderSamples:
+    samples = FolderSamples([], [])
+    stay_inside(split, root)
+    for label, name in enumerate(classes):
+        folder = split / name
+        stay_inside(folder, root)
+        paths = image_files(folder, root, others) if folder.is_dir() else []
+        samples.paths.extend(paths)
+        samples.labels.extend([label] * len(paths))
+    return samples
+
+
+def image_files(folder: Path | str, root: Path, others: Counter[str] | None = None) -> list[str]:
+    """Return the image files below a folder, sorted; links to files may point anywhere inside the root.
+
+    Args:
+        folder: where to look, at any depth.
+        root: what no link may leave.
+        others: counts the extensions of the files that are passed over, hidden ones apart.
+    """
+    paths = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink():
+                stay_inside(Path(entry.path), root)
+                if entry.is_dir():
+                    raise ValueError(
+                        f"{entry.path}: a link to a folder inside a class could loop; move the images here."
+                    )
+            if entry.is_dir():
+                paths.extend(image_files(entry.path, root, others))
+                continue
+            if _is_image(entry.name):
+                paths.append(entry.path)
+            elif others is not None:
+                others[_extension(entry.name) or entry.name] += 1
+    return paths
+
+
+def _is_image(name: str) -> bool:
+    return _extension(name) in EXTENSIONS and not name.startswith(".")
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - half the time for a million files
+
+
+def stay_inside(path: Path, root: Path) -> None:
+    """Refuse a symbolic link that leads out of a folder; `root` is the folder itself, resolved."""
+    if path.is_symlink() and not path.resolve().is_relative_to(root):
+        raise ValueError(f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder.")
+
+
+def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
+    """Return a folder given by its name below a root, or by its absolute path.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is a link that leads out of the root; its absolute path is taken, wherever it is.
+    """
+    path = Path(root) / folder
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; give the name of a folder in {root}, or its absolute path.")
+    if not Path(folder).is_absolute() and not path.resolve().is_relative_to(Path(root).resolve()):
+        raise ValueError(f"{path}: leads to {path.resolve()}, outside of {root}; give its absolute path instead.")
+    return path
+
+
+def with_slashes(name: str, folder: Path) -> str:
+    """Return a name as it is written here, if it was written on Windows and no file in the folder is called so."""
+    if "\\" not in name or os.path.lexists(folder / name):
+        return name
+    return PureWindowsPath(name).as_posix()
+
+
+def enclosed_files(folder: Path, names: Iterable[str], source: str | os.PathLike[str]) -> list[str]:
+    """Return the paths of files named relative to a folder; whether they exist is not asked.
+
+    Args:
+        folder: where they are.
+        names: their names, such as `a.jpg`, `night/a.jpg` or, written on Windows, `night\\a.jpg`.
+        source: who says so, for messages.
+
+    Raises:
+        ValueError: if a name is empty or absolute, holds `..` or a null character, or is a link that leads out of the
+            folder; quotes the name.
+    """
+    root = folder.resolve()
+    checked: set[PurePath] = set()
+    paths = []
+    for name in names:
+        pure = PurePath(with_slashes(name, folder))
+        drive = "\\" in name and PureWindowsPath(name).drive
+        if not pure.parts or pure.is_absolute() or drive or ".." in pure.parts or "\0" in name:
+            raise ValueError(f"{source}: file name {name!r} is no file inside {folder}; write names relative to it.")
+        # Folders are looked at once and not once per file: there are data sets of a million files.
+        parents = [parent for parent in pure.parents if parent not in checked]
+        for part in (*reversed(parents), pure):
+            try:
+                stay_inside(folder / part, root)
+            except ValueError as error:
+                raise ValueError(f"{source}: file name {name!r}: {error}") from None
+        checked.update(parents)
+        paths.append(str(folder / pure))
+    return paths

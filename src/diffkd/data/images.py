@@ -1,0 +1,190 @@
+"""One image file to RGB, whatever its kind: upright, 8 bits, nothing clipped, and a clear error if it is broken."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+
+from diffkd.data.folders import FolderSamples, absent_classes, quoted
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Where Pillow finds an orientation in the head of a PNG; to look for more, it would decode the pixels.
+_TOLD_BY_PNG = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
+# How the message about a broken image ends; it is no advice where such images are left out already.
+MEND = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
+
+
+class Header(NamedTuple):
+    """Hold what the head of an image file says.
+
+    Args:
+        size: (height, width) in pixels, once the picture is upright.
+        stored: (height, width) as stored.
+    """
+
+    size: tuple[int, int]
+    stored: tuple[int, int]
+
+
+def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file as 8-bit RGB.
+
+    The EXIF orientation is applied, unless the EXIF is damaged. Grey images are repeated over the channels; 16-bit ones
+    are scaled (65535 becomes 255); palettes and CMYK are converted; transparency is dropped and the colours below it
+    are kept, as torchvision does. Of several frames the first is taken.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The image in mode RGB.
+
+    Raises:
+        ValueError: if the file cannot be read, is corrupt or truncated, holds floats, or states more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels (a decompression bomb); names the file and the mend.
+    """
+    try:
+        with Image.open(path) as image:
+            header_of(image)
+            return _to_rgb(upright(image))
+    except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
+        raise _unreadable(path, error) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its pixels reach from {values.min()} to {values.max()}; save it with 8 or 16 bits")
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")  # PIL warns when it drops the transparency of a palette in one step
+    return image.convert("RGB")
+
+
+def header_of(image: Image.Image) -> Header:
+    """Return the sizes of an opened image that is not decoded yet; raise ValueError if it has too many pixels."""
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
+    stored = image.height, image.width
+    seen = image.format != "PNG" or any(key in image.info for key in _TOLD_BY_PNG)
+    turned = seen and _orientation(image) in (5, 6, 7, 8)
+    if turned and image.format == "TIFF":  # Pillow has swapped the sides of these already
+        return Header(stored, stored[::-1])
+    return Header(stored[::-1] if turned else stored, stored)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Return an opened image decoded and turned as its EXIF says; as it is stored if the EXIF is damaged."""
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the height and width that `read_rgb` gives an image, from the head of its file.
+
+    Raises:
+        ValueError: if the head cannot be read, or states too many pixels; names the file and the mend.
+    """
+    try:
+        with Image.open(path) as image:
+            return header_of(image).size
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation: int = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # as above; the pixels may be fine
+        return 1
+    return orientation
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    return ValueError(f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}){MEND}")
+
+
+class Verified(NamedTuple):
+    """Hold the samples that can be decoded, and one message for each that cannot."""
+
+    samples: FolderSamples
+    problems: list[str]
+
+
+def verify_images(samples: FolderSamples, threads: int = 1) -> Verified:
+    """Decode every image once and part the good ones from the broken ones.
+
+    Args:
+        samples: files and labels.
+        threads: images decoded at a time; decoding frees the interpreter lock.
+
+    Returns:
+        The good samples, in their order, and the messages that name the broken files.
+    """
+    with ThreadPoolExecutor(max(threads, 1)) as pool:
+        problems = list(pool.map(_problem, samples.paths, chunksize=64))
+    good = [index for index, problem in enumerate(problems) if problem is None]
+    return Verified(
+        FolderSamples([samples.paths[index] for index in good], [samples.labels[index] for index in good]),
+        [problem for problem in problems if problem is not None],
+    )
+
+
+def check_readable(samples: FolderSamples) -> None:
+    """Raise ValueError that names the first file which may not be read or is empty; quick, for it decodes nothing."""
+    bad = [path for path in samples.paths if not os.access(path, os.R_OK) or not Path(path).stat().st_size]
+    if bad:
+        raise ValueError(
+            f"image {bad[0]} is empty or may not be read ({len(bad)} such files); replace or remove it, "
+            'or set on_bad_image="skip" to leave such images out.'
+        )
+
+
+def check_every_class(train: FolderSamples, val: FolderSamples, classes: Sequence[str]) -> None:
+    """Warn of classes that cannot be measured; raise ValueError if one cannot be learned, or nothing be measured."""
+    empty = absent_classes(train.labels, classes)
+    if empty:
+        raise ValueError(f"train: no readable image of class(es) {quoted(empty)} is left; add some or remove them.")
+    if not val.paths:
+        raise ValueError("val: no readable image is left; add some.")
+    unmeasured = absent_classes(val.labels, classes)
+    if unmeasured:
+        rank_zero_warn(
+            f"val: no image of class(es) {quoted(unmeasured)}, of which accuracy will say nothing; add some, or remove "
+            "them from train."
+        )
+
+
+def _problem(path: str) -> str | None:
+    try:
+        read_rgb(path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+OnBadImage = Literal["error", "skip"]
+
+
+def check_on_bad_image(value: str) -> None:
+    """Raise ValueError if a value is no `OnBadImage`."""
+    if value not in get_args(OnBadImage):
+        raise ValueError(f"on_bad_image={value!r}: give 'error' or 'skip'.")

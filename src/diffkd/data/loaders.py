@@ -1,0 +1,183 @@
+"""Batches of images decoded by worker processes, in an order and with an augmentation that depend on no worker."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from diffkd.data.image_data import placement
+from diffkd.data.sampler import EpochSampler, SizeBatches, drops_last
+
+
+class KeyedDataset(Protocol):
+    """What is loaded: (image, label, index) for each key (epoch, index)."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def __getitem__(self, key: tuple[int, int], /) -> tuple[Any, Any, int]:
+        """Return an image, its label, mask or target, and its index."""
+        ...
+
+
+class FolderLoader:
+    """Iterate over (images, labels, indices) of a `KeyedDataset`; the counterpart of `DeviceLoader` for files.
+
+    Args:
+        dataset: what is loaded, such as a `FolderDataset`.
+        batch_size: images per batch and process.
+        shuffle: True for training, False for evaluation; see `EpochSampler` for what this means to the ranks' shards.
+        seed: seed of the order.
+        num_workers: worker processes, kept over the epochs; 0 decodes in this process.
+        pin_memory: whether batches lie in pinned memory, for copies to CUDA.
+        drop_last: drop a short last batch; None drops it only in training, and only if it holds one image, or two of
+            8 or more.
+        rank: this process among `world_size`.
+        world_size: number of processes.
+        start_batch: batches to skip in the first epoch that is iterated; `len` still counts them.
+        collate: list of samples to batch; None stacks them.
+        sizes: for evaluation, the size of every sample: a batch ends where the next one's differs. None for samples
+            that are all alike.
+
+    Yields:
+        images (B, C, H, W) float32 normalised, labels (B,) or masks (B, H, W) int64, indices (B,) int64 into the data
+        set; on the CPU. Or the three that `collate` makes.
+
+    Raises:
+        ValueError: if the data are too few for one batch; while iterating, if a file is broken.
+    """
+
+    def __init__(
+        self,
+        dataset: KeyedDataset,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        drop_last: bool | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        start_batch: int = 0,
+        collate: Callable[[list[Any]], tuple[Any, Any, Any]] | None = None,
+        sizes: Sequence[Hashable] | None = None,
+    ) -> None:
+        # Lightning looks for `sampler.set_epoch` on whatever it iterates, and beside a sampler for a batch sampler.
+        self.batch_sampler = None
+        self.sampler = EpochSampler(
+            len(dataset), seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, start=start_batch * batch_size
+        )
+        self.batch_size = batch_size
+        self.start_batch = start_batch
+        self.drop_last = drops_last(len(self.sampler), batch_size, train=shuffle, drop_last=drop_last)
+        batches: dict[str, Any] = {"batch_size": batch_size, "sampler": self.sampler, "drop_last": self.drop_last}
+        if sizes is not None:
+            batches = {"batch_sampler": SizeBatches(self.sampler, sizes, batch_size)}
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,  # type: ignore[arg-type]  # torch asks for its own class, and needs no more than this one has
+            **batches,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            collate_fn=collate,
+            # Workers are seeded from this generator; without it each epoch would draw from the global one.
+            generator=torch.Generator(),
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (counted from 0) that the next iteration runs."""
+        self.sampler.set_epoch(epoch)
+
+    @property
+    def digest(self) -> str | None:
+        """That of the data set, None if it gives none."""
+        return getattr(self._loader.dataset, "digest", None)
+
+    def __len__(self) -> int:
+        """Return the number of batches of a whole epoch."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Yield the batches of the current epoch; workers start when the first batch is asked for.
+
+        A generator, because Lightning calls `iter` before `set_epoch` when it resumes, and a `DataLoader` would by
+        then have sent its workers the indices of epoch 0.
+        """
+        for batch in self._loader:
+            yield batch[0], batch[1], batch[2]
+
+
+@dataclass(frozen=True)
+class SplitLoaders:
+    """Make loaders over training, evaluation and test samples.
+
+    Args:
+        train: training samples, augmented.
+        val: evaluation samples.
+        example: returns two training images as models see them, on the CPU.
+        batch_size: images per batch and process.
+        seed: seed of the order.
+        test: test samples; None takes `val`.
+        val_batch_size: evaluation images per batch and process; None takes `batch_size`.
+        num_workers: worker processes of each loader.
+        drop_last: as for `FolderLoader`.
+        collate: likewise.
+        sizes: the size of every evaluation sample, where a batch is to hold one size only.
+    """
+
+    train: KeyedDataset
+    val: KeyedDataset
+    example: Callable[[], Any]
+    batch_size: int
+    seed: int
+    test: KeyedDataset | None = None
+    val_batch_size: int | None = None
+    num_workers: int = 0
+    drop_last: bool | None = None
+    collate: Callable[[list[Any]], tuple[Any, Any, Any]] | None = None
+    sizes: Sequence[Hashable] | None = None
+
+    def train_loader(self, trainer: Trainer | None, start_batch: int = 0) -> FolderLoader:
+        """Return shuffled batches of the training samples; the first epoch begins at `start_batch`."""
+        return self._loader(self.train, trainer, self.batch_size, shuffle=True, start_batch=start_batch)
+
+    def val_loader(self, trainer: Trainer | None) -> FolderLoader:
+        """Return the evaluation samples in order, each exactly once over all ranks."""
+        return self._loader(self.val, trainer, self.val_batch_size or self.batch_size, sizes=self.sizes)
+
+    def test_loader(self, trainer: Trainer | None) -> FolderLoader:
+        """Return the test samples, likewise."""
+        if self.test is None:
+            return self.val_loader(trainer)
+        return self._loader(self.test, trainer, self.val_batch_size or self.batch_size)
+
+    def _loader(
+        self,
+        dataset: KeyedDataset,
+        trainer: Trainer | None,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        start_batch: int = 0,
+        sizes: Sequence[Hashable] | None = None,
+    ) -> FolderLoader:
+        place = placement(trainer)
+        return FolderLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            pin_memory=place.device.type == "cuda",
+            drop_last=self.drop_last,
+            rank=place.rank,
+            world_size=place.world_size,
+            start_batch=start_batch,
+            collate=self.collate,
+            sizes=sizes,
+        )

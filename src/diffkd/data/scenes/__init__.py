@@ -1,0 +1,1 @@
+"""Scenes composed of the packaged images, for detection and segmentation."""

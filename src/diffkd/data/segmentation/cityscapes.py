@@ -1,0 +1,131 @@
+"""Cityscapes: 2,975 training and 500 evaluation images of streets, 2048x1024, in 19 classes."""
+
+from pathlib import Path
+from typing import Literal
+
+from diffkd.data.image_data import ImageData
+from diffkd.data.segmentation.dataset import SCALE_AND_FLIP, PairLoaders
+from diffkd.data.segmentation.masks import MaskCode
+from diffkd.data.segmentation.pairs import scan_pairs
+from diffkd.data.segmentation.transform import SegmentationAugmentation
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+
+# Name of each class that counts, in the order of train ids, and its id in *_labelIds.png.
+_CLASSES = {
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+
+
+class Cityscapes(ImageData):
+    """Serve Cityscapes (Cordts et al., 2016), as its archives leftImg8bit and gtFine unpack.
+
+    Images, masks and batches are as in `MaskFolder`; `ignore_index` is 255.
+
+    Args:
+        root: folder that holds `leftImg8bit` and `gtFine`.
+        batch_size: training images per batch and process.
+        augmentation: what is done to training images besides the random crop.
+        seed: seed of order and augmentation.
+        labels: which masks are read: "labelIds", the archive's own, whose 34 ids are mapped to the 19 train ids;
+            "labelTrainIds", made by the official scripts; "auto" takes labelIds where there are some.
+        train: the split that is trained on.
+        val: the split that is evaluated.
+        crop_size: (H, W) of training images in pixels; None takes `resize`, or else (512, 512).
+        resize: (H, W) that all images are brought to first, at evaluation too; None leaves them.
+        full_size_masks: at evaluation leave masks at their own size while images are resized.
+        val_batch_size: evaluation images per batch and process at most; None takes `batch_size` where images are
+            resized, and 1 otherwise.
+        cache: "memory" keeps the decoded and resized pairs in the memory of each process.
+        num_workers: worker processes; None takes none with the cache, and otherwise one per core, at most 8.
+        verify: read every image and mask now, and list those that cannot be used.
+        mean: three values, in units of [0, 1].
+        std: three values, in units of [0, 1].
+
+    Raises:
+        FileNotFoundError: if a folder or list is missing.
+        ValueError: if a pair of files cannot be used, as in `MaskFolder`, or a value is out of range.
+    """
+
+    task = "segmentation"
+    ignore_index = 255
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int = 8,
+        augmentation: SegmentationAugmentation = SCALE_AND_FLIP,
+        seed: int = 0,
+        labels: Literal["auto", "labelIds", "labelTrainIds"] = "auto",
+        train: str = "train",
+        val: str = "val",
+        crop_size: tuple[int, int] | None = (512, 1024),
+        resize: tuple[int, int] | None = None,
+        full_size_masks: bool = False,
+        val_batch_size: int | None = None,
+        cache: Literal["none", "memory"] = "none",
+        num_workers: int | None = None,
+        verify: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        top = Path(root)
+        if labels not in ("auto", "labelIds", "labelTrainIds"):
+            raise ValueError(f"labels={labels!r}: give 'auto', 'labelIds' or 'labelTrainIds'.")
+        if labels == "auto":
+            own = next((top / "gtFine" / train).glob("*/*_gtFine_labelIds.png"), None)
+            made = next((top / "gtFine" / train).glob("*/*_gtFine_labelTrainIds.png"), None)
+            labels = "labelTrainIds" if made and not own else "labelIds"
+        id_map = {stored: id_ for id_, stored in enumerate(_CLASSES.values())} if labels == "labelIds" else None
+        code = MaskCode(len(_CLASSES), self.ignore_index, id_map=id_map)
+        pairs = [
+            scan_pairs(
+                top,
+                f"leftImg8bit/{split}",
+                f"gtFine/{split}",
+                image_suffix="_leftImg8bit",
+                mask_suffix=f"_gtFine_{labels}",
+            )
+            for split in (train, val)
+        ]
+        loaders = PairLoaders(
+            pairs[0],
+            pairs[1],
+            code,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            crop_size=crop_size,
+            resize=resize,
+            full_size_masks=full_size_masks,
+            val_batch_size=val_batch_size,
+            cache=cache,
+            num_workers=num_workers,
+            verify=verify,
+            mean=mean,
+            std=std,
+        )
+        super().__init__(loaders.splits, tuple(_CLASSES), image_size=loaders.crop_size, mean=mean, std=std)
+        self.root, self.labels, self.train, self.val = root, labels, train, val
+        self.batch_size, self.val_batch_size = batch_size, loaders.val_batch_size
+        self.augmentation, self.seed = augmentation, seed
+        self.resize, self.crop_size = loaders.resize, loaders.crop_size
+        self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
+        self.num_workers = loaders.num_workers

@@ -1,0 +1,308 @@
+"""Images and masks in folders: the usual form of one's own data for segmentation."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from diffkd.data.folders import evaluation_split
+from diffkd.data.image_data import ImageData
+from diffkd.data.images import OnBadImage
+from diffkd.data.segmentation.dataset import SCALE_AND_FLIP, PairLoaders
+from diffkd.data.segmentation.masks import MaskCode
+from diffkd.data.segmentation.pairs import Pairs, scan_pairs
+from diffkd.data.segmentation.transform import SegmentationAugmentation
+from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+
+Color = tuple[int, int, int]
+_COLOR = r"(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)"
+_NAME_FIRST = re.compile(rf"(?P<name>.*?\S)[\s,;:]+{_COLOR}[\s,;:]*")
+_COLOR_FIRST = re.compile(rf"{_COLOR}[\s,;:]+(?P<name>\S.*)")
+
+
+def class_names(classes: str | Path | Sequence[str], root: Path) -> tuple[str, ...]:
+    """Return the names of classes in the order of their ids.
+
+    Args:
+        classes: the names, or a text file with one name a line; a relative path is looked for in `root` first. Empty
+            lines at its end do not count.
+        root: the folder of the data.
+
+    Returns:
+        The names.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if there are none, one is empty, or two are equal.
+    """
+    if isinstance(classes, (str, Path)):
+        path = _file(classes, root, "classes")
+        source, names = str(path), [line.strip() for line in _text(path).rstrip().splitlines()]
+        kind = path.suffix.lower()
+        if names and (kind in (".json", ".yaml", ".yml") or (kind == ".csv" and "," in names[0])):
+            raise ValueError(f"{source}: no plain list, it begins with {names[0]!r}; give a file with one name a line.")
+    else:
+        source, names = "classes", [str(name) for name in classes]
+    for index, name in enumerate(names):
+        if not name:
+            raise ValueError(f"{source}: the name of class {index} is empty; give one name for each id, from 0 on.")
+        if name in names[:index]:
+            raise ValueError(f"{source}: class {name!r} is listed twice, as {names.index(name)} and {index}.")
+    if not names:
+        raise ValueError(f"{source}: no classes; give one name for each id, from 0 on.")
+    return tuple(names)
+
+
+def class_colors(colors: str | Path | Mapping[str, Sequence[int]], root: Path) -> dict[str, Color]:
+    """Return the colour of each class in masks that hold colours.
+
+    Args:
+        colors: name to (red, green, blue), 0 to 255; or a file: JSON with such a mapping, or text with a class a line,
+            `name, red, green, blue` or `red green blue name`, apart by commas, semicolons, colons or blanks. Lines
+            that begin with # and a first line of headings are passed over.
+        root: the folder of the data, in which a relative path is looked for first.
+
+    Returns:
+        Name to colour, in the order given.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it cannot be understood, or a colour is out of range; names the line.
+    """
+    if isinstance(colors, Mapping):
+        return _checked(list(colors.items()), "colors")
+    path = _file(colors, root, "colors")
+    text = _text(path)
+    if path.suffix.lower() != ".json":
+        return _checked(_lines(text, path), str(path))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); give {{name: [red, green, blue], ...}}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no mapping; give {{name: [red, green, blue], ...}}.")
+    return _checked(list(content.items()), str(path))
+
+
+def _file(given: str | Path, root: Path, what: str) -> Path:
+    for path in (root / given, Path(given)):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{what}: no file {given}, neither in {root} nor here; give its path, or a list in code.")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it so.") from error
+
+
+def _lines(text: str, path: Path) -> list[tuple[str, Sequence[Any]]]:
+    found: list[tuple[str, Sequence[Any]]] = []
+    lines = [line.strip() for line in text.splitlines()]
+    first = next((number for number, line in enumerate(lines) if line and not line.startswith("#")), 0)
+    for number, line in enumerate(lines):
+        if not line or line.startswith("#"):
+            continue
+        match = _NAME_FIRST.fullmatch(line) or _COLOR_FIRST.fullmatch(line)
+        if match:
+            found.append((match["name"].strip("\"' "), [int(match[channel]) for channel in ("red", "green", "blue")]))
+        elif number != first:
+            raise ValueError(f"{path}, line {number + 1}: {line!r} is not a name and a colour: red, green, blue.")
+    return found
+
+
+def _checked(colors: list[tuple[str, Sequence[Any]]], source: str) -> dict[str, Color]:
+    found: dict[str, Color] = {}
+    for name, color in colors:
+        good = isinstance(color, (list, tuple)) and len(color) == 3
+        if not good or not all(type(value) is int and 0 <= value <= 255 for value in color):
+            raise ValueError(f"{source}: the colour of {name!r} is {color!r}; give red, green, blue from 0 to 255.")
+        if name in found:
+            raise ValueError(f"{source}: class {name!r} is listed twice.")
+        found[name] = (color[0], color[1], color[2])
+    if not found:
+        raise ValueError(f"{source}: no colours; give a name with red, green and blue for each class.")
+    return found
+
+
+class MaskFolder(ImageData):
+    """Serve images and masks from `root/train/images/`, `root/train/masks/` and the same below `root/val/`.
+
+    Image and mask are matched by their paths below these folders, less suffix and extension. Files are listed and
+    their sizes compared when the module is made. Masks are PNG: grey of up to 16 bits or with a palette, whose values
+    are class ids, or in colours, with a table of them. Training images are augmented and cropped to `crop_size`;
+    evaluation images are whole, and only those of one size share a batch.
+
+    Batches are images (B, 3, H, W) float32 normalised, masks (B, H, W) int64 of class ids in [0, K) or `ignore_index`,
+    and indices (B,) int64.
+
+    Args:
+        root: the folder.
+        batch_size: training images per batch and process.
+        augmentation: what is done to training images besides the random crop.
+        seed: seed of order and augmentation.
+        classes: names of the classes in the order of their ids, or a text file with one name a line, looked for in
+            `root` first. A name for `ignore_index` may be the last one; it is no class.
+        num_classes: K; None takes the number of names or colours. Without names, class 3 is called "class 3".
+        ignore_index: the id of pixels that count neither in training nor in evaluation: none of the classes, or 0,
+            which then keeps its place among the classes and has no pixels.
+        id_map: stored id to class id, for masks of other ids; pixels of all other ids are ignored.
+        colors: for masks of colours: class name to (red, green, blue), or a file of them (`class_colors`). Names that
+            are not in `classes` are ignored; without `classes`, ids follow the order of the colours.
+        unknown_colors: "error" refuses a mask with a colour that is not in `colors`, "ignore" ignores its pixels.
+        crop_size: (H, W) of training images in pixels; None takes `resize`, or else (512, 512).
+        resize: (H, W) that all images are brought to first, at evaluation too; None leaves them.
+        full_size_masks: at evaluation leave masks at their own size while images are resized.
+        train: the split that is trained on.
+        val: the split that is evaluated; None takes "val", or else "valid", "validation" or "test".
+        images: folder of a split's images; "{split}" stands for the split, as in "images/{split}". Without it the
+            folder lies in the split's.
+        masks: likewise of the masks.
+        image_suffix: what the names of images end in besides the name shared with the mask, with or without the
+            extension; other files are passed over.
+        mask_suffix: likewise of masks, such as "_mask".
+        val_batch_size: evaluation images per batch and process at most; None takes `batch_size` where images are
+            resized, and 1 otherwise.
+        cache: "memory" keeps the decoded and resized pairs in the memory of each process, so that small data are
+            decoded once.
+        num_workers: worker processes; None takes none with the cache, and otherwise one per core, at most 8.
+        verify: read every image and mask now, and list those that cannot be used, instead of stopping at the first in
+            mid-epoch.
+        on_bad_image: "error" refuses pairs that cannot be used; "skip" reads every pair now and leaves such out, with a
+            warning that counts and names them.
+        mean: three values, in units of [0, 1].
+        std: three values, in units of [0, 1].
+
+    Attributes:
+        skipped: one message per pair left out.
+
+    Raises:
+        FileNotFoundError: if a folder or file is missing.
+        ValueError: if a file has no partner, sizes differ, a mask is not of the expected kind, a link leaves the root,
+            or a value is out of range; while iterating, if a file is broken or a mask holds an id of no class.
+    """
+
+    task = "segmentation"
+
+    def __init__(
+        self,
+        root: str | Path,
+        batch_size: int = 8,
+        augmentation: SegmentationAugmentation = SCALE_AND_FLIP,
+        seed: int = 0,
+        classes: str | Path | Sequence[str] | None = None,
+        num_classes: int | None = None,
+        ignore_index: int = 255,
+        id_map: Mapping[int, int] | None = None,
+        colors: str | Path | Mapping[str, Sequence[int]] | None = None,
+        unknown_colors: Literal["error", "ignore"] = "error",
+        crop_size: tuple[int, int] | None = None,
+        resize: tuple[int, int] | None = None,
+        full_size_masks: bool = False,
+        train: str = "train",
+        val: str | None = None,
+        images: str = "images",
+        masks: str = "masks",
+        image_suffix: str = "",
+        mask_suffix: str = "",
+        val_batch_size: int | None = None,
+        cache: Literal["none", "memory"] = "none",
+        num_workers: int | None = None,
+        verify: bool = False,
+        on_bad_image: OnBadImage = "error",
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> None:
+        top = Path(root)
+        if not top.is_dir():
+            raise FileNotFoundError(f"{top}: no such folder; give a root with {train}/{images} and {train}/{masks}.")
+        table = None if colors is None else class_colors(colors, top)
+        names = class_names(classes, top) if classes is not None else tuple(table) if table else None
+        counted = _counted(names, num_classes, ignore_index)
+        coded = None if table is None else _coded(table, counted, ignore_index)
+        id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
+        code = MaskCode(len(counted), ignore_index, id_map=id_map, colors=coded, unknown_colors=unknown_colors)
+
+        def scanned(split: str) -> Pairs:
+            folders = [_folder(name, split) for name in (images, masks)]
+            return scan_pairs(
+                top,
+                *folders,
+                image_suffix=image_suffix,
+                mask_suffix=mask_suffix,
+                colors=code.holds_colors,
+                skip_bad=on_bad_image == "skip",
+            )
+
+        if val is None:
+            val = evaluation_split(top, _folder(images, "{split}"))
+        loaders = PairLoaders(
+            scanned(train),
+            scanned(val),
+            code,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            crop_size=crop_size,
+            resize=resize,
+            full_size_masks=full_size_masks,
+            val_batch_size=val_batch_size,
+            cache=cache,
+            num_workers=num_workers,
+            verify=verify,
+            mean=mean,
+            std=std,
+            on_bad_image=on_bad_image,
+        )
+        super().__init__(loaders.splits, counted, image_size=loaders.crop_size, mean=mean, std=std)
+        self.root, self.train, self.val = root, train, val
+        self.images, self.masks, self.id_map = images, masks, id_map
+        self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
+        self.colors, self.unknown_colors, self.ignore_index = table, unknown_colors, ignore_index
+        self.batch_size, self.val_batch_size = batch_size, loaders.val_batch_size
+        self.augmentation, self.seed = augmentation, seed
+        self.resize, self.crop_size = loaders.resize, loaders.crop_size
+        self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
+        self.num_workers = loaders.num_workers
+        self.on_bad_image, self.skipped = on_bad_image, loaders.skipped
+
+
+def _folder(name: str, split: str) -> str:
+    return name.replace("{split}", split) if "{split}" in name else f"{split}/{name}"
+
+
+def _counted(names: tuple[str, ...] | None, num_classes: int | None, ignore_index: int) -> tuple[str, ...]:
+    """Return the names of the classes that count: all but a last one that is the ignored id."""
+    if names is None:
+        if num_classes is None:
+            raise ValueError("nothing says which classes there are: give classes, num_classes or colors.")
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: give 1 or more.")
+        names = tuple(f"class {index}" for index in range(num_classes))
+        last_is_ignored = False
+    else:
+        last_is_ignored = ignore_index == len(names) - 1
+        if num_classes is not None and num_classes not in (len(names), len(names) - last_is_ignored):
+            raise ValueError(
+                f"num_classes={num_classes}, but there are {len(names)} names of classes; leave num_classes out."
+            )
+    names = names[:-1] if last_is_ignored else names
+    if not names:
+        raise ValueError(f"the only class, {ignore_index}, is ignored: give more classes or another ignore_index.")
+    if 0 < ignore_index < len(names):
+        raise ValueError(
+            f"ignore_index={ignore_index} is one of the {len(names)} classes; give num_classes without it, an id that "
+            "is no class, such as 65535 or -100, or an id_map that leaves the ignored id out."
+        )
+    return names
+
+
+def _coded(table: dict[str, Color], classes: tuple[str, ...], ignore_index: int) -> list[tuple[int, Color]]:
+    missing = [name for name in classes if name not in table]
+    if missing:
+        raise ValueError(f"colors: none for {', '.join(map(repr, missing[:5]))}; give a colour for each class.")
+    ids = {name: index for index, name in enumerate(classes)}
+    return [(ids.get(name, ignore_index), color) for name, color in table.items()]

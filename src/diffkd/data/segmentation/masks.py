@@ -1,0 +1,232 @@
+"""What the pixels of a mask file mean: from stored ids or colours to the class ids that training uses."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from diffkd.data.images import Header, header_of, read_rgb, upright
+
+_IDS = ("1", "L", "P", "I;16", "I")
+_COLOURS = ("1", "L", "P", "RGB", "RGBA")
+
+
+def image_header(path: str | os.PathLike[str]) -> Header:
+    """Read the size of an image without decoding it; raise ValueError, naming the file, if that fails."""
+    try:
+        with Image.open(path) as image:
+            return header_of(image)
+    except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
+        raise ValueError(f"image {path} {_unreadable(error)}; replace it, or remove it and its mask.") from error
+
+
+def mask_header(path: str | os.PathLike[str], *, colours: bool) -> Header:
+    """Read the size of a mask without decoding it.
+
+    Args:
+        path: the file.
+        colours: whether the mask holds colours instead of class ids.
+
+    Returns:
+        Its size.
+
+    Raises:
+        ValueError: if the file is not a PNG, cannot be read, or holds colours where ids are expected or the other way
+            round; names the file and the mend.
+    """
+    try:
+        with Image.open(path) as image:
+            kind, mode, header = image.format, image.mode, header_of(image)
+    except Exception as error:
+        raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
+    if kind != "PNG":
+        lossy = ", whose compression changes ids" if kind in ("JPEG", "WEBP") else ""
+        raise ValueError(f"mask {path} is a {kind} file{lossy}; save masks as PNG.")
+    if mode not in (_COLOURS if colours else _IDS):
+        mend = (
+            "take the table of colours away (colors=None) or save it as RGB"
+            if colours
+            else "give the colours of the classes (colors=...) or save it as grey or with a palette"
+        )
+        expected = "colours" if colours else "class ids"
+        raise ValueError(f"mask {path} holds pixels of mode {mode} where {expected} are expected; {mend}.")
+    return header
+
+
+def read_mask(path: str | os.PathLike[str], *, colours: bool = False) -> npt.NDArray[Any]:
+    """Read the class ids of a mask, or its colours.
+
+    Ids are the grey values of a PNG with 1, 2, 4, 8 or 16 bits, or the indices into its palette, as stored; nothing is
+    scaled. Colours are those of an RGB image or of the palette; transparency is dropped. Interlaced files are read as
+    any other. The orientation of EXIF is applied, as to images. Check sums are verified, for a wrong bit is a wrong
+    class.
+
+    Args:
+        path: the file.
+        colours: whether the mask holds colours instead of class ids.
+
+    Returns:
+        Ids (H, W) uint8 or uint16; or colours (H, W, 3) uint8.
+
+    Raises:
+        ValueError: as `mask_header`, and if the file is truncated or corrupt.
+    """
+    mask_header(path, colours=colours)
+    try:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()
+        with Image.open(io.BytesIO(content)) as image:
+            turned = upright(image)
+            pixels = np.asarray(turned.convert("RGB") if colours else turned)
+    except Exception as error:
+        raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
+    if colours:
+        return pixels
+    # Byte 24 of a PNG is the number of bits and byte 25 is 0 for grey. Pillow spreads grey of 2 and 4 bits over 0..255.
+    if content[25] == 0 and content[24] in (2, 4):
+        return pixels // np.uint8(255 // ((1 << content[24]) - 1))
+    return pixels.astype(np.uint16 if pixels.dtype.itemsize > 1 else np.uint8)
+
+
+def read_image(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
+    """Read an image as (H, W, 3) 8-bit RGB (`diffkd.data.images`); raise ValueError, naming the file, if that fails."""
+    try:
+        return np.array(read_rgb(path))
+    except ValueError as error:
+        raise ValueError(
+            f"image {path} {_unreadable(error.__cause__ or error)}; replace it, or remove it and its mask."
+        ) from error
+
+
+def _unreadable(error: BaseException) -> str:
+    return f"cannot be read ({type(error).__name__}: {error})"
+
+
+_RAW_IDS = 1 << 16  # a PNG has 16 bits at most
+_UNKNOWN = -(1 << 31)  # no class, nor any id to ignore
+
+
+class MaskCode:
+    """Read masks as class ids in [0, K) or the ignored id.
+
+    Args:
+        num_classes: K.
+        ignore_index: the id of pixels that are not counted; any integer of 32 bits but the lowest.
+        id_map: stored id to class id or `ignore_index`; None takes ids as they are.
+        unmapped: what stored ids that `id_map` lacks are: ignored, or an error.
+        colors: class id or `ignore_index` to red, green, blue, as pairs of the two, for masks that hold colours.
+        unknown_colors: what a colour of no class is: an error, or ignored.
+
+    Raises:
+        ValueError: if an id is out of range, two classes have one colour, or both `id_map` and `colors` are given.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        ignore_index: int = 255,
+        *,
+        id_map: Mapping[int, int] | None = None,
+        unmapped: Literal["ignore", "error"] = "ignore",
+        colors: Sequence[tuple[int, tuple[int, int, int]]] | None = None,
+        unknown_colors: Literal["error", "ignore"] = "error",
+    ) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: give 1 or more.")
+        if not _UNKNOWN < ignore_index < 1 << 31:
+            raise ValueError(f"ignore_index={ignore_index} is no integer of 32 bits: give one such as 255 or -100.")
+        if id_map is not None and colors is not None:
+            raise ValueError("id_map is for masks of ids and colors for masks of colours: give one of them.")
+        for name, value, choices in (
+            ("unmapped", unmapped, ("ignore", "error")),
+            ("unknown_colors", unknown_colors, ("error", "ignore")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, choices))}.")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.holds_colors = colors is not None
+        self._mapped = id_map is not None
+        self._unknown_color = ignore_index if unknown_colors == "ignore" else _UNKNOWN
+        # A byte for each pixel where it will do, for masks that are kept in memory.
+        small = 0 <= ignore_index < 256 and num_classes <= 256
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8 if small else np.int32)
+        self._table = self._id_table(id_map, ignore_index if unmapped == "ignore" else _UNKNOWN)
+        self._keys, self._values = self._color_table(colors or ())
+
+    def read(self, path: str | os.PathLike[str]) -> npt.NDArray[Any]:
+        """Read a mask file.
+
+        Args:
+            path: a PNG.
+
+        Returns:
+            (H, W) class ids and `ignore_index`, of 8 bits where they fit, otherwise of 32.
+
+        Raises:
+            ValueError: if the file cannot be read, or holds an id or a colour without a class; names the file, the id
+                or colour, the first such pixel and the mend.
+        """
+        stored = read_mask(path, colours=self.holds_colors)
+        ids = self._of_colors(stored) if self.holds_colors else self._table[stored]
+        unknown = ids == _UNKNOWN
+        if unknown.any():
+            row, column = (int(place) for place in np.argwhere(unknown)[0])
+            raise ValueError(f"mask {path} {self._complaint(stored[row, column], row, column, int(unknown.sum()))}")
+        return ids.astype(self.dtype)
+
+    def _id_table(self, id_map: Mapping[int, int] | None, otherwise: int) -> npt.NDArray[np.int32]:
+        table = np.full(_RAW_IDS, otherwise if id_map is not None else _UNKNOWN, dtype=np.int32)
+        if id_map is None:
+            table[: self.num_classes] = np.arange(min(self.num_classes, _RAW_IDS))
+            if 0 <= self.ignore_index < _RAW_IDS:
+                table[self.ignore_index] = self.ignore_index
+            return table
+        for stored, id_ in id_map.items():
+            if not 0 <= stored < _RAW_IDS:
+                raise ValueError(f"id_map: {stored} is no id that a PNG holds: give 0 to {_RAW_IDS - 1}.")
+            if not (0 <= id_ < self.num_classes or id_ == self.ignore_index):
+                raise ValueError(
+                    f"id_map: {stored} becomes {id_}, which is out of range for {self.num_classes} classes: give 0 to "
+                    f"{self.num_classes - 1}, or ignore_index {self.ignore_index}."
+                )
+            table[stored] = id_
+        return table
+
+    def _color_table(
+        self, colors: Sequence[tuple[int, tuple[int, int, int]]]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        found: dict[int, int] = {}
+        for id_, (red, green, blue) in colors:
+            key = red << 16 | green << 8 | blue
+            if found.setdefault(key, id_) != id_:
+                raise ValueError(f"colors: ({red}, {green}, {blue}) stands for two classes, {found[key]} and {id_}.")
+        keys = np.array(sorted(found), dtype=np.int32)
+        return keys, np.array([found[key] for key in sorted(found)], dtype=np.int32)
+
+    def _of_colors(self, stored: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+        red, green, blue = (stored[..., channel].astype(np.int32) for channel in range(3))
+        keys = red << 16 | green << 8 | blue
+        places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[places] == keys, self._values[places], np.int32(self._unknown_color))
+
+    def _complaint(self, value: Any, row: int, column: int, count: int) -> str:
+        where = f"at row {row}, column {column} ({count} such pixels)"
+        if self.holds_colors:
+            return (
+                f"holds colour {tuple(int(part) for part in value)} {where}, which is of no class; add it to colors, "
+                'or set unknown_colors="ignore".'
+            )
+        if self._mapped:
+            return f"holds id {int(value)} {where}, which is of no class; mend it."
+        return (
+            f"holds id {int(value)} {where}, which is out of range for {self.num_classes} classes; ids count from 0 to "
+            f"{self.num_classes - 1} and ignore_index is {self.ignore_index}: mend it, set num_classes or "
+            "ignore_index, or give an id_map."
+        )

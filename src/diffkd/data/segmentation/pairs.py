@@ -1,0 +1,171 @@
+"""Which image belongs to which mask, and every reason, short of decoding them, why a pair cannot be used."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from diffkd.data.folders import image_files, quoted
+from diffkd.data.segmentation.masks import image_header, mask_header
+
+_LISTED = 10  # problems that an error spells out
+
+
+class Pairs(NamedTuple):
+    """List the images and masks of one split.
+
+    Args:
+        images: N files.
+        masks: N files.
+        sizes: N times (height, width) in pixels of the upright image.
+    """
+
+    images: list[str]
+    masks: list[str]
+    sizes: list[tuple[int, int]]
+
+    def select(self, indices: list[int]) -> "Pairs":
+        """Return some of the pairs, in the given order."""
+        return Pairs(
+            [self.images[index] for index in indices],
+            [self.masks[index] for index in indices],
+            [self.sizes[index] for index in indices],
+        )
+
+
+def scan_pairs(
+    root: Path,
+    images: str,
+    masks: str,
+    *,
+    image_suffix: str = "",
+    mask_suffix: str = "",
+    colors: bool = False,
+    skip_bad: bool = False,
+) -> Pairs:
+    """Pair the files of two folders by their paths below them, less suffix and extension, and check each pair.
+
+    Files are found at any depth; hidden ones and those without the suffix are passed over.
+
+    Args:
+        root: the folder of the data, which no link may leave.
+        images: folder of the images, below `root`.
+        masks: folder of the masks, below `root`.
+        image_suffix: what the names of images end in, with or without their extension.
+        mask_suffix: likewise of masks.
+        colors: whether masks hold colours instead of class ids.
+        skip_bad: as for `check_pairs`.
+
+    Returns:
+        The pairs, in the order of their names.
+
+    Raises:
+        FileNotFoundError: if a folder is missing.
+        ValueError: if there are no images, an image or a mask is alone, two files claim one name, a link leaves the
+            root, or a pair does not pass `check_pairs`; names the files and the mend.
+    """
+    found = _by_key(root, images, image_suffix, "image")
+    wanted = _by_key(root, masks, mask_suffix, "mask")
+    lonely = [
+        f"image {path} has no mask {root / masks / key}{mask_suffix}{'' if '.' in mask_suffix else '.png'}"
+        for key, path in found.items()
+        if key not in wanted
+    ]
+    lonely += [f"mask {path} has no image" for key, path in wanted.items() if key not in found]
+    refuse(
+        lonely,
+        f"{root}: {len(lonely)} file(s) of {images} and {masks} are without the other part of their pair; add it or "
+        "remove them, or set image_suffix and mask_suffix to what the names end in",
+    )
+    return check_pairs(root, [(path, wanted[key]) for key, path in found.items()], colors=colors, skip_bad=skip_bad)
+
+
+def check_pairs(
+    root: Path, pairs: Iterable[tuple[str | Path, str | Path]], *, colors: bool = False, skip_bad: bool = False
+) -> Pairs:
+    """Read the heads of all files, and return the pairs with their sizes.
+
+    Args:
+        root: the folder of the data.
+        pairs: image and mask files.
+        colors: whether masks hold colours instead of class ids.
+        skip_bad: whether pairs that cannot be used are let pass, with size 0, for whoever decodes them to leave out.
+
+    Returns:
+        The pairs, in the order given.
+
+    Raises:
+        ValueError: if an image cannot be read, a mask is not a PNG or not of the expected kind, or the sizes of a pair
+            differ; names up to ten of them, and each reason that they share once.
+    """
+    good = Pairs([], [], [])
+    alike: dict[str, tuple[str, list[str]]] = {}  # the first message and all files, by what is wrong with them
+    for image, mask in pairs:
+        try:
+            size = _checked(image, mask, colors)
+        except ValueError as error:
+            size = (0, 0)
+            message = str(error)
+            _, files = alike.setdefault(message.replace(str(image), "").replace(str(mask), ""), (message, []))
+            files.append(str(mask if message.startswith("mask") else image))
+        good.images.append(str(image))
+        good.masks.append(str(mask))
+        good.sizes.append(size)
+    if skip_bad:
+        return good
+    listed = [f"{message} Likewise {quoted(files[1:])}." if files[1:] else message for message, files in alike.values()]
+    count = sum(len(files) for _, files in alike.values())
+    refuse(listed, f"{root}: {count} pair(s) of image and mask cannot be used")
+    return good
+
+
+def refuse(problems: list[str], headline: str) -> None:
+    """Raise ValueError if there are problems: the headline, and the first ten of them."""
+    if problems:
+        more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ValueError(f"{headline}:" + "".join(f"\n  {problem}" for problem in problems[:_LISTED]) + more)
+
+
+def _checked(image: str | Path, mask: str | Path, colors: bool) -> tuple[int, int]:
+    seen, masked = image_header(image), mask_header(mask, colours=colors)
+    if seen.size == masked.size:
+        return seen.size
+    message = f"image {image} is {_sized(seen.size)} pixels but its mask {mask} is {_sized(masked.size)}"
+    if seen.stored == masked.size:
+        raise ValueError(
+            f"{message}: the image is turned upright by its EXIF orientation; turn the mask likewise, or take the "
+            "orientation out of the image."
+        )
+    raise ValueError(f"{message}; give both the same size.")
+
+
+def _sized(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+def _by_key(root: Path, name: str, suffix: str, kind: str) -> dict[str, str]:
+    folder = root / name
+    if not folder.is_dir():
+        beside = sorted(path.name for path in folder.parent.iterdir()) if folder.parent.is_dir() else []
+        seen = f"; {folder.parent} holds {', '.join(map(repr, beside[:10]))}" if beside else ""
+        raise FileNotFoundError(f"{folder}: no such folder of {kind}s{seen}; give the folders of images and masks.")
+    real = root.resolve()
+    if not folder.resolve().is_relative_to(real):
+        raise ValueError(f"{folder}: leads to {folder.resolve()}, outside of {root}; copy the files into the folder.")
+    found: dict[str, str] = {}
+    for path in image_files(folder, real):
+        file = Path(path)
+        key = file.relative_to(folder).as_posix()
+        key = key if "." in suffix else key.removesuffix(file.suffix)
+        if not key.endswith(suffix):
+            continue
+        key = key.removesuffix(suffix)
+        if key in found:
+            raise ValueError(
+                f"{found[key]} and {path} are both the {kind} {key!r}; remove one, or set {kind}_suffix to "
+                f"{suffix + file.suffix!r} to take that kind only."
+            )
+        found[key] = path
+    if not found:
+        ending = f" whose name ends in {suffix!r}" if suffix else ""
+        raise ValueError(f"{folder}: no {kind}{ending}; add {kind}s, or set {kind}_suffix to what their names end in.")
+    return found

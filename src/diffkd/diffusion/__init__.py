@@ -1,0 +1,1 @@
+"""The mathematics of DiffKD: schedule, denoiser, noise adapter, autoencoder, passes, distances."""

@@ -1,0 +1,205 @@
+"""The trainable parts of DiffKD: denoiser, noise adapter and linear autoencoder, for maps and for vectors.
+
+Maps are (B, C, H, W) and go through convolutions; vectors (logits, regression outputs) are (B, C) and go through matrix
+products. The parameters keep the order and shapes of the authors' modules, so that their checkpoints fit
+(:mod:`diffkd.official`).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffkd.diffusion.distances import at_least_float32
+
+
+class BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of (B, C) and (B, C, H, W) that survives a single value per channel.
+
+    With one value per channel (a batch of one vector, a 1x1 map of one image) batch statistics do not exist; the
+    running statistics stand in for them then, and are left as they are.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim not in (2, 4):
+            raise ValueError(f"expected (B, C) or (B, C, H, W), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise `input` over all but dimension 1."""
+        if self.training and input.numel() == input.shape[1]:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        return super().forward(input)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, as a matrix product where that is faster: in channels-last layout, on a CPU.
+
+    There, (B, C, H, W) lies in memory as the rows (B * H * W, C); a convolution would reorder the weight every time.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, in, H, W) to (B, out, H, W), layout kept."""
+        # A compiler plans layouts itself, and does not foresee those in which the gradients of the rows come.
+        rows = not torch.compiler.is_compiling() and input.is_cpu
+        if rows and input.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return super().forward(input)
+
+
+def pointwise(in_channels: int, out_channels: int, is_map: bool) -> nn.Module:
+    """Return a linear map over channels: a 1x1 convolution for maps, a matrix product for vectors."""
+    return PointwiseConv(in_channels, out_channels) if is_map else nn.Linear(in_channels, out_channels)
+
+
+class Bottleneck(nn.Module):
+    """A residual bottleneck, (B, C, H, W) to the same shape: 1x1 to C / reduction, 3x3, 1x1 back to C.
+
+    Args:
+        channels: C.
+        reduction: by how much the inner convolutions are narrower.
+        activate: apply ReLU after the sum, as in ResNet. The authors' code does not.
+    """
+
+    def __init__(self, channels: int, reduction: int = 4, activate: bool = False) -> None:
+        super().__init__()
+        inner = max(1, channels // reduction)
+        self.block = nn.Sequential(
+            PointwiseConv(channels, inner),
+            BatchNorm(inner),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(inner, inner, 3, padding=1),
+            BatchNorm(inner),
+            nn.ReLU(inplace=True),
+            PointwiseConv(inner, channels),
+            BatchNorm(channels),
+        )
+        self.activate = activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` plus its bottleneck."""
+        x = self.block(x).add_(x)  # in place: nothing keeps what a batch normalisation returns
+        return F.relu(x) if self.activate else x
+
+
+class Denoiser(nn.Module):
+    """Phi(z_t, t), which predicts the noise in a noisy latent (Fig. 3 of the paper).
+
+    For maps: two bottlenecks and a 1x1 convolution. For vectors, each bottleneck becomes two linear layers (App. B.2).
+    A learned embedding of the timestep is added to the input.
+
+    Args:
+        channels: C of the latent.
+        is_map: (B, C, H, W) if true, (B, C) otherwise.
+        num_train_timesteps: number of timesteps T.
+        output_norm: end in a batch normalisation (maps only), as in the authors' code but not in the paper's Fig. 3.
+        activate: ReLU after the bottlenecks' sums (maps only).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        is_map: bool = True,
+        num_train_timesteps: int = 1000,
+        output_norm: bool = True,
+        activate: bool = False,
+    ) -> None:
+        super().__init__()
+        # The authors' table has 1280 rows of which 1000 are used: with as many, their weights load as they are.
+        self.time_embedding = nn.Embedding(max(1280, num_train_timesteps), channels)
+        if is_map:
+            self.pred = nn.Sequential(
+                Bottleneck(channels, activate=activate),
+                Bottleneck(channels, activate=activate),
+                PointwiseConv(channels, channels),
+                BatchNorm(channels) if output_norm else nn.Identity(),
+            )
+        else:
+            self.pred = nn.Sequential(
+                *(nn.Linear(channels, 4 * channels), BatchNorm(4 * channels), nn.ReLU(inplace=True)),
+                *(nn.Linear(4 * channels, channels), BatchNorm(channels)),
+                *(nn.Linear(channels, 4 * channels), BatchNorm(4 * channels), nn.ReLU(inplace=True)),
+                nn.Linear(4 * channels, channels),
+            )
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, linears: Sequence[Callable[[Tensor], Tensor]] = (), batches: int = 1
+    ) -> Tensor:
+        """Predict the noise in `noisy`.
+
+        Args:
+            noisy: (B, C, H, W) or (B, C), z_t.
+            timesteps: (B,) or (1,) int64 in 0..T-1; or their embeddings, (B, C) or (1, C), looked up before.
+            linears: what to call in place of the linear layers, in their order (see :mod:`diffkd.diffusion.passes`);
+                empty: the layers themselves.
+            batches: how many batches of the same size `noisy` holds one after the other, each with statistics of its
+                own (vectors only).
+
+        Returns:
+            The predicted noise, same shape.
+        """
+        time = timesteps if timesteps.is_floating_point() else self.time_embedding(timesteps)  # (B, C)
+        time = time.reshape(*time.shape, *[1] * (noisy.ndim - 2))
+        x: Tensor = noisy.to(time.dtype) + time
+        instead = list(linears)
+        for layer in self.pred:
+            if batches > 1 and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                x = torch.cat([layer(one) for one in x.chunk(batches)])
+                continue
+            run = instead.pop(0) if instead and isinstance(layer, nn.Linear) else layer
+            x = run(x)
+        return x
+
+
+class NoiseAdapter(nn.Module):
+    """Adaptive noise matching: one gamma in (0, 1) per sample, from the projected student feature (Eq. 8).
+
+    Args:
+        channels: C of the latent.
+        is_map: (B, C, H, W) if true, (B, C) otherwise.
+        activate: ReLU after the bottleneck's sum (maps only).
+    """
+
+    def __init__(self, channels: int, is_map: bool = True, activate: bool = False) -> None:
+        super().__init__()
+        self.feat = (
+            nn.Sequential(Bottleneck(channels, reduction=8, activate=activate), nn.AdaptiveAvgPool2d(1))
+            if is_map
+            else nn.Sequential(
+                *(nn.Linear(channels, 2 * channels), BatchNorm(2 * channels), nn.ReLU(inplace=True)),
+                *(nn.Linear(2 * channels, channels), BatchNorm(channels)),
+            )
+        )
+        self.pred = nn.Linear(channels, 2)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Return gamma, (B,) in float32 or wider, for (B, C, H, W) or (B, C). Larger means less added noise."""
+        scores = self.pred(self.feat(latent).flatten(1))
+        return at_least_float32(scores).softmax(dim=1)[:, 0]
+
+
+class LinearAutoencoder(nn.Module):
+    """Linear autoencoder that narrows the teacher's feature to the latent (Sec. 3.2), trained by Eq. 6 alone.
+
+    Args:
+        channels: channels of the teacher's feature.
+        latent_channels: C of the latent.
+        is_map: (B, C, H, W) if true, (B, C) otherwise.
+        norm: end the encoder in a batch normalisation, as in the authors' code; the paper has two convolutions only.
+    """
+
+    def __init__(self, channels: int, latent_channels: int, is_map: bool = True, norm: bool = True) -> None:
+        super().__init__()
+        layers = [pointwise(channels, latent_channels, is_map)]
+        self.encoder = nn.Sequential(*layers, *([BatchNorm(latent_channels)] if norm else []))
+        self.decoder = nn.Sequential(pointwise(latent_channels, channels, is_map))
+
+    def forward(self, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latent and the reconstruction of `feature`."""
+        latent = self.encoder(feature)
+        return latent, self.decoder(latent)

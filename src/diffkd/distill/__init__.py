@@ -1,0 +1,1 @@
+"""Two models, pairs of their layers, and one method between each pair."""

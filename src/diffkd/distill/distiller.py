@@ -1,0 +1,324 @@
+"""The distiller: a student, a frozen teacher, and one method for each pair of their layers."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diffkd.distill.checks import GradientFlow, check_models
+from diffkd.distill.matching import Pair, as_text, pair_layers, pair_rows, unique_names
+from diffkd.distill.observation import Observation, as_constant, handed_to, read_pair
+from diffkd.features.calling import first_parameter, on_device_of, run
+from diffkd.features.layers import find_layer, list_layers
+from diffkd.features.probe import probe, watch
+from diffkd.features.reader import Reader, agree
+from diffkd.features.recorder import Call, Recorder, split_selector
+from diffkd.files.weights import unwrap
+from diffkd.methods import DiffKD, MethodFactory
+from diffkd.teacher.classifier import pooled_classifier
+from diffkd.teacher.options import AS_GIVEN, TeacherOptions, prepare_teacher
+from diffkd.teacher.view import StudentView
+
+
+def build_method(method: nn.Module | MethodFactory, student: Reader, teacher: Reader) -> nn.Module:
+    """Return the method, or what its factory makes for the features that two readers give it.
+
+    Raises:
+        ValueError: if it is one of this package's and a factor of its losses is negative or not finite.
+    """
+    if isinstance(method, nn.Module):
+        built = method
+    else:
+        factory: Callable[..., nn.Module] = method
+        built = factory(*((side.shapes if student.several else side.shapes[0]) for side in (student, teacher)))
+    for part in built.modules():
+        if type(part).__module__.startswith("diffkd.methods."):
+            for name, value in _factors(part):
+                if not 0 <= value < math.inf:  # which NaN is not
+                    raise ValueError(
+                        f"{type(part).__name__}: {name}={value} is no factor: give a finite one, 0 or more"
+                    )
+    return built
+
+
+def _factors(method: nn.Module) -> Iterator[tuple[str, float]]:
+    """Yield the numbers that a method multiplies losses or scores with, and their names."""
+    for name, value in vars(method).items():
+        if name == "weights":
+            yield from ((f"{term}_weight", weight) for term, weight in value.items())
+        elif isinstance(value, (int, float)) and name.endswith(("weight", "alpha", "beta", "gamma", "temperature")):
+            yield name, value
+
+
+class Distiller(nn.Module):
+    """Trains a student on the features of a frozen teacher.
+
+    One forward runs teacher, student and all losses, so the distiller as a whole can be compiled or wrapped for
+    distributed training. `parameters()` and `state_dict()` hold the student and the methods; the teacher is in neither,
+    but `.to()` moves it along, and it stays in evaluation mode. What the student's forward returns is its own affair.
+
+    Args:
+        student: the model to train.
+        teacher: the model to learn from.
+        pairs: which layers learn from which, or "auto" (see :func:`~diffkd.match_layers`). What the teacher would run
+            after the last layer that is wanted is left out.
+        example: input of the student for probing: a tensor (B, C, H, W), a tuple of arguments or a mapping of keyword
+            arguments. Two images do.
+        method: default method of the pairs; with "auto" also a list of methods, each paired as it wants.
+        teacher_input: turns the student's input into the teacher's, where they are normalised or sized differently
+            (:class:`~diffkd.TeacherInput`), or takes it from layers of the student
+            (:class:`~diffkd.teacher.view.StudentView`).
+        teacher_options: how the teacher runs; by default as it was given (:class:`~diffkd.TeacherOptions`).
+
+    Methods that want the teacher's classifier (SRRL) get its pooling and last linear layer.
+
+    Raises:
+        ValueError: if a layer is unknown or cannot be distilled, shapes are not understood, nothing can be paired, or a
+            model has weights without values.
+
+    Warns:
+        GradientWarning: once for each pair whose student's feature carries no gradient in training.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> def net(width):
+        ...     conv = nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.BatchNorm2d(width), nn.ReLU())
+        ...     return nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+        >>> images = randn(4, 3, 16, 16)
+        >>> distiller = Distiller(net(8), net(32), example=images)
+        >>> output, losses = distiller(images)
+        >>> sorted(losses)
+        ['0/diffusion', '0/kd', 'output/diffusion', 'output/kd']
+    """
+
+    ramp_factors: Tensor
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        pairs: Sequence[Pair] | Literal["auto"] = "auto",
+        *,
+        example: Any,
+        method: MethodFactory | Sequence[MethodFactory] = DiffKD,
+        teacher_input: Callable[[Any], Any] | StudentView | None = None,
+        teacher_options: TeacherOptions = AS_GIVEN,
+    ) -> None:
+        super().__init__()
+        check_models(student, teacher)
+        self.student = student
+        self._lowers = teacher_options.lowers
+        self.teacher_input = teacher_input
+        self._watched = teacher_input.layers if isinstance(teacher_input, StudentView) else ()
+        student_layers = list_layers(student, example)
+        teacher_example = self._teacher_inputs(example, watch(student, self._watched, example))
+        teacher_layers = list_layers(teacher.eval(), teacher_example)
+
+        methods = list(method) if isinstance(method, Sequence) else [method]
+        if isinstance(pairs, str):
+            if pairs != "auto":
+                raise ValueError(f"pairs must be 'auto' or a list of Pair, got {pairs!r}")
+            pairs = [pair for one in methods for pair in pair_layers(student_layers, teacher_layers, one)]
+        if not pairs:
+            raise ValueError("pairs is empty: name at least one Pair, or leave it at 'auto'")
+        if len(methods) > 1 and (bare := next((pair for pair in pairs if pair.method is None), None)) is not None:
+            raise ValueError(
+                f"pair '{bare.student}' must name its own method, since {len(methods)} are given beside it"
+            )
+        self.pairs = tuple(pairs)
+        self.names = unique_names(self.pairs)
+        student_names = [name for pair in self.pairs for name in pair.student_names]
+        teacher_names = [name for pair in self.pairs for name in pair.teacher_names]
+        for side, names, layers in (
+            ("student", student_names, student_layers),
+            ("teacher", teacher_names, teacher_layers),
+        ):
+            for name in names:
+                find_layer(layers, split_selector(name)[0], f"{side} {layers[-1].type}")
+        self._student_recorder = Recorder(list(dict.fromkeys(student_names)), self._watched)
+        self._student_recorder.attach(student)
+        teacher = prepare_teacher(teacher, teacher_example, teacher_names, teacher_options)
+        # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
+        self._teacher = [teacher]
+        self._teacher_recorder = Recorder(list(dict.fromkeys(teacher_names)))
+        self._teacher_recorder.attach(teacher)
+
+        read_student = probe("student", self._student_recorder, student, example, student_layers)
+        read_teacher = probe("teacher", self._teacher_recorder, teacher, teacher_example, teacher_layers)
+        self.readers: list[tuple[Reader, Reader]] = []
+        self.methods = nn.ModuleList()
+        for pair in self.pairs:
+            several = not isinstance(pair.student, str)
+            ours, theirs = agree(
+                read_student(pair.student_names, several=several, layout=pair.student_layout),
+                read_teacher(pair.teacher_names, several=several, layout=pair.teacher_layout),
+            )
+            self.readers.append((ours, theirs))
+            self.methods.append(build_method(methods[0] if pair.method is None else pair.method, ours, theirs))
+        if (parameter := first_parameter(student)) is not None:
+            self.methods.to(parameter.device)
+        device = None if parameter is None else parameter.device
+        self.register_buffer("ramp_factors", torch.ones(len(self.pairs), device=device), persistent=False)
+        self.set_epoch(0.0)
+        self.gammas: dict[str, Tensor] = {}
+        self._flow = GradientFlow(self.names, self.pairs)
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the methods want to be handed besides features, such as "labels" or "indices"."""
+        return frozenset(name for method in self.methods for name in getattr(method, "needs", ()))
+
+    def forward(
+        self, inputs: Any, *, teacher_features: Mapping[str, Tensor] | None = None, **context: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run teacher and student on a batch and compare their features.
+
+        Args:
+            inputs: the student's input, as in the constructor's `example`.
+            teacher_features: what :meth:`teacher_features` returned for these inputs, now or earlier; the teacher then
+                does not run.
+            context: what :attr:`needs` names, such as `labels=`; further names are ignored.
+
+        Returns:
+            The student's own output, and the weighted losses by "pair/term", to be summed with the task's.
+
+        Raises:
+            TypeError: if something that a method needs is missing.
+        """
+        output, results = self._distil(inputs, teacher_features, context)
+        losses: dict[str, Tensor] = {}
+        gammas: dict[str, Tensor] = {}
+        for index, (name, pair, (_, _, result)) in enumerate(zip(self.names, self.pairs, results, strict=True)):
+            terms = result if isinstance(result, dict) else result.losses
+            factor: Tensor | float = pair.weight
+            if not pair.ramp.is_constant:
+                factor = pair.weight * self.ramp_factors[index]
+            losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
+            if (gamma := getattr(result, "gamma", None)) is not None:
+                gammas[name] = gamma.detach()
+        self.gammas = gammas
+        return output, losses
+
+    def observe(self, inputs: Any, **context: Any) -> dict[str, Observation]:
+        """Return the features of each pair for a batch, and what its method makes of them.
+
+        The modules keep their modes: call `.eval()` first, and wrap in `torch.no_grad()`, to look without training.
+        """
+        return dict(zip(self.names, self._distil(inputs, None, context)[1], strict=True))
+
+    def teacher_features(self, inputs: Any) -> dict[str, Tensor]:
+        """Return the outputs of the teacher's wanted layers by name, where its own input follows from `inputs` alone.
+
+        Raises:
+            TypeError: if its input is taken from layers of the student.
+        """
+        self._check_independent()
+        return self._teach(inputs, {})
+
+    def teach(self, inputs: Any) -> Any:
+        """Return what the teacher returns for the student's inputs, where its own input follows from those alone.
+
+        Raises:
+            TypeError: if its input is taken from layers of the student.
+        """
+        self._check_independent()
+        with torch.no_grad():
+            return run(self.teacher, on_device_of(self.teacher, self._teacher_inputs(inputs, {})))
+
+    def set_epoch(self, epoch: float) -> None:
+        """Say how far the training has come, in epochs from 0, for pairs whose losses count by a :class:`~diffkd.Ramp`.
+
+        Only such pairs need it; the factors are kept in a tensor, so that a compiled distiller sees them change.
+        """
+        if not all(pair.ramp.is_constant for pair in self.pairs):
+            self.ramp_factors.copy_(torch.tensor([pair.ramp(epoch) for pair in self.pairs]))
+
+    def release(self) -> None:
+        """Take the hooks off both models for good, say to pickle the student whole; this distiller is done then."""
+        self._student_recorder.detach()
+        self._teacher_recorder.detach()
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise ValueError if `optimizer` misses a trainable parameter of the student or of a method."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise ValueError(
+                f"the optimiser misses {len(missing)} trainable parameters, first {missing[0]!r}: those parts would "
+                "never learn; build it with distiller.parameters()"
+            )
+
+    def check_gradients(self) -> None:
+        """Raise ValueError if a pair had no gradient to the student at all in the last forward of the training."""
+        self._flow.check()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the student and the methods; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return one row per pair: name, student layer and shape, teacher layer and shape, method, parameters.
+
+        The shapes are those that each model returns; what the method gets of a pair of maps has the teacher's size.
+        """
+        return list(pair_rows(self.names, self.readers, self.methods))  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        title = f"{type(unwrap(self.student)).__name__} learns from {type(unwrap(self.teacher)).__name__}"
+        return as_text(title, self.rows())
+
+    def _distil(
+        self, inputs: Any, teacher_features: Mapping[str, Tensor] | None, context: dict[str, Any]
+    ) -> tuple[Any, list[Observation]]:
+        output, ours, calls = self._student_recorder.record(self.student, inputs)
+        if self.training and torch.is_grad_enabled():
+            self._flow.look(ours)
+        theirs = self._teach(inputs, calls) if teacher_features is None else teacher_features
+        if isinstance(self.teacher_input, StudentView):
+            context = self.teacher_input.context(inputs, calls) | context
+        results = []
+        for name, (our_reader, their_reader), method in zip(self.names, self.readers, self.methods, strict=True):
+            student, teacher = read_pair(our_reader, their_reader, ours, theirs)
+            if (
+                "teacher_head" in getattr(method, "needs", ())
+                and context.get("teacher_head") is None
+                and isinstance(teacher, Tensor)
+            ):
+                context = {**context, "teacher_head": pooled_classifier(self.teacher, teacher.shape[1])}
+            result = method(student, teacher, **handed_to(method, name, context))
+            results.append(Observation(student, teacher, result))
+        return output, results
+
+    def _teach(self, inputs: Any, calls: dict[str, Call]) -> dict[str, Tensor]:
+        if self.teacher.training and not torch.compiler.is_compiling():
+            self.teacher.eval()  # somebody has woken it
+        with torch.no_grad():
+            # The example was cast to the teacher's type, so a teacher in half precision gets its images likewise.
+            teacher_inputs = on_device_of(self.teacher, self._teacher_inputs(inputs, calls))
+            features = self._teacher_recorder.record(self.teacher, teacher_inputs, whole=False).features
+        features = {name: as_constant(feature) for name, feature in features.items()}
+        return {name: feature.float() for name, feature in features.items()} if self._lowers else features
+
+    def _check_independent(self) -> None:
+        if isinstance(self.teacher_input, StudentView):
+            raise TypeError("the teacher's input is made while the student runs; call the whole teacher instead")
+
+    def _teacher_inputs(self, inputs: Any, calls: dict[str, Call]) -> Any:
+        if isinstance(self.teacher_input, StudentView):
+            return self.teacher_input(inputs, calls)
+        return inputs if self.teacher_input is None else self.teacher_input(inputs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

@@ -1,0 +1,208 @@
+"""The layers of one model that are its features: the last one, and one for each resolution."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import count, pairwise
+
+from diffkd.features.layers import Layer
+
+
+def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
+    """Return the levels of a detector's feature pyramid, their names by key, from large to small.
+
+    It is the last output of several maps that have ever fewer positions, if possible with equal channels, such as what
+    torchvision's `backbone` returns: {"0": "backbone[0]", "1": "backbone[1]", ...}. A model that returns one tensor, as
+    classifiers and segmenters do, has none.
+    """
+    if layers[-1].layout is not None and not layers[-1].elements:
+        return {}
+    found = [layer for layer in reversed(layers[:-1]) if layer.instead is None and _falls(layer)]
+    # Without a pyramid of its own a detector has the maps of its backbone, whose channels differ.
+    alike = [layer for layer in found if len({shape[1] for _, shape in layer.elements}) == 1]
+    for layer in alike or found:
+        return {name.rpartition("[")[2].rstrip("]"): name for name, _ in layer.elements}
+    return {}
+
+
+def _falls(layer: Layer) -> bool:
+    shapes = [shape for _, shape in layer.elements]
+    if len(shapes) < 2 or any(len(shape) != 4 for shape in shapes):
+        return False
+    areas = [math.prod(shape[2:]) for shape in shapes]
+    return areas == sorted(areas, reverse=True) and areas[0] > areas[-1]  # the last two may be 1x1 both
+
+
+def common_levels(student: Sequence[Layer], teacher: Sequence[Layer]) -> list[tuple[str, str]]:
+    """Return the pairs of levels that two feature pyramids have in common, from large to small; [] if there are none.
+
+    Levels of the same key go together, unless keys mean other sizes in each: the level "0" is a quarter of the image in
+    a Faster R-CNN and an eighth in a RetinaNet. Then those of the same size do.
+    """
+    ours, theirs = pyramid(student), pyramid(teacher)
+    sizes = [{name: shape[2:] for layer in layers for name, shape in layer.elements} for layers in (student, teacher)]
+    same_key = [(ours[key], theirs[key]) for key in ours if key in theirs]
+    if same_key and all(sizes[0][a] == sizes[1][b] for a, b in same_key):
+        return same_key
+    same_size: list[tuple[str, str]] = []
+    left = list(theirs.values())
+    for a in ours.values():
+        if b := next((b for b in left if sizes[1][b] == sizes[0][a]), None):
+            same_size.append((a, b))
+            left.remove(b)
+    return same_size or same_key
+
+
+def box_outputs(layers: Sequence[Layer]) -> tuple[str, str] | None:
+    """Return the names of a detector's class scores and box regression, before any selection of boxes.
+
+    Those of one-stage detectors are the elements "cls_logits" (B, N, K) and "bbox_regression" (B, N, 4) of an output;
+    those of two-stage ones two outputs (R, K + 1) and (R, 4 (K + 1)) for the same proposals.
+    """
+    for layer in layers:
+        shapes = dict(layer.elements)
+        named = f"{layer.name}[cls_logits]", f"{layer.name}[bbox_regression]"
+        if all(name in shapes for name in named):
+            return named
+        if len(shapes) == 2 and layer.layout is not None:
+            (scores, classes), (deltas, numbers) = shapes.items()
+            if len(classes) == len(numbers) == 2 and classes[0] == numbers[0] and numbers[1] == 4 * classes[1]:
+                return scores, deltas
+    return None
+
+
+def class_map(layers: Sequence[Layer]) -> Layer | None:
+    """Return the layer that gives a segmenter's class scores by position, before they are up-sampled.
+
+    None for models that do not score positions.
+    """
+    if layers[-1].layout is None or not layers[-1].is_map or not layers[-1].scores:
+        return None
+    scores = [layer for layer in layers if layer.scores and layer.is_map and layer.instead is None]
+    return min(scores, key=_positions)  # of equals the first, which is the convolution itself
+
+
+def _positions(layer: Layer) -> int:
+    return math.prod(layer.feature_shape.size) if layer.feature_shape else 0
+
+
+_SKIP = 8  # a layer of that many times fewer positions has left out a resolution: halving the sides makes 4, twice 16
+_POOLS = ("AdaptiveAvgPool2d", "AdaptiveMaxPool2d")  # to a size that a head wants, be it larger than the map
+
+
+def last_feature(layers: Sequence[Layer]) -> Layer | None:
+    """Return the last map before pooling; for a model without maps, the last hidden vector."""
+    scores = class_map(layers)
+    if scores is not None and scores.feature_shape is not None:
+        channels = scores.feature_shape.channels
+        before = layers[: layers.index(scores)]
+        maps = [layer for layer in before if layer.instead is None and layer.is_map and not _has(layer, channels)]
+    else:
+        classes = vector_classes(layers)
+        # A layer that scores every position (an auxiliary head) comes after the last feature, and is none.
+        linear = ("Linear", "Conv2d")
+        maps = [
+            layer for layer in _trunk(layers) if layer.is_map and not (layer.type in linear and _has(layer, classes))
+        ]
+    if maps:
+        return maps[-1]
+    output = layers[-1]
+    vectors = [layer for layer in layers[:-1] if layer.instead is None and layer.layout and not layer.is_map]
+    # The layer that makes the output, and whatever merely passes it on, is no hidden one.
+    hidden = [layer for layer in vectors if layer.shape != output.shape]
+    return hidden[-1] if hidden else None
+
+
+def stages(layers: Sequence[Layer]) -> list[Layer]:
+    """Return one map per resolution that the model passes through, from large to small, ending with the last feature.
+
+    Taken from the outermost modules that show them ("layer2", "stages.1"), the last one at each. A module that returns
+    a map much smaller than what came before it is looked into, at whatever depth, for those in between
+    ("resnet.encoder.stages.1"); while fewer than three are found, so is the first module.
+    """
+    last = last_feature(layers)
+    if last is None or not last.is_map:
+        return []
+    trunk = [layer for layer in _trunk(layers) if layer.is_map and _batch(layer) == _batch(last)]
+    maps = [layer for layer in trunk if _area(layer) >= _area(last)]
+    names = {layer.name for layer in trunk}
+    around = {name: next((one for one in _enclosing(name) if one in names), "") for name in names}
+    opened = {""}
+    for depth in count():
+        shown = [layer for layer in maps if around[layer.name] in opened]
+        by_area = {_area(layer): layer for layer in shown} | {_area(last): last}
+        skipping = {
+            layer.name
+            for before, layer in pairwise(shown)
+            if _area(before) > _SKIP * _area(layer) and _holds_between(maps, layer, _area(before))
+        }
+        outer = {_area(layer) for layer in shown if layer.name.count(".") <= depth}
+        first = {layer.name for layer in shown[:1]} if len(outer | {_area(last)}) < 3 else set()
+        if not (new := (skipping | first) & set(around.values()) - opened):
+            break
+        opened |= new
+    found = [by_area[area] for area in sorted(by_area, reverse=True)]
+    order = {layer.name: position for position, layer in enumerate(layers)}
+    # An attention map may look like a large feature map; but it comes late, after smaller ones.
+    return [
+        layer
+        for position, layer in enumerate(found)
+        if all(order[layer.name] < order[smaller.name] for smaller in found[position + 1 :])
+    ]
+
+
+def _enclosing(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a layer, the nearest first."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _holds_between(maps: Sequence[Layer], layer: Layer, before: int) -> bool:
+    """Whether inside of a layer there are maps smaller than what came before it, and larger than what it returns."""
+    inside = (one for one in maps if one.name.startswith(f"{layer.name}."))
+    return any(_area(layer) < _area(one) < before for one in inside)
+
+
+def _trunk(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the intact layers that are not inside a head: a module that takes maps and returns none.
+
+    A head may look at maps of its own (attention pooling does); those are not features of the model. But a module with
+    more maps inside than there are outside is no head but the net, in a wrapper that may normalise or resize its images
+    first: the search goes on inside the last of them.
+    """
+    root = ""
+    while True:
+        inside = [layer for layer in layers[:-1] if layer.name.startswith(root)]
+        heads = [f"{layer.name}." for layer in inside if layer.layout is not None and not layer.is_map]
+        trunk = [
+            layer
+            for layer in inside
+            if layer.instead is None
+            and layer.type not in _POOLS
+            and not any(layer.name.startswith(head) for head in heads)
+        ]
+        maps = [layer.name for layer in inside if layer.instead is None and layer.is_map]
+        outside = sum(layer.is_map for layer in trunk)
+        nets = [head for head in heads if sum(name.startswith(head) for name in maps) > outside]
+        outermost = [net for net in nets if not any(net != other and net.startswith(other) for other in nets)]
+        if not outermost:
+            return trunk
+        root = outermost[-1]
+
+
+def _has(layer: Layer, channels: int | None) -> bool:
+    return layer.feature_shape is not None and layer.feature_shape.channels == channels
+
+
+def _area(layer: Layer) -> int:
+    size = layer.feature_shape.size if layer.feature_shape else ()
+    return math.prod(size)
+
+
+def _batch(layer: Layer) -> int | None:
+    return layer.layout.batch(layer.shape) if layer.layout else None
+
+
+def vector_classes(layers: Sequence[Layer]) -> int | None:
+    """Return how many classes a model scores once for an image, None if it returns no vector."""
+    shape = layers[-1].feature_shape
+    return shape.channels if shape is not None and not layers[-1].is_map else None

@@ -1,0 +1,1 @@
+"""The plain student as a file: weights and card, ONNX, an exported program."""

@@ -1,0 +1,153 @@
+"""A saved student as a module of tensors only: images in, logits or detections out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.models.detectors.load import IMAGENET_MEAN, IMAGENET_STD
+from diffkd.models.detectors.onnx_graph import DetectorGraph
+from diffkd.models.segmenters.any_size import AnySize
+from diffkd.tasks.classification import logits_of
+from diffkd.tasks.data_facts import DataFacts, TaskName
+from diffkd.tasks.task_of_data import load_saved
+from diffkd.teacher.view import TeacherInput
+
+
+@dataclass(frozen=True)
+class PlainStudent:
+    """A student that `torch.export` can follow.
+
+    Args:
+        module: from images (B, C, H, W) to what `outputs` names; in evaluation mode.
+        original: what it must agree with: the same module, or torchvision's own code for detectors.
+        outputs: names of what it returns.
+        example: images to follow it with.
+        dynamic: which axes of the images may change, tried in this order.
+        limit: of a detector, how many detections it returns at most.
+    """
+
+    module: nn.Module
+    original: nn.Module
+    outputs: tuple[str, ...]
+    example: Tensor
+    dynamic: tuple[tuple[str, ...], ...]
+    limit: int = field(default=0)
+
+
+def rebuild(
+    weights: str | Path,
+    card: Mapping[str, Any],
+    *,
+    model: str | None = None,
+    image_size: Sequence[int] | None = None,
+    normalize: bool = False,
+) -> PlainStudent:
+    """Build a student from its weights and its card.
+
+    Args:
+        weights: file to load strictly.
+        card: says task, model, classes and images.
+        model: its name, which may be code of one's own; None: the card's, which may not.
+        image_size: (H, W), or one side of a square, of the images it is followed with; None: the card's.
+        normalize: let it take images in [0, 1] and normalise them itself. Detectors always do.
+
+    Returns:
+        The student on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: if the card does not say what is needed, names code, or the weights do not fit.
+    """
+    name = model or named_model(card, weights)
+    facts = _facts(card, weights, image_size)
+    built = load_saved(name, facts, weights, card).eval()
+    size = (facts.in_channels, *facts.image_size)
+    # Fixed, and of its own generator, so that an export can be repeated.
+    draw = torch.Generator().manual_seed(0)
+    if facts.task == "detection":
+        graph = DetectorGraph(built).eval()
+        example = torch.rand(1, *size, generator=draw)
+        return PlainStudent(graph, _OneImage(built), ("boxes", "scores", "labels"), example, ((),), graph.limit)
+    plain: nn.Module = AnySize(built) if facts.task == "segmentation" else _Logits(built)
+    if normalize:
+        zeros, ones = (0.0,) * facts.in_channels, (1.0,) * facts.in_channels
+        plain = nn.Sequential(TeacherInput(zeros, ones, _of_card(card, "mean"), _of_card(card, "std")), plain)
+    whole = (("batch", "height", "width"),) if facts.task == "segmentation" else ()
+    # Two images, since a batch of one is taken for a constant.
+    example = torch.rand(2, *size, generator=draw)
+    return PlainStudent(plain.eval(), plain.eval(), ("logits",), example, (*whole, ("batch",), ()))
+
+
+def named_model(card: Mapping[str, Any], path: str | Path) -> str:
+    """Return the model that a card names, if it is one of the known libraries.
+
+    Raises:
+        ValueError: if it names none, or code to run.
+    """
+    name = card.get("model")
+    if not isinstance(name, str):
+        raise ValueError(f"{path} has no card that says which model it is; give --model, such as cifar/resnet20")
+    if ".py:" in name or (":" in name and not name.startswith(("timm/", "hf/"))):
+        raise ValueError(f"the card names code to run, {name!r}; if you trust it, give it yourself: --model {name}")
+    return name
+
+
+class _Logits(nn.Module):
+    """A classifier that returns its logits themselves, not an object that has them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.model(images))
+
+
+class _OneImage(nn.Module):
+    """A detector as it is, for images (1, 3, H, W)."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (found,) = self.detector([images[0]])
+        return found["boxes"], found["scores"], found["labels"]
+
+
+def _facts(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] | None) -> DataFacts:
+    task = card.get("task", "classification")
+    if task not in get_args(TaskName):
+        raise ValueError(f"the card of {path} is for {task!r}, which is none of {', '.join(get_args(TaskName))}")
+    sides = tuple(_of_card(card, "image_size") if image_size is None else image_size)
+    size = sides * 2 if len(sides) == 1 else sides
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"image_size {list(sides)} is no height and width in pixels; give --image_size=[224,224]")
+    arguments = (card.get("data") or {}).get("init_args") or {}
+    trained = card.get("image_size") or size
+    shorter = arguments.get("min_size") or min(trained)
+    return DataFacts(
+        num_classes=int(_of_card(card, "num_classes")),
+        in_channels=int(_of_card(card, "in_channels")),
+        image_size=size,
+        mean=tuple(card.get("mean", IMAGENET_MEAN)),
+        std=tuple(card.get("std", IMAGENET_STD)),
+        classes=tuple(card.get("classes") or ()),
+        example=None,
+        task=task,
+        min_size=(shorter,) if isinstance(shorter, int) else tuple(shorter),
+        max_size=int(arguments.get("max_size") or max(1333, *trained)),
+    )
+
+
+def _of_card(card: Mapping[str, Any], name: str) -> Any:
+    if card.get(name) is None:
+        raise ValueError(
+            f"there is no card that says {name!r}: put a .json of the weights' name beside them, such as "
+            '{"model": "cifar/resnet20", "num_classes": 10, "in_channels": 3, "image_size": [32, 32]}, or export as '
+            ".safetensors"
+        )
+    return card[name]

@@ -1,0 +1,270 @@
+"""Students as programs in a file, ONNX or PyTorch's own, compared with the student before the file stays."""
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.export.plain_student import PlainStudent
+from diffkd.files.weights import write_whole
+from diffkd.models.extras import require
+
+_AXES = {"batch": 0, "height": 2, "width": 3}
+_SMALL = 0.1  # of logits below, rounding errors in the layers before them are no small share
+_CARD = "diffkd"  # the name under which the card is in the file
+_KNOWN = (
+    (".*create_unbacked_symint.*", FutureWarning),  # torchvision's own calls
+    (".*LeafSpec.*", FutureWarning),
+    ("The given buffer is not writable.*", UserWarning),  # of PyTorch 2.11's own reading
+)
+
+
+def write_program(student: PlainStudent, target: Path, card: str, *, opset: int | None, tolerance: float) -> str:
+    """Write a student as .onnx or .pt2, and leave the file only if it computes what the student does.
+
+    The axes that may change are tried in the order the student gives; what works with the most of them stays.
+
+    Args:
+        student: to be written.
+        target: ends in .onnx or .pt2.
+        card: JSON, put into the file.
+        opset: of ONNX; None: PyTorch's choice.
+        tolerance: the largest difference allowed, as a share of the largest logit, or of 0.1 if that is smaller; of a
+            detector, in scores and as a share of the image.
+
+    Returns:
+        What was written and how well it agrees, in one line.
+
+    Raises:
+        ValueError: if the student cannot be exported, or the file computes something else.
+        ModuleNotFoundError: if the extra for ONNX is not installed.
+        OSError: if the file cannot be written.
+    """
+    onnx = target.suffix == ".onnx"
+    if onnx:
+        for library in ("onnx", "onnxscript", "onnxruntime"):
+            require(library, "onnx", f"exporting {target.name}")
+    attempts: list[str] = []
+    for axes in student.dynamic:
+        outcome: list[float] = []
+
+        def write(file: Path, axes: tuple[str, ...] = axes, outcome: list[float] = outcome) -> None:
+            program = _exported(student, axes)
+            run = _write_onnx(program, file, student, axes, card, opset) if onnx else _write_pt2(program, file, card)
+            outcome.append(_largest_difference(student, run, axes, tolerance))
+
+        try:
+            with _quiet(), torch.no_grad():
+                write_whole(target, write)
+        except _CannotExportError as error:
+            attempts.append(str(error))
+            continue
+        changing = f"{', '.join(axes)} may change" if axes else f"for images {(1, *student.example.shape[1:])} only"
+        lost = f"; not {', '.join(sorted({*student.dynamic[0]} - {*axes}))}: {attempts[0]}" if attempts else ""
+        return f"{changing}{lost}; largest difference to the student {outcome[0]:.1e}"
+    raise ValueError(f"this student cannot be exported as {target.suffix} ({attempts[-1]}); export it as .safetensors")
+
+
+class _CannotExportError(Exception):
+    """A student that cannot be followed or converted with these axes."""
+
+
+def _exported(student: PlainStudent, axes: Sequence[str]) -> Any:
+    dynamic = {_AXES[axis]: torch.export.Dim.DYNAMIC for axis in axes}
+    example = student.example if student.example.shape[0] == 1 or "batch" in axes else student.example[:1]
+    # Those who follow models raise whatever the models' code led them to.
+    with _converting():
+        return torch.export.export(student.module, (example,), dynamic_shapes=(dynamic or None,), strict=False)
+
+
+def _write_onnx(
+    program: Any, file: Path, student: PlainStudent, axes: Sequence[str], card: str, opset: int | None
+) -> Callable[[Tensor], list[Tensor]]:
+    runtime = require("onnxruntime", "onnx", "checking the exported file")
+    with _converting():
+        converted: Any = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=["images"],
+            output_names=list(student.outputs),
+        )
+    model = converted.model
+    if opset is not None and model.opset_imports[""] != opset:
+        raise ValueError(f"opset {opset} cannot be had, only {model.opset_imports['']}; leave --opset out, or give it")
+    _name_axes(model, axes)
+    model.metadata_props[_CARD] = card
+    converted.save(file, external_data=False)
+
+    checked = file
+    if "score_threshold" in model.graph.initializers:
+        # A trained detector finds nothing in noise: it is compared with all that it would otherwise keep to itself.
+        checked = file.with_name(file.name + ".check")
+    try:
+        if checked != file:
+            _write_with_threshold_zero(file, checked)
+        with _converting():
+            session = runtime.InferenceSession(str(checked), providers=["CPUExecutionProvider"])
+    finally:
+        if checked != file:
+            checked.unlink(missing_ok=True)
+
+    def run(images: Tensor) -> list[Tensor]:
+        with _converting():
+            return [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
+
+    return run
+
+
+def _write_with_threshold_zero(file: Path, other: Path) -> None:
+    onnx = require("onnx", "onnx", "checking the exported file")
+    model = onnx.load(str(file))
+    for constant in model.graph.initializer:
+        if constant.name == "score_threshold":
+            constant.CopyFrom(onnx.numpy_helper.from_array(torch.zeros(()).numpy(), "score_threshold"))
+    onnx.save(model, str(other))
+
+
+def _name_axes(model: Any, axes: Sequence[str]) -> None:
+    """Call the changing axes of inputs and outputs by their names, instead of s77."""
+    shape = model.graph.inputs[0].shape
+    names = {str(shape[_AXES[axis]]): axis for axis in axes}
+    for node in (None, *model.graph):
+        for value in (*model.graph.inputs, *model.graph.outputs) if node is None else node.outputs:
+            for position, size in enumerate(value.shape or ()):
+                if str(size) in names:
+                    value.shape[position] = names[str(size)]
+
+
+def _write_pt2(program: Any, file: Path, card: str) -> Callable[[Tensor], list[Tensor]]:
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={f"{_CARD}.json": card})
+    file.write_bytes(content.getvalue())
+    content.seek(0)
+    loaded = torch.export.load(content)
+    if "score_threshold" in loaded.state_dict:
+        loaded.state_dict["score_threshold"].zero_()
+    module = loaded.module()
+
+    def run(images: Tensor) -> list[Tensor]:
+        with _converting():
+            output = module(images)
+        return [output] if isinstance(output, Tensor) else list(output)
+
+    return run
+
+
+def _largest_difference(
+    student: PlainStudent, run: Callable[[Tensor], list[Tensor]], axes: Sequence[str], tolerance: float
+) -> float:
+    """Return the largest difference over images of several batches and sizes.
+
+    Raises:
+        ValueError: if it is above the tolerance.
+    """
+    _, channels, height, width = student.example.shape
+    sizes = [(height, width)]
+    if "height" in axes:
+        sizes += [(max(height // 2, 1) + 1, width + 3), (height + 32, width)]
+    draw = torch.Generator().manual_seed(1)
+    largest = 0.0
+    for batch in (1, 3) if "batch" in axes else (1,):
+        for size in sizes:
+            images = torch.rand(batch, channels, *size, generator=draw)
+            with _threshold_zero(student.original), _converting():
+                expected = student.original(images)
+            expected = [expected] if isinstance(expected, Tensor) else list(expected)
+            found = run(images)
+            difference = unlike(expected, found, student.limit) if student.limit else _apart(expected[0], found[0])
+            if not difference <= tolerance:  # also if it is not a number
+                raise ValueError(
+                    f"the exported file differs from the student by {difference:.1e} for images {tuple(images.shape)}, "
+                    f"more than the tolerance {tolerance:.1e}; it was not kept. Give another --tolerance, or export as "
+                    ".safetensors"
+                )
+            largest = max(largest, difference)
+    return largest
+
+
+def _apart(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    scale = max(_SMALL, float(expected.abs().max()))
+    return float((expected - found).abs().max()) / scale
+
+
+def unlike(expected: Sequence[Tensor], found: Sequence[Tensor], limit: int) -> float:
+    """Return by how much the detections of one differ from the nearest of the other, in pixels per size or in score.
+
+    The order of those with the same score is nobody's business, nor which of these are cut off at the limit.
+
+    Args:
+        expected: boxes (n, 4), scores (n,), labels (n,).
+        found: likewise, m of them.
+        limit: most detections there can be.
+
+    Returns:
+        0 if there are none in both, infinity if one has no match at all.
+    """
+    if len(expected[1]) != len(found[1]):
+        return float("inf")
+    if len(expected[1]) == 0:
+        return 0.0
+    scale = max(1.0, float(expected[0].abs().max()))
+    boxes = (expected[0][:, None] - found[0]).abs().amax(-1) / scale
+    scores = (expected[1][:, None] - found[1]).abs()
+    distance = torch.maximum(boxes, scores).masked_fill(expected[2][:, None] != found[2], float("inf"))
+    sure = [torch.ones_like(one[1], dtype=torch.bool) for one in (expected, found)]
+    if len(expected[1]) == limit:
+        sure = [one[1] > one[1][-1] + 1e-5 for one in (expected, found)]
+    nearest = torch.cat((distance.amin(1)[sure[0]], distance.amin(0)[sure[1]], scores.diagonal()))
+    return float(nearest.max())
+
+
+@contextmanager
+def _threshold_zero(original: nn.Module) -> Iterator[None]:
+    """Let a detector keep whatever it finds, for a while."""
+    heads: Any = getattr(original, "detector", None)
+    heads = getattr(heads, "roi_heads", heads)
+    before = getattr(heads, "score_thresh", None)
+    if before is not None:
+        heads.score_thresh = 0.0
+    try:
+        yield
+    finally:
+        if before is not None:
+            heads.score_thresh = before
+
+
+@contextmanager
+def _converting() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        raise _CannotExportError((lines or [type(error).__name__])[0][:200]) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporters say of their own calls and of every constant they leave."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message, category in _KNOWN:
+                warnings.filterwarnings("ignore", message=message, category=category)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,140 @@
+"""The file of a student and its card: all that is needed to build, feed and judge it again."""
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+
+from diffkd.files.history import Row, measurements
+from diffkd.files.run_folder import RunFolder
+from diffkd.tasks.data_facts import DataFacts
+
+Which = Literal["last", "best"]
+
+PROGRAMS = (".onnx", ".pt2")
+"""Endings of the files of exported programs."""
+
+
+def find_student(source: str | Path, which: Which = "last") -> Path:
+    """Return the file of a student.
+
+    Args:
+        source: the file itself, or the folder of a run.
+        which: of a run, the student of the last or of the best epoch.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or the run is not that far yet.
+        ValueError: if it is a program.
+    """
+    path = Path(source)
+    if path.is_dir():
+        run = RunFolder(path)
+        path = run.student if which == "last" else run.best
+        if not path.is_file():
+            hint = "it is no finished run"
+            if run.checkpoint.is_file():
+                hint = f"resume it first, or take out what there is: diffkd export {run.path} --out student.safetensors"
+            raise FileNotFoundError(f"{run.path} holds no {path.name}: {hint}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no run and no file {path}; give a run's folder or a student's .safetensors")
+    if path.suffix in PROGRAMS:
+        raise ValueError(f"{path} is a program, not weights; give the run it comes from, or a student's .safetensors")
+    return path
+
+
+def find_weights(weights: str | Path) -> Path:
+    """Return the file meant by `weights`: a file, a run folder (its student), or one that comes with the package.
+
+    Raises:
+        FileNotFoundError: if there is none of these.
+    """
+    path = Path(weights)
+    packaged = Path(str(files("diffkd"))) / "assets" / path
+    for candidate in (path, path / "student.safetensors", packaged):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"there are no weights at {path}: give a file, or the folder of a finished run")
+
+
+def card_file(student: str | Path) -> Path:
+    """Return where the card of a file lies: `a.json` for weights `a.safetensors`, `a.onnx.json` for a program.
+
+    The weights and the programs of one student may lie in one folder, each of another epoch or other normalisation.
+    """
+    path = Path(student)
+    return path.with_name(f"{path.name}.json") if path.suffix in PROGRAMS else path.with_suffix(".json")
+
+
+def read_card(weights: str | Path) -> dict[str, Any]:
+    """Return the JSON card beside a student's file, {} if there is none.
+
+    Raises:
+        ValueError: if the card is damaged.
+    """
+    path = card_file(weights)
+    if not path.is_file() or path == Path(weights):
+        return {}
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); delete it, or save the model again") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path} is no card of a model; delete it, or save the model again")
+    return card
+
+
+def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe a student, before anything is known of how well it does.
+
+    Args:
+        model: its name, as for :func:`~diffkd.models.load_model`.
+        data: the facts of what it is trained and measured on.
+        config: the run's values.
+
+    Returns:
+        A mapping that JSON can hold.
+    """
+    return {
+        "task": data.task,
+        "model": model,
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "image_size": list(data.image_size),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "classes": list(data.classes),
+        "data": config.get("data"),
+        "detection": config.get("detection") if data.task == "detection" else None,
+        "segmentation": config.get("segmentation") if data.task == "segmentation" else None,
+        "channels_last": config.get("channels_last"),
+        "precision": config.get("precision", "32-true"),
+        "teacher": config.get("teacher"),
+        "method": config.get("method"),
+        "seed": config.get("seed"),
+        "averaged": config.get("ema"),
+        "versions": versions(),
+    }
+
+
+def with_metrics(card: Mapping[str, Any], row: Row | None, which: str) -> dict[str, Any]:
+    """Return the card of the weights of one epoch: its number, its metrics, and whether it was the last or the best.
+
+    Weights of mid-epoch have no row, and `which` names their step.
+    """
+    return {
+        **card,
+        "metrics": {} if row is None else measurements(row),
+        "epoch": None if row is None else int(row["epoch"]),
+        "which": which,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    from diffkd import __version__
+
+    return {"diffkd": __version__, "torch": str(torch.__version__), "lightning": str(lightning.__version__)}

@@ -1,0 +1,197 @@
+"""Recording what chosen layers return, while it is wanted."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diffkd.features.calling import run
+from diffkd.features.layout import select_tensor
+from diffkd.features.trace import OUTPUT, version_of
+from diffkd.files.weights import unwrap
+
+
+class Call(NamedTuple):
+    """What a layer was called with, positional arguments only, and what it returned."""
+
+    args: tuple[Any, ...]
+    output: Any
+
+
+class Recording(NamedTuple):
+    """What one run of a model left.
+
+    Attributes:
+        output: what the model returned; None if it was stopped before.
+        features: the tensors of the chosen layers by name.
+        calls: the calls of the watched layers by name.
+    """
+
+    output: Any
+    features: dict[str, Tensor]
+    calls: dict[str, Call]
+
+
+@dataclass
+class Recorder:
+    """Records the outputs of chosen layers of one model, only while :meth:`record` runs it.
+
+    Hooks are attached once, to the unwrapped model, so that `torch.compile` sees them; they hold this object, and a
+    deep copy of the model gets a recorder of its own, at rest.
+
+    Args:
+        names: the layers: "layer4", "output" for what the model returns, or "fpn[0]", "backbone[out]" for one element
+            of an output that is a sequence or mapping.
+        watched: layers of which the whole call is wanted, whatever its type.
+    """
+
+    names: Sequence[str]
+    watched: Sequence[str] = ()
+    active: bool = False
+    stops: bool = False
+    stopped: bool = False
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def attach(self, model: nn.Module) -> None:
+        """Hang the hooks into `model`, whose layers must exist.
+
+        Raises:
+            ValueError: if there is no such layer, or the model is compiled already.
+        """
+        modules = dict(unwrap(model).named_modules())
+        for name in (*self.names, *self.watched):
+            path, key = split_selector(name)
+            if path == OUTPUT:
+                continue  # what the model returns needs no hook
+            module = modules.get(path)
+            if module is None:
+                raise ValueError(f"layer '{path}' is not in {type(unwrap(model)).__name__}")
+            if hasattr(model, "_orig_mod") or _is_compiled(path, modules):
+                # Hooks are not guarded: a graph made before, even of another model of this class, would be run again.
+                raise ValueError(
+                    f"{type(unwrap(model)).__name__} is compiled already, as a whole or around its layer '{path}', and "
+                    "ignores hooks there; give the model as it was, and compile the distiller"
+                )
+            watches = name in self.watched
+            self.handles.append(module.register_forward_hook(_Tap(self, name, None if watches else key, watches)))
+
+    def detach(self) -> None:
+        """Take the hooks off again."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def record(self, model: nn.Module, inputs: Any, *, whole: bool = True) -> Recording:
+        """Run `model` and return what it returns, and what was recorded.
+
+        Args:
+            model: the one that :meth:`attach` was given.
+            inputs: its input.
+            whole: False: what comes after the last recorded layer need not run. It is left out where nothing hinders:
+                the output is not among the recorded, the model is not wrapped, and not being compiled.
+
+        Raises:
+            ValueError: if a layer left nothing to record, or its output was overwritten in place afterwards.
+        """
+        wants_output = any(split_selector(name)[0] == OUTPUT for name in self.names)
+        self.stops = not (whole or wants_output or unwrap(model) is not model)
+        self.active, self.stopped = True, False
+        output = None
+        try:
+            output = run(model, inputs)
+        except Exception:
+            # By the flag and not by the type: a model may turn what passes through it into an exception of its own.
+            if not self.stopped:
+                raise
+        finally:
+            # Nothing is held on to: activations would live until the next batch.
+            outputs, self.outputs, calls, self.calls, self.active = self.outputs, {}, self.calls, {}, False
+            versions, self.versions, ran, self.ran = self.versions, {}, self.ran, set()
+        for name, version in versions.items():
+            if version_of(outputs[name]) != version:
+                raise ValueError(
+                    f"the output of layer '{name}' of {type(unwrap(model)).__name__} is overwritten in place by a "
+                    "later layer, so that another feature would be distilled; take that layer instead, or construct it "
+                    "with inplace=False"
+                )
+        for name in self.names:
+            path, key = split_selector(name)
+            if path == OUTPUT and (tensor := select_tensor(output, key)) is not None:
+                outputs[name] = tensor
+        missing = [name for name in self.names if name not in outputs]
+        missing += [name for name in self.watched if name not in calls]
+        if missing:
+            is_without = missing[0] in ran or split_selector(missing[0])[0] == OUTPUT
+            why = "returned no tensor to record, or none under that key" if is_without else self._why_not_run()
+            raise ValueError(f"layer '{missing[0]}' of {type(unwrap(model)).__name__} {why}")
+        return Recording(output, outputs, calls)
+
+    def _why_not_run(self) -> str:
+        if not self.handles:
+            return "is recorded no longer, since the distiller was released: build another"
+        return (
+            "did not run this time: if the model in training leaves out blocks at random (layer drop), or calls only "
+            "what is inside of them (gradient checkpointing), switch that off or take a layer that always runs; if a "
+            "part of it is compiled already, compile the distiller instead"
+        )
+
+    def stop_if_complete(self) -> None:
+        """End the model's forward, if that is allowed and all layers have been recorded; called by the hooks."""
+        if torch.compiler.is_compiling():
+            return  # a graph holds the whole model: breaking out would cost more than it saves
+        if self.active and self.stops and len(self.outputs) + len(self.calls) == len(self.names) + len(self.watched):
+            self.stopped = True
+            raise _Enough
+
+
+class _Tap:
+    """A forward hook; a class rather than a closure so that copying and pickling a model works."""
+
+    def __init__(self, recorder: Recorder, name: str, key: str | None, watches: bool) -> None:
+        self.recorder, self.name, self.key, self.watches = recorder, name, key, watches
+
+    @property
+    def __name__(self) -> str:
+        # Only TorchScript asks for it, to compile the hook together with the model.
+        raise AttributeError(
+            "torch.jit.script would compile the distiller's hooks as well, which cannot be: call distiller.release() "
+            "first, which ends it, or script a new model that has loaded the student's state_dict(); torch.export "
+            "needs neither"
+        )
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.recorder.active:
+            self.recorder.ran.add(self.name)
+        if self.recorder.active and self.watches:
+            self.recorder.calls[self.name] = Call(args, output)
+        elif self.recorder.active:
+            tensor = select_tensor(output, self.key)
+            if tensor is not None:
+                self.recorder.outputs[self.name] = tensor
+                self.recorder.versions[self.name] = version_of(tensor)
+        self.recorder.stop_if_complete()
+
+
+class _Enough(Exception):  # noqa: N818  # no error: it ends a forward of which all that is wanted has been recorded
+    """Raised inside a model's forward, and caught around it."""
+
+
+def _is_compiled(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer, or a module around it, runs as a graph; a wrapper around a graph is a layer like others."""
+    parts = path.split(".")
+    around = [modules[".".join(parts[:count])] for count in range(len(parts) + 1)]
+    return "_orig_mod" in parts or any(one._compiled_call_impl is not None for one in around)
+
+
+def split_selector(name: str) -> tuple[str, str | None]:
+    """Split "fpn[0]" into the layer's name and the key, ("fpn", "0"); the key is None where there is none."""
+    match = re.fullmatch(r"(.+)\[([^\[\]]+)\]", name)
+    return (match[1], match[2]) if match else (name, None)

@@ -1,0 +1,116 @@
+"""The folder of one run: what lies where, when it may be written, and whether a resumed run is the same run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffkd.files.config import differences
+from diffkd.files.lock import LOCK
+from diffkd.files.weights import write_text
+
+# What may change between the parts of one run without changing what is trained.
+_FREE = {
+    "out",
+    "resume",
+    "accelerator",
+    "devices",
+    "progress",
+    "log_every",
+    "save_every_steps",
+    "config",
+    "teacher_cache",
+}
+
+
+class RunFolder:
+    """Names the files of a run.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.config = self.path / "config.yaml"
+        self.checkpoint = self.path / "checkpoints" / "last.ckpt"
+        self.metrics = self.path / "metrics.csv"
+        self.student = self.path / "student.safetensors"
+        self.best = self.path / "best.safetensors"
+        self.result = self.path / "result.json"
+
+    def check(self, config: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
+        """See whether a run may be started or resumed here, changing nothing.
+
+        What a run leaves that ended before its first checkpoint does not count: there is nothing to lose.
+
+        Args:
+            config: the run's values by name.
+            resume: go on with what is there.
+
+        Returns:
+            The result of the run if it is finished, None otherwise.
+
+        Raises:
+            FileExistsError: if the folder is not empty and `resume` is off, or what is in it is no run.
+            ValueError: if the run there was started with other values.
+        """
+        if not self._holds_work():
+            return None
+        if not self.config.is_file():
+            raise FileExistsError(f"{self.path} is not empty and holds no run to resume; give another --out")
+        if not resume:
+            raise FileExistsError(f"{self.path} is not empty; add --resume to go on there, or give another --out")
+        stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
+        if changed := changed_values(stored, config):
+            raise ValueError(
+                f"{self.path} was started with other values: {'; '.join(changed)}; give the same ones, or another "
+                f"--out, to which --student_weights {self.path} brings what was learned"
+            )
+        if not self.result.is_file():
+            return None
+        result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        return result
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Make the folder, and record the run's values.
+
+        Raises:
+            OSError: if that cannot be written.
+        """
+        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+        write_text(self.config, text)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the result, which marks the run as finished."""
+        text = json.dumps(result, indent=2) + "\n"
+        write_text(self.result, text)
+
+    def _holds_work(self) -> bool:
+        if self.path.is_file():
+            raise FileExistsError(f"{self.path} is a file; give a folder as --out")
+        remains = {self.config, self.path / "tensorboard", self.path / LOCK}
+        return self.path.is_dir() and any(
+            path not in remains and (not path.is_dir() or any(path.iterdir())) for path in self.path.iterdir()
+        )
+
+
+def changed_values(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Name the values in which two configurations differ, as "lr is 0.1 there, 0.2 here".
+
+    What does not change the training, such as the device, is left out.
+    """
+    there, here = ({key: value for key, value in one.items() if key not in _FREE} for one in (stored, given))
+    found = differences(there, here, same=lambda one, other: plain(one) == plain(other))
+    return [one.replace(".init_args.", ".") for one in found]
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as YAML gives it back: sequences as lists, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

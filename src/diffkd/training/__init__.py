@@ -1,0 +1,1 @@
+"""One training: what it is built from, its loop, checkpoints and reports."""

@@ -1,0 +1,130 @@
+"""How a training goes, for people who watch: one bar for the whole of it, one line per epoch."""
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from diffkd.tasks.task import TASK
+from diffkd.training.lightning_module import Training, steps_per_epoch
+
+
+class TrainingProgress(Callback):
+    """Shows a bar on a terminal, and prints a line after each epoch anywhere.
+
+    Args:
+        console: where to; a quiet one shows nothing.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar: Progress | None = None
+        self._row: TaskID | None = None
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar."""
+        self._started = time.monotonic()
+        if self.console.quiet or not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        total = steps_per_epoch(trainer) * (trainer.max_epochs or 1)
+        self._row = self._bar.add_task("training", total=total, completed=trainer.global_step)
+        self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        if self._bar is not None and self._row is not None:
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self._bar.update(self._row, completed=trainer.global_step, description=epoch)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._started = time.monotonic()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Nothing of this travels in a checkpoint."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what the validation found."""
+        if not isinstance(pl_module, Training) or trainer.sanity_checking:
+            return
+        measured = pl_module.measured
+        names = [name for name in pl_module.task.headlines if name in measured]
+        scores = "  ".join(f"{name} {100 * measured[name]:.2f} %" for name in names)
+        means = pl_module.ledger.means()  # over all processes, each of which asks for it here
+        loss = sum(mean for name, mean in means.items() if name.split("/")[0] == TASK) if means else float("nan")
+        seconds = time.monotonic() - self._started
+        width = len(str(trainer.max_epochs))
+        self.console.print(
+            f"epoch {trainer.current_epoch + 1:{width}d}/{trainer.max_epochs}  task loss {loss:.4f}  {scores}  "
+            f"{seconds:.1f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
+_KNOWN = (
+    # The order of the data follows from epoch and batch alone: resumable, though not in the way that is looked for.
+    ".*your dataloader is not resumable",
+    # Between the trainer's own libraries; nothing a user could do about it.
+    ".*LeafSpec.* is deprecated",
+    # Batches are made on the device, or by as many workers as the user asked for.
+    ".*does not have many workers",
+)
+
+
+@contextmanager
+def quiet_trainer() -> Iterator[None]:
+    """Silence advertisements, device listings and warnings that are known to be unfounded; put all back at the end."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _KNOWN:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

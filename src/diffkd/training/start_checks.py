@@ -1,0 +1,237 @@
+"""What would make a training pointless or impossible, found out before it starts."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import nn
+
+from diffkd.distill.distiller import Distiller
+from diffkd.distill.matching import attribute_of
+from diffkd.distill.ramp import Ramp
+from diffkd.export.student_file import find_weights, read_card
+from diffkd.features.calling import evaluation_mode, run
+from diffkd.files.config import factory_of
+from diffkd.tasks.data_facts import DataFacts, TaskName, describe_samples, first_difference
+from diffkd.tasks.task_of_data import padded_example
+from diffkd.teacher.classifier import pooled_classifier
+from diffkd.training.optimization import Schedule
+
+
+def check_classes(data: DataFacts) -> None:
+    """Raise ValueError if there is a single class to tell apart: its probability is always 1, and teaches nothing."""
+    if data.task != "detection" and data.num_classes < 2:
+        raise ValueError(
+            f"the data have {data.num_classes} class ({', '.join(data.classes)}), so that there is nothing to learn: "
+            "give a second one, such as the background"
+        )
+
+
+def check_type(student: nn.Module, data: DataFacts, precision: str) -> None:
+    """Raise ValueError if the student's weights are of another type than the images, and it cannot take those.
+
+    Args:
+        student: as it was built.
+        data: whose images are float32.
+        precision: of the training; one that is not "true" or "mixed" of a width is left to the trainer.
+    """
+    width, _, kind = str(precision).partition("-")
+    types = {p.dtype for p in student.parameters() if p.is_floating_point()} - {torch.float32}
+    if not types or (kind in ("", "true") and width != "32") or kind not in ("", "true", "mixed"):
+        return  # whole models are converted, images with them
+    lower = torch.bfloat16 if width == "bf16" else torch.float16
+    try:
+        with evaluation_mode(student), torch.no_grad(), torch.autocast("cpu", lower, enabled=kind == "mixed"):
+            run(student, padded_example(data, student))
+    except RuntimeError as error:
+        names = {torch.float64: "64-true", torch.bfloat16: "bf16-true", torch.float16: "16-true"}
+        mend = " or ".join(names[kind] for kind in names if kind in types) or "another"
+        raise ValueError(
+            f"the weights of student {type(student).__name__} are of {', '.join(sorted(map(str, types)))}, but with "
+            f"--precision {precision} its images are of torch.float32: give --precision {mend}, or build it in float32"
+        ) from error
+
+
+def never_reached(schedule: Schedule, ramp: Ramp, epochs: int) -> list[str]:
+    """Say what of a schedule and a ramp lies beyond the end of a training, as it does where a recipe is shortened."""
+    found = []
+    late = [mark for mark in schedule.milestones if mark >= epochs]
+    if schedule.kind == "step" and late:
+        found.append(f"the rate does not fall at schedule.milestones {late}: there are {epochs} epochs")
+    if schedule.warmup_epochs >= epochs:
+        found.append(f"the rate rises for schedule.warmup_epochs={schedule.warmup_epochs:g} epochs, of {epochs}")
+    if ramp.start + ramp.warmup >= epochs:
+        found.append(
+            f"the method never counts in full: method_ramp.start={ramp.start:g} and method_ramp.warmup={ramp.warmup:g} "
+            f"take all of the {epochs} epochs"
+        )
+    return found
+
+
+INSTEAD: Mapping[TaskName, str] = {
+    "classification": "DiffKD, FitNet, CRD or ReviewKD for features, KD, DKD or DIST for logits",
+    "segmentation": "DiffKD, FitNet, CWD or CIRKD for features, DiffKD, KD or DIST for class maps",
+    "detection": "DiffKD, FitNet, FGD or MGD for the feature pyramid, BoxKD for the outputs",
+}
+_GIVEN: Mapping[TaskName, frozenset[str]] = {
+    "classification": frozenset({"labels", "indices", "teacher_head"}),
+    "segmentation": frozenset({"labels", "indices"}),
+    "detection": frozenset({"boxes", "indices"}),
+}
+
+
+def inner_methods(method: Any) -> dict[str, Any]:
+    """Return the methods that a factory was given as keyword arguments, by their names."""
+    method = factory_of(method)
+    keywords = method.keywords if isinstance(method, partial) else {}
+    return {
+        name: value
+        for name, value in keywords.items()
+        if callable(value) and any(attribute_of(factory_of(value), word, None) for word in ("wants", "needs"))
+    }
+
+
+def check_methods(methods: Any, data: DataFacts) -> None:
+    """Raise ValueError if one of several methods or factories, or one inside of it, is not for the data's task."""
+    for method in _all(methods):
+        tasks = attribute_of(method, "tasks", None)
+        if tasks is not None and data.task not in tasks:
+            name = attribute_of(method, "__name__", type(method).__name__)
+            raise ValueError(
+                f"{name} is for {' and '.join(sorted(tasks))}, the data are for {data.task}: take {INSTEAD[data.task]}"
+            )
+
+
+def check_needs(distiller: Distiller, data: DataFacts) -> None:
+    """Raise ValueError if a method needs what the data do not give: of their task, whole images, or several."""
+    for name, (_, theirs), method in zip(distiller.names, distiller.readers, distiller.methods, strict=True):
+        needs = frozenset(getattr(method, "needs", ()))
+        who = f"{type(method).__name__} of pair '{name}'"
+        if missing := sorted(needs - _GIVEN[data.task]):
+            otherwise = "; on the class map itself it may need none" if data.task == "segmentation" else ""
+            raise ValueError(
+                f"{who} needs {', '.join(missing)}, which data for {data.task} do not give{otherwise}: "
+                f"take {INSTEAD[data.task]}"
+            )
+        least = max(getattr(part, "least_batch", 1) for part in method.modules())
+        if data.batch_size is not None and data.batch_size < least:
+            raise ValueError(
+                f"{who} relates the images of a batch to one another, and learns nothing from batches of "
+                f"{data.batch_size}: give --data.batch_size {least} or more"
+            )
+        if "labels" in needs and (data.mixup or data.cutmix):
+            raise ValueError(
+                f"{who} needs the class of each image, but the data mix them (mixup={data.mixup}, cutmix="
+                f"{data.cutmix}): set both to 0, or take a method without labels, such as DiffKD, KD or DIST"
+            )
+        if "teacher_head" in needs:
+            try:
+                pooled_classifier(distiller.teacher, theirs.shapes[0].channels)
+            except ValueError as error:
+                reason = str(error).partition(":")[0]
+                raise ValueError(
+                    f"{who} needs the teacher's classifier, but {reason}; pair what its last linear layer is given"
+                ) from error
+
+
+def _all(methods: Any) -> Iterator[Any]:
+    for method in methods:
+        if method is not None:
+            yield factory_of(method)
+            yield from _all(inner_methods(method).values())
+
+
+# Arguments, and what a method that means them by these names needs.
+_TOLD = {"samples": "indices", "classes": "labels"}
+
+
+def tell_data(method: Any, data: LightningDataModule) -> Any:
+    """Return a method's factory with `samples` and `classes` set to the numbers of the data, if it wants that.
+
+    Those that need "indices" and have an argument `samples` do, and those that need "labels" and have an argument
+    `classes`; None there asks for the data's number. So do methods inside of another, as of
+    :class:`~diffkd.Shared`.
+
+    Args:
+        method: a factory, or a method, which is returned as it is.
+        data: says how many there are.
+
+    Raises:
+        ValueError: if it was told another number of images, or of fewer classes.
+    """
+    if method is None or isinstance(method, nn.Module):
+        return method
+    method = factory_of(method)
+    inner = {name: tell_data(one, data) for name, one in inner_methods(method).items()}
+    told = {name: value for name, need in _TOLD.items() if (value := _value(method, name, need, data)) is not None}
+    return partial(method, **inner, **told) if inner or told else method
+
+
+def _value(method: Callable[..., Any], name: str, need: str, data: LightningDataModule) -> int | None:
+    """Return what to give a method for its argument `name`; None if nothing."""
+    kind = method.func if isinstance(method, partial) else method
+    argument = inspect.signature(method).parameters.get(name)
+    needs = getattr(kind, "needs", ())
+    if argument is None or isinstance(needs, property) or need not in needs:
+        return None
+    count = describe_samples(data.train_dataloader())["training images"] if name == "samples" else _classes(data)
+    given = argument.default
+    if count is None or given == count or given is inspect.Parameter.empty:
+        return None
+    if given is None:
+        return count
+    if name == "classes" and given > count:
+        return None  # room for more than there are
+    what = "training images" if name == "samples" else "classes"
+    raise ValueError(
+        f"{kind.__name__} is told of {given} {what} by {name}, but the data have {count}: "
+        f"leave --method.{name} out, or give {count}"
+    )
+
+
+def _classes(data: LightningDataModule) -> int | None:
+    count = getattr(data, "num_classes", None)
+    return None if count is None else int(count)
+
+
+def check_teacher_classes(distiller: Distiller, weights: str | Path, data: DataFacts) -> None:
+    """Compare the names of the classes of teacher and data, where their scores are paired.
+
+    Warns of other names, which may be those of the same classes.
+
+    Args:
+        distiller: with its pairs.
+        weights: the teacher's; their card says its classes.
+        data: what the student sees.
+
+    Raises:
+        ValueError: if the names are the same in another order.
+    """
+    theirs = read_card(find_weights(weights)).get("classes") or ()
+    other = first_difference(theirs, data.classes)
+    if len(theirs) != len(data.classes) or other is None or not _pairs_scores(distiller):
+        return
+    if sorted(theirs) == sorted(data.classes):
+        raise ValueError(
+            f"the teacher {weights} has the classes of the data in another order: {other}. Give the data that order, "
+            "or pair features alone"
+        )
+    warnings.warn(
+        f"the teacher {weights} names its classes otherwise than the data: {other}. If they are others, or in another "
+        "order, its scores teach nonsense: pair features alone then",
+        stacklevel=2,
+    )
+
+
+def _pairs_scores(distiller: Distiller) -> bool:
+    scores = (
+        shape.role == "logits" or name.endswith("[cls_logits]")
+        for _, theirs in distiller.readers
+        for name, shape in zip(theirs.names, theirs.shapes, strict=True)
+    )
+    return any(scores)

@@ -1,0 +1,103 @@
+"""The report at the start of a training, from its first step: what learns from what, and whether it can."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from diffkd.distill.distiller import Distiller
+from diffkd.distill.ramp import ALWAYS
+from diffkd.training.lightning_module import Training, ends_step
+from diffkd.training.start_checks import never_reached
+
+
+class StartReport(Callback):
+    """Prints pairs, trainable parameters by part, each loss of the first batch, and how well the teacher does on it.
+
+    Args:
+        console: where to; on other processes than the first, pass a quiet one.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Report after the very first step."""
+        first = trainer.global_step == 1 and ends_step(trainer, batch_idx)
+        if first and isinstance(pl_module, Training) and not self.console.quiet:
+            with trainer.precision_plugin.train_step_context():
+                report(pl_module, batch, self.console)
+
+
+def report(training: Training, batch: Any, console: Console) -> None:
+    """Print the report of a training that has taken its first step on `batch`."""
+    console.print(
+        f"student {type(training.student).__name__}: {_trainable(training.student)} trainable parameters",
+        soft_wrap=True,
+    )
+    if training.distiller is not None:
+        console.print(pairs_table(training.distiller))
+    losses = {name: value for name, value in training.ledger.latest().items() if not name.startswith("gamma/")}
+    console.print(
+        "first batch: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    ramp = ALWAYS if training.distiller is None else training.method_ramp
+    for beyond in never_reached(training.schedule, ramp, training.epochs):
+        console.print(f"warning: {beyond}", style="bold red", markup=False, soft_wrap=True)
+    if training.teacher is None:
+        return
+    if isinstance(training.teacher, nn.Module):
+        training.teacher.to(training.device).eval()  # a whole detector, of which only a part has been used so far
+    with torch.no_grad():
+        judged = training.task.judge(training.teacher, batch)
+    if judged is None:
+        console.print(
+            "the teacher has other classes than the data: how well it does was not measured",
+            soft_wrap=True,
+        )
+        return
+    share, chance = judged
+    console.print(
+        f"teacher on this batch: {100 * share:.1f} % right (chance {100 * chance:.1f} %)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if share <= 2 * chance:
+        console.print(
+            "warning: the teacher is hardly better than chance. Are its weights loaded, are the classes in the same "
+            "order, are the images normalised as it wants?",
+            style="bold red",
+            soft_wrap=True,
+        )
+
+
+def pairs_table(distiller: Distiller) -> Table:
+    """Return the distiller's pairs as a table, whose names go on in the next line where a terminal is narrow."""
+    names = (type(distiller.student).__name__, type(distiller.teacher).__name__)
+    table = Table(
+        title=f"{names[0]} learns from {names[1]}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("pair", "student layer", "shape", "teacher layer", "shape", "method", "parameters"):
+        table.add_column(column, justify="right" if column == "parameters" else "left", overflow="fold")
+    for row in distiller.rows():
+        table.add_row(*(escape(cell) for cell in row))  # "fpn[0]" is a name here, no style
+    return table
+
+
+def _trainable(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"

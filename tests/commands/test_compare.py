@@ -1,0 +1,165 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from tiny_recipe import MODELS, write_recipe
+
+from diffkd.commands.arguments import fit_with
+from diffkd.commands.compare import compare, find_method, report, rich_table
+from diffkd.commands.step_cost import step_costs
+from diffkd.commands.usage_errors import Misuse
+from diffkd.reports.tables import summarize
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe over 40 images that trains in a second, its teacher's weights made on the spot."""
+    return write_recipe(tmp_path)
+
+
+def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = [f"--teacher={MODELS}:large"]  # which the student alone does without
+    rows = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2, jobs=2, options=options)
+    assert [(row.method, row.seeds) for row in rows] == [("alone", (0, 1)), ("diffkd", (0, 1))]
+    assert rows[0].method_parameters == 0 < rows[1].method_parameters
+    table = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert table["rows"][1]["last"] == pytest.approx(rows[1].last)
+    for seed in (0, 1):
+        result = json.loads((out / "diffkd" / f"seed-{seed}" / "result.json").read_text(encoding="utf-8"))
+        assert result["seed"] == seed
+    assert "step / alone" in (out / "comparison.md").read_text(encoding="utf-8")
+    assert rows[0].step_cost == 1 < rows[1].step_cost
+    assert table["step_cost"]["methods"]["diffkd"]["rounds"] == 12
+    assert (out / "comparison.png").stat().st_size > 1000
+
+    # Again: nothing is trained twice, a run that was lost is trained again, and to the same end.
+    kept, costs = out / "alone" / "seed-0" / "student.safetensors", (out / "step_cost.json").read_bytes()
+    lost = out / "diffkd" / "seed-1" / "student.safetensors"
+    before, trained = kept.stat().st_mtime_ns, lost.read_bytes()
+    for file in sorted((out / "diffkd" / "seed-1").rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    again = compare(str(recipe), out, methods=["alone", "diffkd"], seeds=2, options=options)
+    assert kept.stat().st_mtime_ns == before
+    assert (out / "step_cost.json").read_bytes() == costs
+    assert lost.read_bytes() == trained
+    assert [row.last for row in again] == [row.last for row in rows]
+
+
+def test_a_run_with_other_values_is_refused_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:
+    values = {"methods": ["alone"], "cost": False}
+    folder = tmp_path / "out" / "alone" / "seed-0"
+    trained = fit_with([str(recipe), f"--config={find_method('alone')}", f"--out={folder}", "--progress=false"])
+    with pytest.raises(ValueError, match=r"alone.seed-0 was started with other values: .*optimizer\.lr is 0\.05 there"):
+        compare(str(recipe), tmp_path / "out", seeds=2, options=["--optimizer.lr=0.00001"], **values)
+    assert not (tmp_path / "out" / "alone" / "seed-1").exists()
+    # What does not change the numbers may change, and a finished run needs no data.
+    (tmp_path / "train.npz").unlink()
+    (row,) = compare(str(recipe), tmp_path / "out", seeds=1, options=["--log_every=3"], **values)
+    assert row.last == 100 * trained["last"]["top1"]
+
+
+def test_costs_are_of_the_same_step_for_all(recipe: Path, tmp_path: Path) -> None:
+    words = [str(recipe), f"--out={tmp_path / 'unused'}"]
+    costs = step_costs({"first": words, "second": words}, "first", rounds=5)
+    assert costs["first"].median == costs["first"].low == 1
+    assert costs["second"].milliseconds > 0
+    assert costs["second"].low <= costs["second"].median <= costs["second"].high
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(ValueError, match="'kd' must be one of first"):
+        step_costs({"first": words}, "kd")
+
+
+def test_failed_runs_are_named_and_the_others_reported(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("student: cifar/resnet9000\nteacher: null\nmethod: null\n", encoding="utf-8")
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed.*broken/seed-0\.log"):
+        compare(str(recipe), tmp_path / "out", methods=["alone", str(broken)], seeds=1)
+    assert "resnet9000" in (tmp_path / "out" / "broken" / "seed-0.log").read_text(encoding="utf-8")
+    assert "broken seed 0 failed: model 'cifar/resnet9000' is unknown; nearest" in capsys.readouterr().err
+    assert [row.method for row in report(tmp_path / "out", ["alone", "broken"], 1)] == ["alone"]
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed; see .*seed-0\.log\.$"):
+        compare(str(recipe), tmp_path / "none", methods=[str(broken)], seeds=1)
+
+
+def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["compare", str(recipe), "--methods", "alone", "--seeds", "3", f"--out={out}", "--", "--epochs", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffkd.commands.cli", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    checkpoint = out / "alone" / "seed-0" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert checkpoint.is_file()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert errors.splitlines()[-1] == "diffkd: the comparison was stopped; the same command goes on with it"
+    assert "Traceback" not in errors
+    assert "stopped after step" in (out / "alone" / "seed-0.log").read_text(encoding="utf-8")
+    seen = checkpoint.stat().st_mtime_ns
+    time.sleep(1.5)
+    assert checkpoint.stat().st_mtime_ns == seen, "a run outlived the comparison"
+    assert not (out / "alone" / "seed-0" / "result.json").exists()
+    assert not (out / "alone" / "seed-1").exists(), "a run was begun after the comparison was asked to stop"
+    assert os.access(checkpoint, os.R_OK)
+
+
+@pytest.mark.parametrize("values", [{"methods": []}, {"methods": ["kd", "kd"]}, {"seeds": 0}, {"jobs": 0}])
+def test_nonsense_is_refused_before_anything_is_trained(
+    recipe: Path, tmp_path: Path, values: dict[str, object]
+) -> None:
+    with pytest.raises(ValueError, match="different methods"):
+        compare(str(recipe), tmp_path / "out", **values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_do_not_fit_are_refused_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(Misuse, match=r"there is no option --epoks.*\(alone with the options of the comparison\)"):
+        compare(str(recipe), tmp_path / "out", methods=["alone", "diffkd"], options=["--epoks=3"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_teacher_and_method_leave_the_student_alone(recipe: Path, tmp_path: Path) -> None:
+    options = ["--method.kd_weight", "3", f"--teacher={MODELS}:large", "--teacher_cache_storage=float32", "--epochs=1"]
+    cache = ["--teacher_cache", str(tmp_path / "cache"), "--method_weight=0.5"]
+    values = {"methods": ["alone", "diffkd"], "seeds": 1, "cost": False}
+    rows = compare(str(recipe), tmp_path / "out", options=[*options, *cache], **values)
+    assert rows[0].method_parameters == 0 < rows[1].method_parameters
+    config = yaml.safe_load((tmp_path / "out" / "diffkd" / "seed-0" / "config.yaml").read_text(encoding="utf-8"))
+    assert (config["method"][0]["init_args"]["kd_weight"], config["method_weight"]) == (3, 0.5)
+
+
+def test_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(FileNotFoundError, match="methods/diffkd"):
+        find_method("difkd")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_the_table_on_a_terminal_cuts_no_number(width: int) -> None:
+    def run(seed: int) -> dict[str, Any]:
+        last = {"top1": 0.7 + seed / 50, "seconds": 123.0}
+        return {"last": last, "best": {"top1": 0.75}, "parameters": 11_689_512, "peak_memory": 3392.0}
+
+    methods = ("alone", "kd", "diffkd-dist")
+    costs = {"reference": "kd", "methods": {method: {"median": 1.0} for method in methods}}
+    rows = summarize({method: {seed: run(seed) for seed in range(3)} for method in methods}, "top1", costs)
+    written = io.StringIO()
+    Console(width=width, file=written).print(rich_table(rows, width))
+    shown = written.getvalue()
+    assert "…" not in shown
+    assert "72.00 ± 2.00" in shown
+    assert ("best epoch" in shown) == (width >= 120)

@@ -1,0 +1,188 @@
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffkd.data.detection.annotated_files import ReadBox, ReadImage, annotated_files
+from diffkd.data.detection.coco import read_coco
+
+CONTENT = {
+    "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}, {"id": 90, "name": "cow"}],
+    "images": [
+        {"id": 50, "file_name": "a.jpg", "width": 20, "height": 10},
+        {"id": 4, "file_name": "sub/b.jpg", "width": 8, "height": 8},
+        {"id": -2, "file_name": "c.jpg", "width": 5, "height": 6},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 4, "category_id": 90, "bbox": [1.25, 2.5, 3.125, 4.75], "area": 6.5, "iscrowd": 1},
+        {"id": 2, "image_id": 50, "category_id": 3, "bbox": [0, 0, 20, 10], "segmentation": {"counts": [1], "size": 3}},
+        {"id": 3, "image_id": 4, "category_id": 7, "bbox": [-2, 4, 30, 2], "area": 0},
+    ],
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def write_and_read(content, categories=None, **options):
+        file = tmp_path / "boxes.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        return read_coco(file, tmp_path, categories, **options)
+
+    return write_and_read
+
+
+def changed(*path, to=None, without=None):
+    content = copy.deepcopy(CONTENT)
+    entry = content
+    for key in path[:-1] if without is None else path:
+        entry = entry[key]
+    if without is None:
+        entry[path[-1]] = to
+    else:
+        del entry[without]
+    return content
+
+
+def test_what_is_in_a_file(read, tmp_path):
+    files = read(CONTENT)
+    assert (files.classes, files.category_ids) == (("cat", "dog", "cow"), (3, 7, 90))
+    assert files.paths == tuple(str(tmp_path / name) for name in ("a.jpg", "sub/b.jpg", "c.jpg"))
+    assert files.sizes.tolist() == [[10, 20], [8, 8], [6, 5]]
+    assert files.annotations.image_ids.tolist() == [50, 4, -2]
+    assert files.dropped == ()
+    first, second, third = (files.annotations.of(index) for index in range(3))
+    assert first.boxes.tolist() == [[0, 0, 20, 10]]
+    assert first.area.tolist() == [200]
+    assert second.boxes.tolist() == [[1.25, 2.5, 4.375, 7.25], [0, 4, 8, 6]]  # the second is cut at the border
+    assert second.labels.tolist() == [3, 2]
+    assert second.area.tolist() == [6.5, 16]
+    assert second.iscrowd.tolist() == [1, 0]
+    assert third.boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("said", "crowd"), [(0, 0), ("0", 0), (False, 0), (None, 0), ("false", 0), (1, 1), ("1", 1), (True, 1), (1.0, 1)]
+)
+def test_crowds_are_said_by_numbers_texts_or_truth_values(read, said, crowd):
+    content = changed("annotations", 0, "iscrowd", to=said)
+    assert read(content).annotations.of(1).iscrowd.tolist() == [crowd, 0]
+
+
+@pytest.mark.parametrize("said", ["no", 2, -1, [0], {}])
+def test_other_crowds_are_refused(read, said):
+    with pytest.raises(ValueError, match=r"boxes\.json: annotation 0 has iscrowd .*; write 0 or 1"):
+        read(changed("annotations", 0, "iscrowd", to=said))
+
+
+def test_boxes_without_extent_inside_the_image_are_dropped_and_named(read):
+    content = copy.deepcopy(CONTENT)
+    bad = [[1, 1, 0, 2], [1, 1, -3, 2], [float("nan"), 1, 2, 2], [8, 0, 4, 4], [-5, 0, 5, 4], [1, 1, float("inf"), 1]]
+    bad.append([10**400, 1, 1, 1])
+    for index, bbox in enumerate(bad):
+        content["annotations"].insert(1, {"id": 100 + index, "image_id": 4, "category_id": 3, "bbox": bbox})
+    files = read(content)
+    assert len(files.dropped) == len(bad)
+    assert {int(message.split("box ")[1].split(" of ")[0]) for message in files.dropped} == set(range(100, 107))
+    assert all("sub/b.jpg" in message and "8x8 image" in message for message in files.dropped)
+    for index in range(3):
+        for got, plain in zip(files.annotations.of(index), read(CONTENT).annotations.of(index), strict=True):
+            assert torch.equal(got, plain)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"images": [', "no JSON"),
+        ("[" * 100_000, "no JSON"),
+        ("[]", "holds a list"),
+        (changed(without="images"), "lacks 'images'; it has 'categories', 'annotations'"),
+        (changed(without="annotations"), "lacks 'annotations'"),
+        (changed("images", to={}), "'images' is a dict"),
+        (changed("images", to=[3]), "entry 0 of 'images' is a int"),
+        (changed("images", to=[]) | {"annotations": []}, "no images"),
+        (changed("categories", to=[]), "no categories"),
+        (changed("images", 1, without="file_name"), "image 1 lacks 'file_name'"),
+        (changed("images", 1, "file_name", to="../b.jpg"), "'../b.jpg' is no file inside"),
+        (changed("images", 1, "file_name", to=5), "image 1 has the file name 5"),
+        (changed("images", 1, "width", to=0), "image 1 has the width 0"),
+        (changed("images", 1, without="width"), "image 1 lacks 'width'"),
+        (changed("images", 1, "height", to="8"), "image 1 has the height '8'"),
+        (changed("images", 1, "height", to=float("nan")), "image 1 has the height nan"),
+        (changed("images", 1, "id", to=50), "image 1 has the id 50 of another"),
+        (changed("images", 1, "id", to="x"), "image 1 has the id 'x'"),
+        (changed("images", 1, "id", to=2**70), "integers of 64 bits"),
+        (changed("categories", 1, "id", to=7), "category 1 has the id 7 of another"),
+        (changed("categories", 1, without="name"), "category 1 lacks 'name'"),
+        (changed("annotations", 2, "image_id", to=5), "annotation 2 is of image 5"),
+        (changed("annotations", 2, "image_id", to=[]), r"annotation 2 is of image \[\]"),
+        (changed("annotations", 2, "category_id", to=1), "annotation 2 is of category 1"),
+        (changed("annotations", 2, without="bbox"), "annotation 2 lacks 'bbox'"),
+        (changed("annotations", 2, "bbox", to=[1, 2, 3]), r"annotation 2 has the bbox \[1, 2, 3\]"),
+        (changed("annotations", 2, "bbox", to=[1, 2, 3, None]), "annotation 2 has the bbox"),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(read, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        read(content)
+    assert "boxes.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", [{}, {"width": 0, "height": 0}, {"width": None, "height": None}])
+def test_sizes_that_are_not_stated_are_those_of_the_files(read, tmp_path, stated):
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (8, 6)).save(tmp_path / "sub" / "b.jpg")
+    entry = {"id": 4, "file_name": "sub\\b.jpg"} | stated
+    files = read(changed("images", 1, to=entry))
+    assert files.paths[1] == str(tmp_path / "sub/b.jpg")
+    assert files.sizes.tolist() == [[10, 20], [6, 8], [6, 5]]
+    assert files.annotations.of(1).boxes.tolist() == [[1.25, 2.5, 4.375, 6], [0, 4, 8, 6]]
+
+
+def test_without_a_size_broken_files_are_refused_or_left_to_whoever_skips_them(read, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jpg").write_text("no image")
+    content = changed("images", 1, to={"id": 4, "file_name": "sub/b.jpg"})
+    with pytest.raises(ValueError, match=r"b\.jpg cannot be read"):
+        read(content)
+    files = read(content, skip_bad=True)
+    assert files.sizes[1].tolist() == [0, 0]
+    assert files.dropped == ()
+    assert files.annotations.of(1).boxes.shape == (0, 4)
+    assert files.annotations.of(0).boxes.shape == (1, 4)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone.json: no such file"):
+        read_coco(tmp_path / "gone.json", tmp_path)
+
+
+def test_categories_follow_the_training_file(read):
+    training = {3: "cat", 5: "bird", 7: "dog", 90: "cow"}
+    files = read(CONTENT, training)
+    assert files.classes == ("cat", "bird", "dog", "cow")
+    assert files.annotations.of(1).labels.tolist() == [4, 3]
+    with pytest.raises(ValueError, match="category 90, 'cow', does not exist in the training file"):
+        read(CONTENT, {3: "cat", 7: "dog"})
+    with pytest.raises(ValueError, match="category 3, 'cat', is 'bat' in the training file"):
+        read(CONTENT, training | {3: "bat"})
+
+
+numbers = st.floats(-50, 150, width=32)
+
+
+@given(st.lists(st.tuples(numbers, numbers, numbers, numbers), max_size=8), st.integers(1, 99), st.integers(1, 99))
+def test_every_box_is_either_kept_inside_or_dropped(corners, height, width):
+    boxes = [ReadBox(box, 1, index) for index, box in enumerate(corners)]
+    files = annotated_files("x", [ReadImage("a", (height, width), 0, boxes)], ["a"], [1])
+    kept = files.annotations.of(0)
+    assert len(kept.boxes) + len(files.dropped) == len(corners)
+    assert (kept.boxes[:, 2:] > kept.boxes[:, :2]).all()
+    assert ((kept.boxes >= 0) & (kept.boxes <= torch.tensor([width, height] * 2))).all()
+    inner = [box for box in corners if 0 <= box[0] < box[2] - 1 and 0 <= box[1] < box[3] - 1]
+    for box in inner:
+        if box[2] <= width and box[3] <= height:
+            assert list(box) in kept.boxes.tolist()

@@ -1,0 +1,148 @@
+import pytest
+from PIL import Image
+
+from diffkd.data.detection.voc import find_voc_split, read_voc
+
+OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult>
+<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>
+<bndbox><xmin>{box[0]}</xmin><ymin>{box[1]}</ymin><xmax>{box[2]}</xmax><ymax>{box[3]}</ymax></bndbox></object>"""
+SIZE = "<size><width>40</width><height>30</height><depth>3</depth></size>"
+
+
+def one(name, *box, difficult=0):
+    return OBJECT.format(name=name, box=box, difficult=difficult)
+
+
+def text(*objects, filename="", size=SIZE):
+    return f"<annotation><filename>{filename}</filename>{size}{''.join(objects)}</annotation>"
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Make the official folders: image a with two objects, b with none, c with one."""
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a.jpg", "b.png", "c.JPG"):
+        Image.new("RGB", (40, 30)).save(tmp_path / "JPEGImages" / name)
+    boxes = [one("dog", 1, 2.5, 10, 20), one("cat", 30, 5, 45, 30, difficult=1)]
+    (tmp_path / "Annotations/a.xml").write_text(text(*boxes, filename="a.jpg"))
+    (tmp_path / "Annotations/b.xml").write_text(text(filename="renamed.jpg"))
+    (tmp_path / "Annotations/c.xml").write_text(text(one("dog", 3, 3, 3, 9), size=""))
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a  1\nb -1\n\nc\n")
+    return tmp_path
+
+
+def read(root, split="train", **options):
+    return read_voc(find_voc_split(root, split), **options)
+
+
+@pytest.mark.parametrize(("said", "crowd"), [("False", 0), (" 0 ", 0), ("", 0), ("true", 1), ("1", 1)])
+def test_difficult_objects(root, said, crowd):
+    (root / "Annotations/c.xml").write_text(text(one("dog", 3, 3, 8, 9, difficult=said)))
+    assert read(root).annotations.of(2).iscrowd.tolist() == [crowd]
+
+
+def test_other_words_for_difficult_are_refused(root):
+    (root / "Annotations/c.xml").write_text(text(one("dog", 3, 3, 8, 9, difficult="hard")))
+    with pytest.raises(ValueError, match=r"c\.xml: object .* has difficult 'hard'; write 0 or 1"):
+        read(root)
+
+
+def test_what_is_in_the_official_folders(root):
+    files = read(root)
+    assert (files.classes, files.category_ids) == (("cat", "dog"), (1, 2))
+    assert files.paths == tuple(str(root / "JPEGImages" / name) for name in ("a.jpg", "b.png", "c.JPG"))
+    assert files.sizes.tolist() == [[30, 40]] * 3
+    boxes = files.annotations.of(0)
+    assert boxes.boxes.tolist() == [[1, 2.5, 10, 20], [30, 5, 40, 30]]
+    assert boxes.labels.tolist() == [2, 1]
+    assert boxes.iscrowd.tolist() == [0, 1]
+    assert boxes.area.tolist() == [9 * 17.5, 250]
+    assert len(files.annotations.of(1).labels) == len(files.annotations.of(2).labels) == 0
+    assert len(files.dropped) == 1
+    assert "c.JPG" in files.dropped[0]
+
+
+def test_an_image_is_found_whatever_the_case_of_its_extension(root):
+    (root / "JPEGImages/b.png").unlink()
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/b.WEBP")
+    assert read(root).paths[1] == str(root / "JPEGImages/b.WEBP")
+
+
+def test_official_corners_count_from_one(root):
+    files = read(root, first_pixel=1)
+    assert files.annotations.of(0).boxes.tolist() == [[0, 1.5, 10, 20], [29, 4, 40, 30]]
+    assert files.annotations.of(2).boxes.tolist() == [[2, 2, 3, 9]]
+    with pytest.raises(ValueError, match="first_pixel=2"):
+        read(root, first_pixel=2)
+
+
+def test_a_folder_of_files_side_by_side(tmp_path):
+    (tmp_path / "valid").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "valid/x y.jpg")
+    (tmp_path / "valid/x y.xml").write_text(text(one("dog", 1, 2, 3, 4), filename="x y.jpg"))
+    files = read(tmp_path, "valid", classes=["cat", "dog"])
+    assert files.paths == (str(tmp_path / "valid/x y.jpg"),)
+    assert files.annotations.of(0).labels.tolist() == [2]
+
+
+BOMB = '<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;">]>' + text(one("&c;", 1, 2, 3, 4))
+FETCH = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]>' + text(one("&b;", 1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("<annotation>", "no XML"),
+        (b"", "no XML"),
+        (b"\xff\xd8\xff", "no XML"),
+        ("<html/>", "its root is 'html', not 'annotation'"),
+        (text(one("dog", 1, 2, 3, 4)).replace("<annotation", "<annotation xmlns='http://x'"), "{http://x}annotation"),
+        (BOMB, "document type"),
+        (BOMB.encode("utf-16"), "document type"),
+        (FETCH, "document type"),
+        (text(one("cow", 1, 2, 3, 4)), "object 0 is of class 'cow', which is none of 'cat', 'dog'"),
+        (text(one("dog", 1, 2, "x", 4)), "has 'x' where a number"),
+        (text(one("dog", 1, "", 3, 4)), "lacks 'bndbox/ymin'"),
+        (text("<object><name>dog</name></object>"), "object 0 lacks 'bndbox/xmin'"),
+        (text(one("", 1, 2, 3, 4)), "object 0 lacks 'name'"),
+        (text(filename="../../a.jpg"), "'../../a.jpg' is no file inside"),
+        (text(filename="/etc/passwd"), "'/etc/passwd' is no file inside"),
+        (text(size=SIZE.replace("30", "-3")), "its size is 40x-3"),
+    ],
+)
+def test_bad_files_are_refused_by_name(root, content, message):
+    content = content if isinstance(content, bytes) else content.encode()
+    (root / "Annotations/b.xml").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read(root, classes=["cat", "dog"])
+    assert "b.xml" in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", ["C:\\me\\a.jpg", "..\\pictures\\a.jpg", "C:\\me\\gone.jpg"])
+def test_the_folder_of_whoever_labelled_on_windows_is_passed_over(root, stated):
+    (root / "Annotations/a.xml").write_text(text(one("dog", 1, 2, 3, 4), filename=stated))
+    assert read(root, classes=["cat", "dog"]).paths[0] == str(root / "JPEGImages/a.jpg")
+
+
+def test_bad_lists_are_refused_by_name(root):
+    names = root / "ImageSets/Main/train.txt"
+    for content, message in (
+        ("a\nb\na\n", "lists 'a' more than once"),
+        ("", "no XML files"),
+        ("../JPEGImages/a", "is no file inside"),
+    ):
+        names.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read(root)
+    names.write_text("a\ngone\n")
+    with pytest.raises(FileNotFoundError, match=r"gone.xml: no such file"):
+        read(root)
+    with pytest.raises(FileNotFoundError, match=r"val.txt: no such list"):
+        read(root, "val")
+
+
+def test_classes_must_come_from_somewhere(root):
+    (root / "ImageSets/Main/train.txt").write_text("b\n")
+    with pytest.raises(ValueError, match="no objects, hence no classes"):
+        read(root)

@@ -1,0 +1,83 @@
+"""When a folder may be used for a run."""
+
+import json
+
+import pytest
+
+from diffkd.files.run_folder import RunFolder, changed_values, plain
+
+CONFIG = {"student": "cifar/resnet20", "epochs": 3, "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that has got as far as a checkpoint."""
+    folder = RunFolder(tmp_path / "run")
+    folder.start(CONFIG)
+    folder.checkpoint.parent.mkdir()
+    folder.checkpoint.write_bytes(b"")
+    return folder
+
+
+def test_a_new_folder_may_be_used(tmp_path):
+    assert RunFolder(tmp_path / "new").check(CONFIG, resume=False) is None
+    assert RunFolder(tmp_path).check(CONFIG, resume=False) is None
+    assert not (tmp_path / "new").exists()  # looking changes nothing
+
+
+def test_a_run_is_not_overwritten(run):
+    with pytest.raises(FileExistsError, match="--resume"):
+        run.check(CONFIG, resume=False)
+
+
+def test_a_run_is_resumed_with_the_same_values_only(run):
+    assert run.check(CONFIG, resume=True) is None
+    changed = {**CONFIG, "epochs": 4, "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.2}}}
+    with pytest.raises(
+        ValueError, match=r"epochs is 3 there, 4 here; optimizer\.lr is 0\.1 there, 0\.2 here.*--student_weights"
+    ):
+        run.check(changed, resume=True)
+
+
+def test_what_does_not_change_the_training_may_differ(run):
+    assert run.check({**CONFIG, "devices": 2, "log_every": 7, "out": "elsewhere", "resume": True}, resume=True) is None
+
+
+def test_a_finished_run_returns_its_result(run):
+    run.finish({"last": {"top1": 0.5}})
+    assert run.check(CONFIG, resume=True) == {"last": {"top1": 0.5}}
+    assert json.loads(run.result.read_text()) == {"last": {"top1": 0.5}}
+
+
+def test_somebodys_files_are_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="holds no run"):
+            RunFolder(tmp_path).check(CONFIG, resume=resume)
+
+
+def test_a_run_that_never_saved_anything_is_no_obstacle(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.start(CONFIG)
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events").write_text("")
+    assert folder.check({**CONFIG, "epochs": 5}, resume=False) is None
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="is a file"):
+        RunFolder(tmp_path / "file").check(CONFIG, resume=False)
+
+
+def test_differences_by_value_not_by_type():
+    assert changed_values({"milestones": [1, 2]}, {"milestones": (1, 2)}) == []
+    assert changed_values({}, {"ema": None}) == []
+    assert changed_values({"data": {"init_args": {"root": "a"}}}, {"data": {"init_args": {"root": "b"}}}) == [
+        "data.root is 'a' there, 'b' here"
+    ]
+    assert changed_values({"method": "KD"}, {}) == ["method is 'KD' there, None here"]
+
+
+def test_plain_values_survive_yaml(tmp_path):
+    assert plain({"a": (1, tmp_path), 2: None}) == {"a": [1, str(tmp_path)], "2": None}

@@ -1,0 +1,50 @@
+"""What the process does with the memory that tensors free."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from diffkd.training.memory import freed_memory_kept
+
+FAULTS = """
+import resource, torch
+from diffkd.training.memory import freed_memory_kept
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+with freed_memory_kept():
+    sizes = (3_000_000, 1_000_000, 2_000_000)
+    for round_ in range(12):
+        if round_ == 4:
+            before = faults()
+        kept = [torch.ones(size) for size in sizes]
+        del kept
+    print((faults() - before) / 8)
+"""
+
+
+def page_faults(**variables):
+    """Page faults in a round that makes and frees 24 MB, of which each page is one."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=environment | variables, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="concerns glibc")
+def test_freed_memory_is_used_again_without_asking_the_kernel():
+    assert page_faults() < 100
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="concerns glibc")
+def test_thresholds_that_the_environment_sets_are_kept():
+    assert page_faults(MALLOC_MMAP_THRESHOLD_="65536") > 5000
+
+
+def test_what_fails_within_gets_out():
+    with pytest.raises(KeyError), freed_memory_kept():
+        raise KeyError

@@ -1,0 +1,97 @@
+"""Two processes on the CPU, copies or shards: the same accuracy as one would measure, and a clean stop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from short_trainings import arrays
+
+from diffkd.files.weights import read_weights
+from diffkd.models import load_model
+
+SCRIPT = """
+import sys
+from functools import partial
+from short_trainings import METHODS, arrays, train
+import json, os, signal, torch
+from diffkd.training.checkpointing import Interrupted
+
+files, out, models, trip, strategy = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
+first = os.environ.get("LOCAL_RANK", "0") == "0"
+
+def action():
+    if first:  # only one of the two hears the signal
+        os.kill(os.getpid(), signal.SIGTERM)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data = arrays(files, trip if trip >= 0 else None, action, batch_size=7)
+    try:
+        told = {"devices": 2, "epochs": 2, "log_every": 2, "resume": True, "progress": True, "strategy": strategy}
+        train(data, out, models, method=METHODS["diffkd"], ema=0.8, **told)
+    except Interrupted as stop:
+        sys.exit(128 + stop.signum)
+"""
+
+
+def launch(files, out, models, strategy, trip=-1):
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONWARNINGS": "ignore",
+    }
+    script = Path(out).with_suffix(".py")
+    script.write_text(SCRIPT)
+    words = [sys.executable, str(script), json.dumps(files), str(out), models, str(trip), strategy]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def run_with(tmp_path_factory, image_files, model_file):
+    """Stop a training and go on with it, once for each strategy; return its folder and what it said."""
+    done = {}
+
+    def run(strategy):
+        if strategy not in done:
+            out = tmp_path_factory.mktemp(strategy) / "run"
+            stopped = launch(image_files, out, model_file, strategy, trip=1)
+            if "adds up the gradients" in stopped.stderr and torch.__version__ < "2.15":
+                pytest.skip("this PyTorch cannot, and says so")
+            assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-3000:]
+            content = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+            assert content["global_step"] == 2  # the next step at which both look up
+            finished = launch(image_files, out, model_file, strategy)
+            assert finished.returncode == 0, finished.stderr[-3000:]
+            done[strategy] = out, finished.stderr
+        return done[strategy]
+
+    return run
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_two_processes(image_files, model_file, run_with, strategy):
+    out, said = run_with(strategy)
+    result = json.loads((out / "result.json").read_text())
+    assert result["device"] == "2 x cpu"
+    assert result["last"]["step"] == 2 * (30 // 7 + 1)
+    assert f"epoch 2/2  task loss {result['last']['train/task']:.4f}" in said
+
+    student = load_model(
+        f"{model_file}:small", num_classes=6, in_channels=3, weights=out / "student.safetensors"
+    ).eval()
+    hits = [
+        (student(images).argmax(1) == labels).float().sum()
+        for images, labels, _ in arrays(image_files).val_dataloader()
+    ]
+    assert result["last"]["top1"] == pytest.approx(float(sum(hits)) / 36)
+
+
+def test_shards_learn_what_copies_learn(run_with):
+    (sharded, _), (copied, _) = run_with("fsdp"), run_with("auto")
+    for name in ("student.safetensors", "best.safetensors"):
+        torch.testing.assert_close(read_weights(sharded / name), read_weights(copied / name), rtol=1e-5, atol=1e-6)
