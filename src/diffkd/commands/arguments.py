@@ -1,4 +1,4 @@
-"""Options of the command line, made from the arguments of typed functions."""
+"""Options of the command line, made from the arguments of typed functions; recipes and other files of values."""
 
 import inspect
 import json

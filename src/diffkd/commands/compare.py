@@ -1,4 +1,4 @@
-"""`compare`: train a recipe with several methods and seeds, and put the results side by side."""
+"""`diffkd compare`: train a recipe with several methods and seeds, and tabulate the results."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""`demo`: the packaged teacher distilled into a small student by every method at hand, in minutes on a CPU."""
+"""`diffkd demo`: distil the packaged teacher into a small student with several methods, in minutes on a CPU."""
 
 import shutil
 from pathlib import Path

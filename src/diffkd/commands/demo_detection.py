@@ -1,4 +1,4 @@
-"""The demo of detection: the packaged detector distilled into a smaller one, and a picture of what each finds."""
+"""`diffkd demo --task detection`: distil the packaged detector into a smaller one, and draw what each finds."""
 
 import shutil
 from pathlib import Path

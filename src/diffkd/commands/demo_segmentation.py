@@ -1,4 +1,4 @@
-"""`demo --task segmentation`: a small segmenter distilled on generated scenes, and what it sees in them."""
+"""`diffkd demo --task segmentation`: distil the packaged segmenter into a smaller one, and draw what each finds."""
 
 import shutil
 from pathlib import Path

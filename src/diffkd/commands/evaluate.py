@@ -1,4 +1,4 @@
-"""Measuring a saved student exactly as at the end of its training."""
+"""`diffkd test`: measure a saved student exactly as at the end of its training."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""`layers`: what a model is made of, and how two models would be paired."""
+"""`diffkd layers`: list the layers of a model, and how two models would be paired."""
 
 import torch
 from rich.console import Console

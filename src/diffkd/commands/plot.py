@@ -1,4 +1,4 @@
-"""`plot`: the figures of a run, as it was last saved."""
+"""`diffkd plot`: draw the figures of a run, as it was last saved."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""What a training step of each method costs, measured side by side."""
+"""The cost of a training step of each method, measured side by side."""
 
 import statistics
 import time

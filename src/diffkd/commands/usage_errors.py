@@ -1,4 +1,4 @@
-"""What is wrong with the words of a command line, said in those words: which option, why, and what instead."""
+"""Errors of the command line: which option is wrong, why, and what to write instead; options without effect."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""What comes in: data modules for classification, detection and segmentation, their loaders and their augmentation."""
+"""Data modules for classification, detection and segmentation, their loaders and their augmentation."""
 
 from diffkd.data.classification.arrays import Arrays
 from diffkd.data.classification.augmentation import Augmentation, mix

@@ -1,4 +1,4 @@
-"""What a folder of image folders holds: classes, files, and every reason why it cannot be used."""
+"""Scanning of folders: class folders and their images, split folders, and paths that must stay inside of a folder."""
 
 import os
 from collections import Counter

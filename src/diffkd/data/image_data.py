@@ -1,4 +1,4 @@
-"""What all data modules here have in common: loaders over their splits, and the facts that models are built after."""
+"""What all data modules share: loaders over their splits, and the facts that models are built from."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One image file to RGB, whatever its kind: upright, 8 bits, nothing clipped, and a clear error if it is broken."""
+"""Reading of one image file as upright 8-bit RGB, and the check of many files before training."""
 
 import os
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Batches of images decoded by worker processes, in an order and with an augmentation that depend on no worker."""
+"""Loaders over samples that worker processes decode; order and augmentation do not depend on the workers."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The order of the samples in an epoch: shuffled by (seed, epoch), sharded by rank, and resumable without any state."""
+"""The order of the samples in an epoch, a function of seed and epoch, sharded by rank; batches of one image size."""
 
 from collections.abc import Hashable, Iterator, Sequence
 

@@ -1,4 +1,4 @@
-"""One integer seed from several numbers, so that randomness is a function of where training stands."""
+"""Seeds made from several numbers, such as epoch and index; a digest that tells lists of samples apart."""
 
 import hashlib
 from collections.abc import Iterable

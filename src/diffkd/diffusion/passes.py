@@ -1,4 +1,4 @@
-"""The passes of one forward through a denoiser: gradients in common, and activations recomputed if asked."""
+"""The passes through a denoiser in one forward: shared weight gradients, and recomputed activations if wanted."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""Which two models can be student and teacher."""
+"""Checks of the distiller: which models can be student and teacher, and whether gradients reach the student."""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Which layer of the student goes with which layer of the teacher."""
+"""Pairs of layers: which layer of the student learns from which layer of the teacher."""
 
 import math
 import warnings

@@ -1,4 +1,4 @@
-"""One pair in a batch: its two features as they are compared, and what its method is handed and makes of them."""
+"""One pair in one batch: its two features as they are compared, and the result of its method."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""When, and how strongly, a distillation loss counts in the course of a training."""
+"""Ramps: by how much a distillation loss counts at each epoch."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The layers of one model that are its features: the last one, and one for each resolution."""
+"""The layers of a model that are its features: last feature, one per resolution, pyramid levels, class map."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A saved student as a module of tensors only: images in, logits or detections out."""
+"""A saved student as a module of tensors alone: images in, logits or detections out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

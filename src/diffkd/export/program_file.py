@@ -1,4 +1,4 @@
-"""Students as programs in a file, ONNX or PyTorch's own, compared with the student before the file stays."""
+"""Students as ONNX or as exported program of PyTorch, compared with the student before the file is kept."""
 
 import io
 import logging

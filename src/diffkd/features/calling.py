@@ -1,4 +1,4 @@
-"""How a model is called: with a tensor, a tuple of arguments or a mapping of keyword arguments, and in which mode."""
+"""Calling of a model: its input as tensor, tuple or mapping, its mode, its device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

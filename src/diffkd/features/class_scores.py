@@ -1,4 +1,4 @@
-"""What of a model's output are its scores, whether it scores positions, as a segmenter does, and which layer does."""
+"""Finding of the class scores in a model's output, and of the layer that makes them."""
 
 import math
 from collections.abc import Mapping, Sequence

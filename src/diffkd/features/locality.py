@@ -1,4 +1,4 @@
-"""Which of several possible readings of an output is right, found out by a change in one corner of the image.
+"""The right layout among several possible ones, found by a change in one corner of the image; prefix tokens.
 
 Positions of a layer answer most to what changes at their place in the image. Where the shape of an output can be read
 in two ways, (N, N, N) as channels first or last, or tokens as several grids, the reading in which the answer lies in

@@ -1,4 +1,4 @@
-"""In which order of memory maps are computed. No number depends on it but for rounding, only the time."""
+"""Memory layout of maps (channels last). It changes the time, and numbers by rounding alone."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The one run of each model with the example, from which all else is found out."""
+"""The one run of each model with the example, in which the paired layers are read."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""How one side of a pair is read: recorded outputs in, features of a known shape out."""
+"""Reading of one side of a pair: recorded outputs in, features of a known shape out."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Recording what chosen layers return, while it is wanted."""
+"""Recording of the outputs of chosen layers by hooks."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The shape of a feature: what a method must know of the two tensors it will be given.
+"""The shape of a feature, from which methods are built.
 
 Also the words for what a method wants from automatic pairing: "feature" (the last map before pooling), "logits",
 "stages" (the last map of every resolution, each pair with a method of its own), "levels" (the same maps, all given to

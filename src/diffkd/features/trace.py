@@ -1,4 +1,4 @@
-"""One run of a model: what each of its layers returned."""
+"""The trace of one run of a model: what each of its layers returned."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The record of a training: one row of numbers per epoch, the last and the best."""
+"""The history of a training: one row of numbers per epoch, the last and the best."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""The lock of a run's folder: one run at a time."""
 
 import os
 import socket

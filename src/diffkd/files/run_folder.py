@@ -1,4 +1,4 @@
-"""The folder of one run: what lies where, when it may be written, and whether a resumed run is the same run."""
+"""The folder of a run: names of its files, when it may be written, and whether a resumed run is the same run."""
 
 import json
 from collections.abc import Mapping

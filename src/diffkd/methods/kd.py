@@ -1,4 +1,4 @@
-"""KD: match softened class distributions."""
+"""KD: match softened class distributions. Logit standardisation."""
 
 from typing import ClassVar
 

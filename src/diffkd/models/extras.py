@@ -1,4 +1,4 @@
-"""Libraries that only an extra of this package installs, imported when a model needs them."""
+"""Errors of names and of libraries: unknown names with the nearest ones, missing libraries with their extra."""
 
 import difflib
 import importlib

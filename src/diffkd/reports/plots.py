@@ -1,4 +1,4 @@
-"""Pictures: learning curves, and where student, denoised student and teacher look."""
+"""Learning curves, saliency maps, and writing of figures."""
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest

@@ -1,4 +1,4 @@
-"""Pictures of detections: the same images side by side, with the boxes of several detectors and the truth."""
+"""Pictures of predictions: boxes of several detectors, class maps of several segmenters, and the truth."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

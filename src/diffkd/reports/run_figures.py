@@ -1,4 +1,4 @@
-"""Figures of one run: its course, its gammas, where its features look, and what its logits say."""
+"""Figures of one run: curves, gamma, saliency of features, distributions of logits."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tables of a comparison: mean and spread over seeds, paired differences, as text, JSON, Markdown or LaTeX."""
+"""Tables of a comparison: mean and spread over seeds, paired differences, all measurements, classes."""
 
 import json
 import math

@@ -1,1 +1,1 @@
-"""Tasks: one LightningModule for each, and what their training shares."""
+"""Tasks: losses and measurements of classification, detection and segmentation; several processes."""

@@ -1,4 +1,4 @@
-"""What a task must know of the data."""
+"""The facts of the data that models and tasks need, and whether data are those that a run began with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

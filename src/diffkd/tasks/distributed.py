@@ -1,4 +1,4 @@
-"""The processes of one training: which is the first, and how their copies of a model are kept alike."""
+"""Several processes: DDP, FSDP, the first process, buffers and parameters gathered."""
 
 import copy
 import inspect

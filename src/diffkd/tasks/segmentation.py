@@ -1,4 +1,4 @@
-"""Semantic segmentation: cross entropy by pixel, mean intersection over union."""
+"""Semantic segmentation: cross entropy by pixel, mean intersection over union, sliding windows."""
 
 import re
 import warnings

@@ -1,4 +1,4 @@
-"""What a training must know of its task: how a batch becomes inputs, losses and measurements."""
+"""The protocol of a task: batch to inputs, losses and measurements."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What the data decide about a training: its task, and how models are built for it."""
+"""The task of the data, and how models are loaded for it."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A teacher's features on disk, by sample: one pass of the teacher serves many epochs and many students."""
+"""A teacher's features on disk, by sample: one pass of the teacher serves many epochs and students."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The teacher's own classifier on top of a feature, for methods that look at the student through the teacher's eyes."""
+"""The teacher's classifier on top of a feature, for methods that judge the student's feature by it."""
 
 from collections.abc import Callable
 

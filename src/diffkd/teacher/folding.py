@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolutions before it, for models that only evaluate: fewer passes over memory."""
+"""BatchNorm folded into the convolutions before it, for models in evaluation."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""How a frozen teacher runs: what may be done to it once, since it only ever evaluates."""
+"""How a frozen teacher runs: folded, in lower precision, with channels last."""
 
 import copy
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""The teacher's view of the student's input."""
+"""The teacher's view of the student's input: other normalisation or size, or tensors out of the student's forward."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""What is trained, put together from the values of a run."""
+"""Building of what is trained from the values of a run."""
 
 from collections.abc import Sequence
 from dataclasses import replace

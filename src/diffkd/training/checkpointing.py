@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, read as data, and saved often enough."""
+"""Checkpoints, written whole and read as data, at epochs, steps and signals."""
 
 import io
 import signal

@@ -1,4 +1,4 @@
-"""The running average of the student's weights."""
+"""EMA: the exponential moving average of the student's weights."""
 
 import copy
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""`fit`: train a student, alone or with a teacher, and leave a folder with all that came of it."""
+"""`diffkd fit`: train a student, alone or with a teacher, and leave a run folder."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""The training of a student on any task, alone or with its teacher, and its measurement on the validation set."""
+"""The LightningModule that trains a student on any task, alone or with its teacher, and measures it."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What the steps of an epoch leave behind, kept on the device: means by term, and the first step that went wrong.
+"""The losses of an epoch, kept on the device: means by term, and the first step that was not finite.
 
 Nothing here waits for the device except :meth:`Ledger.check` and :meth:`Ledger.means`.
 """

@@ -1,4 +1,4 @@
-"""The memory of a training: its peak, and what the process does with what is freed."""
+"""Memory of a training: its peak, and the allocator's thresholds."""
 
 import ctypes
 import gc

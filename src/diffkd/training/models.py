@@ -1,4 +1,4 @@
-"""What a run trains: student and teacher by name, and the distiller that joins them."""
+"""Student and teacher built by name, and the distiller that joins them."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The optimiser's parameter groups, and the learning rate as a pure function of how far training has come."""
+"""Parameter groups of the optimiser, and the learning rate as a function of the epoch."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""How a training goes, for people who watch: one bar for the whole of it, one line per epoch."""
+"""Progress of a training: one bar for the whole, one line per epoch; a trainer that warns only when needed."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""What would make a training pointless or impossible, found out before it starts."""
+"""Checks before the first step: classes, types, methods that serve the task, schedules that are reached."""
 
 import inspect
 import warnings

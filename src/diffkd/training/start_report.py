@@ -1,4 +1,4 @@
-"""The report at the start of a training, from its first step: what learns from what, and whether it can."""
+"""The report at the start of a training: pairs, parameters, first losses, the teacher's accuracy."""
 
 from typing import Any
 

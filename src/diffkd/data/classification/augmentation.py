@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on their own device: each image draws its own numbers, the host never waits."""
+"""Augmentation of whole batches on their device, with random numbers for each image; Mixup and CutMix."""
 
 import math
 import random

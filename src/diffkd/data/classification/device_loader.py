@@ -1,4 +1,4 @@
-"""Batches of a data set that lives on the device: no worker processes, no copies, no waiting."""
+"""Batches of a data set in the memory of the device, without worker processes or copies."""
 
 from collections.abc import Iterator, Sequence
 

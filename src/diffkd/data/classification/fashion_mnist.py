@@ -1,4 +1,4 @@
-"""Fashion-MNIST, all of it: 60,000 training and 10,000 test images, 28x28 grey, ten kinds of clothing."""
+"""Fashion-MNIST: 60,000 training and 10,000 test images, 28x28 grey, ten classes; and the packaged subset."""
 
 import gzip
 import io

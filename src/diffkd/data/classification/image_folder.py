@@ -1,4 +1,4 @@
-"""Images in folders, one per class: the usual form of ImageNet and of one's own data."""
+"""Images in class folders: the form of ImageNet and of most users' data."""
 
 import os
 from collections.abc import Sequence

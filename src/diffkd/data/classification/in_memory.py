@@ -1,4 +1,4 @@
-"""The part that all data modules with pixels in memory share: two sets, and the loaders over them."""
+"""Labelled images in memory: their checks, and the loaders over training and test set."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

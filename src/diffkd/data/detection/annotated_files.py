@@ -1,4 +1,4 @@
-"""Image files and their boxes, checked: what the readers of all formats return."""
+"""Image files and their boxes: what the readers of all formats return."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

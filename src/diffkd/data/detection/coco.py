@@ -1,4 +1,4 @@
-"""Images with boxes in COCO's JSON format, as a data module."""
+"""Detection in COCO's JSON format (https://cocodataset.org/#format-data): reader and data module."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The part that all data modules of annotated image files share: their splits, and the loaders over them."""
+"""Data set and loaders over annotated image files."""
 
 import os
 from collections import Counter

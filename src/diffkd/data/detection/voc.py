@@ -1,4 +1,4 @@
-"""Images with boxes in Pascal VOC's XML format, as a data module."""
+"""Detection in Pascal VOC's XML format: reader and data module."""
 
 import os
 from collections import Counter

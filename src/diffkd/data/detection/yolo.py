@@ -1,4 +1,4 @@
-"""Images with boxes in the text format of YOLO, as a data module."""
+"""Detection in the text format of YOLO: reader and data module."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Scenes made of garments: pictures whose boxes and masks are known to the pixel, for detection and segmentation.
+"""Composition of scenes from packaged garments, with boxes and masks exact to the pixel.
 
 Each scene is a pure function of (seed, split, index, options). Its objects are images of the packaged subset of
 Fashion-MNIST, those of the training part for training scenes and those of the test part for evaluation scenes.

@@ -1,4 +1,4 @@
-"""The part that all data modules of segmentation share: two lists of pairs, and the loaders over them."""
+"""Data set and loaders over pairs of image and mask."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""What the pixels of a mask file mean: from stored ids or colours to the class ids that training uses."""
+"""Reading of mask files: stored ids or colours to class ids."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Which image belongs to which mask, and every reason, short of decoding them, why a pair cannot be used."""
+"""Pairs of image and mask found in folders, with every check that needs no decoding."""
 
 from collections.abc import Iterable
 from pathlib import Path

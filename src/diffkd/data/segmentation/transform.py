@@ -1,4 +1,4 @@
-"""Image and mask from 8 bits to what a model is given, both moved by the same steps."""
+"""Augmentation and normalisation of image and mask together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

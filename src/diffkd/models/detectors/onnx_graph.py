@@ -1,4 +1,4 @@
-"""torchvision's detectors as one graph of tensors, for one image of a fixed size."""
+"""torchvision's detectors as one graph of tensors, for export with one image of a fixed size."""
 
 from typing import Any
 

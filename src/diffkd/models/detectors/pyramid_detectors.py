@@ -1,4 +1,4 @@
-"""Faster R-CNN, RetinaNet and FCOS of torchvision on any backbone with a feature pyramid."""
+"""Faster R-CNN, RetinaNet and FCOS of torchvision on any backbone with a feature pyramid; their anchors."""
 
 import math
 from collections.abc import Sequence
