@@ -1,4 +1,4 @@
-"""What all tests share: one thread and a fixed seed."""
+"""What all tests share: one thread and a fixed seed, which `DIFFKD_TEST_SEED` changes where a test sets none itself."""
 
 import os
 
@@ -16,4 +16,4 @@ hypothesis.settings.load_profile("tests")
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(int(os.environ.get("DIFFKD_TEST_SEED", "0")))
