@@ -86,14 +86,14 @@ def test_correlation_of_a_constant_is_zero_with_a_finite_gradient():
 @pytest.mark.parametrize("shape", [(4, 7), (3, 5, 2, 3)])
 class TestEveryDistance:
     def test_is_zero_between_equals(self, distance, shape):
-        x = torch.randn(shape)
+        x = torch.randn(shape, dtype=torch.float64)
         assert float(distance(x, x.clone())) == pytest.approx(0, abs=1e-5)
 
     def test_is_positive_between_others(self, distance, shape):
         assert float(distance(torch.randn(shape), torch.randn(shape))) > 0.01
 
     def test_does_not_mind_the_order_of_the_batch(self, distance, shape):
-        student, teacher = torch.randn(shape), torch.randn(shape)
+        student, teacher = torch.randn(2, *shape, dtype=torch.float64)
         order = torch.randperm(shape[0])
         torch.testing.assert_close(distance(student[order], teacher[order]), distance(student, teacher))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import EXACT
 from torch import nn
 
 from diffkd.diffusion.modules import (
@@ -56,9 +57,10 @@ def test_parts_keep_shapes_of_vectors(channels, batch):
 
 
 def test_matrix_products_are_1x1_convolutions():
-    convolution = nn.Sequential(pointwise(6, 4, True), BatchNorm(4))
-    x = torch.randn(5, 6)
-    torch.testing.assert_close(as_vector_module(convolution)(x), convolution(x[..., None, None])[..., 0, 0])
+    convolution = nn.Sequential(pointwise(6, 4, True), BatchNorm(4)).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    vector = as_vector_module(convolution).double()
+    torch.testing.assert_close(vector(x), convolution(x[..., None, None])[..., 0, 0], **EXACT)
 
 
 class TestBatchNorm:
@@ -107,11 +109,11 @@ def test_bottleneck_with_fewer_channels_than_its_reduction():
 
 
 def test_time_embedding_tells_samples_apart():
-    denoiser = Denoiser(4).eval()
-    x = torch.randn(1, 4, 3, 3).expand(2, -1, -1, -1)
+    denoiser = Denoiser(4).double().eval()
+    x = torch.randn(1, 4, 3, 3, dtype=torch.float64).expand(2, -1, -1, -1)
     out = denoiser(x, torch.tensor([0, 999]))
     assert not torch.allclose(out[0], out[1])
-    torch.testing.assert_close(denoiser(x, torch.tensor([5])), denoiser(x, torch.tensor([5, 5])))
+    torch.testing.assert_close(denoiser(x, torch.tensor([5])), denoiser(x, torch.tensor([5, 5])), **EXACT)
 
 
 def test_time_embedding_cancels_in_the_students_loop_while_training():
@@ -130,11 +132,11 @@ def test_denoiser_of_maps_predicts_normalised_noise_unless_told_otherwise():
 
 
 def test_autoencoder_without_norm_is_two_linear_maps():
-    coder = LinearAutoencoder(6, 4, norm=False)
+    coder = LinearAutoencoder(6, 4, norm=False).double()
     assert [type(m).__name__ for m in coder.modules() if not list(m.children())] == ["PointwiseConv", "PointwiseConv"]
-    x, y = torch.randn(2, 1, 6, 3, 3).unbind()
+    x, y = torch.randn(2, 1, 6, 3, 3, dtype=torch.float64).unbind()
     bias = coder(torch.zeros_like(x))[1]
-    torch.testing.assert_close(coder(x + y)[1] - bias, coder(x)[1] - bias + coder(y)[1] - bias, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(coder(x + y)[1] - bias, coder(x)[1] - bias + coder(y)[1] - bias, **EXACT)
 
 
 def test_more_timesteps_than_the_authors_table():

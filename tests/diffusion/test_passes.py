@@ -5,6 +5,7 @@ import torch
 from benchmarks.memory import peak_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import EXACT
 
 from diffkd import DiffKD
 from diffkd.diffusion import passes as shared_gradients
@@ -129,8 +130,8 @@ def test_bf16_stays_within_its_rounding(size):
 
 def test_compiles_whole_and_equals_eager_with_checkpointing():
     # "aot_eager" traces forward and backward as every backend gets them, without a C++ compiler.
-    model = DiffKD(20, 24, kind="vector", inference_steps=1, checkpoint=True)
-    drawn = inputs(model, 3, ())
+    model = DiffKD(20, 24, kind="vector", inference_steps=1, checkpoint=True).double()
+    drawn = inputs(model, 3, (), torch.float64)
     compiled = copy.deepcopy(model)
     student = drawn[0].clone().requires_grad_()
     try:
@@ -141,7 +142,7 @@ def test_compiles_whole_and_equals_eager_with_checkpointing():
     ours = [result.denoised, student.grad, *compiled.buffers(), *(p.grad for p in compiled.parameters())]
     expected = outcome(model, *drawn)
     for mine, theirs in zip(ours, [expected[0], *expected[5:]], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine, theirs, **EXACT)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -2,6 +2,7 @@ from functools import partial
 
 import pytest
 import torch
+from rounding import EXACT
 from small_distillers import IMAGES, backward, distil
 from small_nets import MLP, ChannelsLastNet, ConvNet, Pyramid, TokenNet, Twice, TwoInputs, Wrapped
 from torch import nn
@@ -104,12 +105,12 @@ def test_tokens_may_come_before_the_batch():
 
     models = Sequences(False), Sequences(True)
     models[1].load_state_dict(models[0].state_dict())
-    distiller = Distiller(*models, example=IMAGES, method=FitNet)
+    distiller = Distiller(*models, example=IMAGES, method=FitNet).double()
     assert distiller.rows()[0][1:5] == ("layer", "8x4x4 sequence", "layer", "8x4x4 tokens")
-    for images in (IMAGES, IMAGES[:1]):
+    for images in (IMAGES.double(), IMAGES[:1].double()):
         (seen,) = distiller.observe(images).values()
         assert seen.student.shape == (len(images), 8, 4, 4)
-        torch.testing.assert_close(seen.student, seen.teacher)
+        torch.testing.assert_close(seen.student, seen.teacher, **EXACT)
 
 
 def test_flat_vectors():

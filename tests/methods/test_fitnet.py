@@ -6,16 +6,16 @@ from diffkd import FeatureShape, FitNet
 
 
 def test_projects_and_compares_maps():
-    method = FitNet(FeatureShape(5, (4, 4)), FeatureShape(7, (4, 4)), weight=2.0)
-    student, teacher = torch.randn(2, 5, 4, 4), torch.randn(2, 7, 4, 4)
+    method = FitNet(FeatureShape(5, (4, 4)), FeatureShape(7, (4, 4)), weight=2.0).double()
+    student, teacher = (torch.randn(2, channels, 4, 4, dtype=torch.float64) for channels in (5, 7))
     projected = F.conv2d(student, *method.student_projection.parameters())
     torch.testing.assert_close(method(student, teacher), {"kd": 2 * F.mse_loss(projected, teacher)})
     assert FitNet.wants == {"feature"}
 
 
 def test_projects_and_compares_vectors():
-    method = FitNet(FeatureShape(5), FeatureShape(7))
-    student, teacher = torch.randn(2, 5), torch.randn(2, 7)
+    method = FitNet(FeatureShape(5), FeatureShape(7)).double()
+    student, teacher = (torch.randn(2, channels, dtype=torch.float64) for channels in (5, 7))
     projected = F.linear(student, *method.student_projection.parameters())
     torch.testing.assert_close(method(student, teacher)["kd"], F.mse_loss(projected, teacher))
 

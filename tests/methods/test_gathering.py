@@ -15,7 +15,12 @@ STEPS, BATCH = 3, 4
 def build():
     torch.manual_seed(0)
     memories = {"classes": 3, "pixel_memory": 50, "region_memory": 20, "pixel_contrast": 5, "region_contrast": 5}
-    return CRD(*SHAPES, samples=20, negatives=5), CIRKD(*SHAPES, **memories), OFD(*([shape] for shape in SHAPES))
+    built = CRD(*SHAPES, samples=20, negatives=5), CIRKD(*SHAPES, **memories), OFD(*([shape] for shape in SHAPES))
+    return [method.double() for method in built]
+
+
+def drawn(batch, shape, generator=None):
+    return torch.randn(batch, shape.channels, 2, 3, dtype=torch.float64, generator=generator)
 
 
 def run(part):
@@ -23,7 +28,7 @@ def run(part):
     crd, cirkd, ofd = build()
     generator = torch.Generator().manual_seed(5)
     for _ in range(STEPS):
-        student, teacher = (torch.randn(BATCH, s.channels, 2, 3, generator=generator)[part] for s in SHAPES)
+        student, teacher = (drawn(BATCH, s, generator)[part] for s in SHAPES)
         indices = torch.randperm(20, generator=generator)[:BATCH][part]
         cells = torch.randint(0, 3, (BATCH, 2, 3), generator=generator)[part]
         crd(student, teacher, indices=indices, labels=indices % 3)
@@ -40,8 +45,8 @@ def run(part):
 def normalizers(part):
     """CRD's Z after the first step. With one sample in each class, all negatives are the other one, on any process."""
     torch.manual_seed(3)
-    method = CRD(*SHAPES, samples=2, negatives=5)
-    student, teacher = (torch.randn(2, s.channels, 2, 3)[part] for s in SHAPES)
+    method = CRD(*SHAPES, samples=2, negatives=5).double()
+    student, teacher = (drawn(2, s)[part] for s in SHAPES)
     indices = torch.arange(2)[part]
     method(student, teacher, indices=indices, labels=indices)
     return method.log_normalizers.clone()

@@ -82,8 +82,8 @@ def test_margin_of_a_batch_normalisation():
 
 
 def test_a_larger_teacher_map_is_averaged():
-    method = OFD([FeatureShape(2, (2, 2))], [FeatureShape(2, (4, 4))]).eval()
-    student, teacher = torch.zeros(1, 2, 2, 2), torch.rand(1, 2, 4, 4)
+    method = OFD([FeatureShape(2, (2, 2))], [FeatureShape(2, (4, 4))]).double().eval()
+    student, teacher = torch.zeros(1, 2, 2, 2, dtype=torch.float64), torch.rand(1, 2, 4, 4, dtype=torch.float64)
     expected = teacher.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(4, 5)).square().sum()
     torch.testing.assert_close(method([student], [teacher])["kd"], 1e-3 * expected)
 

@@ -4,17 +4,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rounding import assert_rounded, units_of
 
 from diffkd.reports.plots import draw_results, saliency
 
 
 def test_saliency_is_equation_10() -> None:
-    feature = torch.randn(2, 5, 3, 4, dtype=torch.float64).float()
-    expected = torch.empty(2, 3, 4)
-    for b in range(2):
-        strength = torch.stack([feature[b, :, i // 4, i % 4].mean() for i in range(12)])
-        expected[b] = (12 * torch.exp(strength / 0.5) / torch.exp(strength / 0.5).sum()).reshape(3, 4)
-    assert torch.allclose(saliency(feature), expected, atol=1e-5)
+    feature = torch.randn(2, 5, 3, 4)
+
+    def equation(x: torch.Tensor) -> torch.Tensor:
+        strength = torch.stack([x[:, i // 4, i % 4].mean() for i in range(12)])
+        return (12 * torch.exp(strength / 0.5) / torch.exp(strength / 0.5).sum()).reshape(3, 4)
+
+    assert_rounded(
+        {"map": saliency(feature)},
+        lambda: {"map": torch.stack([equation(x) for x in feature.double()])},
+        units_of(torch.float32),
+    )
 
 
 def test_saliency_of_a_flat_feature_is_one_everywhere() -> None:

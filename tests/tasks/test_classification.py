@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
+from rounding import EXACT
 from short_trainings import arrays
 from tiny_models import large, small
 from torch import nn
@@ -59,18 +60,18 @@ class Capture(Training):
 
 def test_the_loss_is_the_weighted_sum(image_files):
     torch.manual_seed(0)
-    model = distilled(KD)
+    model = distilled(KD).double()
     task = make(model, Capture, epochs=1, task_weight=0.3, method_weight=0.7, label_smoothing=0.2)
-    fit(task, arrays(image_files), max_epochs=1)
+    fit(task, arrays(image_files), max_epochs=1, precision="64-true")
     (images, labels, _), before, random, loss = task.steps[3]
-    student = small(6, 3)
+    student = small(6, 3).double()
     student.load_state_dict(before)
     torch.set_rng_state(random)
     logits = student(images)
     taught = model.teacher(images)
     kd = F.kl_div((logits / 4).log_softmax(1), (taught / 4).softmax(1), reduction="batchmean") * 16
     expected = 0.3 * F.cross_entropy(logits, labels, label_smoothing=0.2) + 0.7 * kd
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, expected.detach(), **EXACT)
 
 
 def test_mixed_images_have_mixed_labels(image_files):
@@ -88,10 +89,10 @@ def test_mixed_images_have_mixed_labels(image_files):
 def test_accuracy_is_exact(image_files):
     """Batches of 10 and a last one of 6: means of batch means would be wrong."""
     task, data = make(small(6, 3)), arrays(image_files)
-    fit(task, data)
+    fit(task, data, precision="64-true")
     images, labels = (torch.cat(parts) for parts in list(zip(*data.val_dataloader(), strict=True))[:2])
     with torch.no_grad():
-        logits = task.student.eval()(images)
+        logits = task.student.eval()(images.double())
     row = task.history.last
     assert row["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item(), abs=1e-7)
     top5 = (logits.topk(5).indices == labels[:, None]).any(1).double().mean().item()

@@ -32,7 +32,7 @@ def scored(sizes, ignored=255, present=(0, 1, 2, 3)):
     draw = np.random.default_rng(1)
     batches = []
     for count, height, width in sizes:
-        scores = torch.from_numpy(draw.normal(size=(count, 4, height, width)).astype(np.float32))
+        scores = torch.from_numpy(draw.normal(size=(count, 4, height, width)))
         masks = draw.choice(present, size=(count, height, width))
         masks[draw.random(masks.shape) < 0.2] = ignored
         batches.append((scores, torch.from_numpy(masks), torch.arange(count)))
@@ -152,13 +152,13 @@ def test_masks_larger_than_images_are_measured_at_their_own_size():
 
 @pytest.mark.parametrize(("window", "stride"), [((8, 8), None), ((5, 3), (5, 3)), ((5, 7), (1, 2)), ((1, 1), (1, 1))])
 def test_windows_make_no_difference_where_pixels_stand_for_themselves(window, stride):
-    batches, model = scored([(2, 13, 17), (1, 4, 30)]), pointwise(4, 4).eval()
+    batches, model = scored([(2, 13, 17), (1, 4, 30)]), pointwise(4, 4).double().eval()
     options = SegmentationOptions(window=window, window_stride=stride)
     assert measure(batches, options, model=model) == pytest.approx(measure(batches, model=model), abs=1e-6)
 
 
 def test_a_window_as_large_as_the_image_is_the_whole_image():
-    batches, model = scored([(2, 13, 17)]), small(4, 4).eval()
+    batches, model = scored([(2, 13, 17)]), small(4, 4).double().eval()
     assert measure(batches, SegmentationOptions(window=(13, 17)), model=model) == measure(batches, model=model)
     smaller = measure(batches, SegmentationOptions(window=(6, 6)), model=model)
     assert smaller["loss"] != measure(batches, model=model)["loss"]

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from rich.console import Console
+from rounding import EXACT
 from short_trainings import METHODS, arrays, train
 from tiny_models import large, small
 
@@ -268,10 +269,11 @@ class TestLayout:
         weights = []
         for asked in (True, False):
             folder = tmp_path / str(asked)
-            train(arrays(image_files), folder, model_file, method=METHODS["diffkd"], channels_last=asked, max_steps=4)
+            options = {"method": METHODS["diffkd"], "max_steps": 4, "precision": "64-true"}
+            train(arrays(image_files), folder, model_file, channels_last=asked, **options)
             weights.append(read_weights(folder / "student.safetensors"))
         for name, value in weights[0].items():
-            torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(value, weights[1][name], **EXACT)
 
 
 def test_what_a_run_held_is_free_when_the_next_begins(tmp_path, image_files, model_file):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rounding import EXACT
 from torch import nn
 
 from diffkd.training.optimization import Schedule, build_optimizer, set_learning_rate, takes_channels_last
@@ -143,7 +144,11 @@ class TestOneKernelPerParameter:
 
     @staticmethod
     def train(model, optimizer, steps, layout=torch.contiguous_format):
-        x = torch.linspace(-1, 1, 2 * 3 * 6 * 6).reshape(2, 3, 6, 6).contiguous(memory_format=layout)
+        x = (
+            torch.linspace(-1, 1, 2 * 3 * 6 * 6, dtype=torch.float64)
+            .reshape(2, 3, 6, 6)
+            .contiguous(memory_format=layout)
+        )
         for _ in range(steps):
             optimizer.zero_grad()
             model(x).square().mean().backward()
@@ -152,7 +157,7 @@ class TestOneKernelPerParameter:
     @staticmethod
     def net():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 3))
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 3)).double()
 
     @pytest.mark.parametrize("factory", FACTORIES)
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -163,7 +168,7 @@ class TestOneKernelPerParameter:
         self.train(ours, optimizer, 5, layout)
         self.train(plain, factory(plain.parameters()), 5)
         for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a, b, **EXACT)
 
     def test_a_state_of_another_layout_is_taken_over(self):
         factory = self.FACTORIES[0]
@@ -176,7 +181,7 @@ class TestOneKernelPerParameter:
         self.train(plain, first, 3)
         self.train(ours, second, 3)
         for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(a, b, **EXACT)
 
     def test_a_gradient_of_another_layout_is_taken_as_it_is_meant(self):
         weight = nn.Parameter(torch.zeros(2, 3, 2, 2))

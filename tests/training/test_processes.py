@@ -94,4 +94,6 @@ def test_two_processes(image_files, model_file, run_with, strategy):
 def test_shards_learn_what_copies_learn(run_with):
     (sharded, _), (copied, _) = run_with("fsdp"), run_with("auto")
     for name in ("student.safetensors", "best.safetensors"):
-        torch.testing.assert_close(read_weights(sharded / name), read_weights(copied / name), rtol=1e-5, atol=1e-6)
+        # FSDP has no float64. Ten steps move weights by 0.15, and gradients wrong by a hundredth move them by 2.5e-3;
+        # rounding, which makes gradients wrong by less than a thousandth of that, stays below 1e-4.
+        torch.testing.assert_close(read_weights(sharded / name), read_weights(copied / name), rtol=1e-4, atol=1e-4)

@@ -1,3 +1,4 @@
+import copy
 from collections import OrderedDict
 
 import onnxruntime
@@ -5,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rounding import assert_rounded, units_of
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTConfig, ViTModel
@@ -116,9 +118,8 @@ def test_exported_program_takes_every_size(padding: str) -> None:
     session = onnx_session(program)
     for size in [(2, 3, 71, 45), (1, 3, 33, 64), (1, 3, 7, 5)]:
         images = torch.randn(size)
-        expected = model(images)
-        torch.testing.assert_close(program.module()(images), expected)
-        torch.testing.assert_close(run(session, images), expected, atol=1e-4, rtol=1e-4)
+        for found in (program.module()(images), run(session, images)):
+            assert_rounds(model, images, found)
 
 
 def test_onnx_takes_every_size() -> None:
@@ -128,7 +129,13 @@ def test_onnx_takes_every_size() -> None:
     for size in [(2, 3, 71, 45), (1, 3, 33, 130)]:
         images = torch.randn(size)
         with torch.no_grad():
-            torch.testing.assert_close(run(session, images), model(images), atol=1e-4, rtol=0)
+            assert_rounds(model, images, run(session, images))
+
+
+def assert_rounds(model: nn.Module, images: Tensor, found: Tensor) -> None:
+    """Assert that this is what the model returns, but for rounding: without gradients, two draws say enough."""
+    wide = copy.deepcopy(model).double()
+    assert_rounded({"logits": found}, lambda: {"logits": wide(images.double())}, units_of(torch.float32), 2)
 
 
 def onnx_session(program: torch.export.ExportedProgram) -> onnxruntime.InferenceSession:
