@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from diffkd.idle_options import check_idle
 from diffkd.misuse import Misuse, explain
 from diffkd.own_values import with_own_values
+from diffkd.trust import Gate, Trust, named_code, take_trust
 
 
 def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
@@ -110,10 +112,13 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
     from jsonargparse import ArgumentParser
 
     parameters = inspect.signature(function).parameters
-    parser = ArgumentParser(prog=f"diffkd {command}", exit_on_error=False)
+    # Words cut short, such as --conf, would be read as options that nobody here looks for.
+    parser = ArgumentParser(prog=f"diffkd {command}", exit_on_error=False, allow_abbrev=False)
     if configurable:
         parser.usage = f"diffkd {command} [RECIPE] [OPTIONS]"  # which are too many to be named twice
         parser.add_argument("--config", action="config", help="recipe: a file of values for these options")
+        trust = "a file or module of your own whose code recipes may name; may be repeated"
+        parser.add_argument("--trust", default=SUPPRESS, metavar="FILE_OR_MODULE", help=trust)
     parser.add_function_arguments(function, skip=skip)
     if "seed" in parameters and "data" in parameters:
         parser.link_arguments("seed", "data.init_args.seed")
@@ -131,6 +136,12 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         if word == "--config" or word.startswith("--config="):
             _check_file(Path(after if word == "--config" else word.removeprefix("--config=")))
     parameters = inspect.signature(function).parameters
+    words, names = take_trust(words)
+    resume = not {"--resume", "--resume=true"}.isdisjoint(words)
+    gate = Gate(function, Trust([*names, *named_code(words)]), resume=resume)
+    gate.check_words(words)
+    if names and "trust" in parameters:
+        words = [*words, f"--trust={json.dumps(names)}"]
     if "optimizer" in parameters:
         words = with_own_values(words, parser.get_default("optimizer"))
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
@@ -144,6 +155,7 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         if not _is_on(values, option.removeprefix("--").split(".")):
             raise Misuse(f"{option}: give its value after it; only what is true or false can stand alone")
     if "optimizer" in parameters:
+        gate.check_models({name: values.get(name) for name in ("student", "teacher")})
         check_idle(words, values)
     return values
 

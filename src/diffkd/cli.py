@@ -134,17 +134,22 @@ def _test(words: list[str]) -> None:
 
 def _with_data_of_card(words: list[str]) -> list[str]:
     """Let `--data.NAME VALUE` without `--data` change the data that the student's card names."""
-    from diffkd.tasks.evaluation import described_data
-    from diffkd.tasks.student_file import find_student, read_card
+    from diffkd.tasks.evaluation import described_data, evaluate
+    from diffkd.tasks.student_file import card_file, find_student, read_card
+    from diffkd.trust import Gate, Trust, take_trust
 
     changes = [position for position, word in enumerate(words) if re.match(r"--data\.(?!help\b)", word)]
     named = any(re.match(r"--data(=|$)", word) for word in words)
     if named or not changes or words[0].startswith("-"):
         return words
     student = find_student(words[0], "best" if {"best", "--which=best"} & set(words) else "last")
-    kind, arguments = described_data(read_card(student))
-    described = json.dumps({"class_path": f"diffkd.data.{kind.__name__}", "init_args": arguments})
-    return [*words[: changes[0]], f"--data={described}", *words[changes[0] :]]
+    trust = take_trust(words)[1]
+    kind, arguments = described_data(read_card(student), trust)
+    home = "diffkd.data" if kind.__module__.startswith("diffkd.data.") else kind.__module__
+    described = {"class_path": f"{home}.{kind.__name__}", "init_args": arguments}
+    # Among the words it would be believed.
+    Gate(evaluate, Trust(trust)).check({"data": described}, str(card_file(student)))
+    return [*words[: changes[0]], f"--data={json.dumps(described)}", *words[changes[0] :]]
 
 
 def _layers(words: list[str]) -> None:

@@ -31,6 +31,7 @@ from diffkd.tables import REFERENCES, Row, as_json, as_latex, as_markdown, cells
 from diffkd.tasks.history import read_csv
 from diffkd.tasks.interruption import Interrupted
 from diffkd.tasks.run_folder import RunFolder
+from diffkd.trust import named_code
 from diffkd.weights import write_text
 
 COSTS = "step_cost.json"
@@ -60,6 +61,7 @@ def compare(
     json: bool = False,
     markdown: bool = False,
     latex: bool = False,
+    trust: list[str] | None = None,
     options: Sequence[str] = (),
 ) -> list[Row]:
     """Train a recipe with several methods, each from several seeds, and write one table.
@@ -81,6 +83,7 @@ def compare(
         json: print the table as JSON.
         markdown: print it as Markdown.
         latex: print it as LaTeX.
+        trust: files and modules of your own whose code recipe and methods may name; may be repeated.
         options: further options of `diffkd fit`, for all runs; those of teacher and method not for a student alone.
 
     Returns:
@@ -99,6 +102,8 @@ def compare(
         raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
     recipe_file = find_recipe(recipe)
     presets = {name: find_method(method) for name, method in zip(names, methods, strict=True)}
+    # Of all runs, also of a student alone, which loses options that name code.
+    trusted = [f"--trust={name}" for name in dict.fromkeys([*(trust or ()), *named_code(options)])]
     # A student alone stays so, whatever teacher the options give the others.
     alone = [*_without_method(options), "--teacher=null"]
     meant = {name: alone if _sets_no_teacher(preset) else options for name, preset in presets.items()}
@@ -110,6 +115,7 @@ def compare(
             *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
             *(f"--seed={run.seed}", f"--out={run.folder}", "--resume=true", "--progress=false"),
             *([f"--devices=[{devices[index % len(devices)]}]"] if devices else []),
+            *trusted,
         ]
         for index, run in enumerate(runs)
     }

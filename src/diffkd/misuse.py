@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 # Where the classes are that these options name without their module, and what they are kinds of.
-_HOMES = {
+HOMES = {
     "data": ("diffkd.data", "LightningDataModule"),
     "method": ("diffkd.methods", "Module"),
     "optimizer": ("torch.optim", "Optimizer"),
@@ -49,7 +49,7 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         kinds = list(re.finditer(r"class_path[= ]'([\w.]+)'", text))
         # Of a part inside of another, the inner one, which stands last before the complaint; or it stands after it.
         kind = next((one for one in reversed(kinds) if one.start() < found.start()), kinds[0] if kinds else None)
-        if keys and (kind is None or kind[1].rpartition(".")[2] in dict(_HOMES.values()).values()):
+        if keys and (kind is None or kind[1].rpartition(".")[2] in dict(HOMES.values()).values()):
             return f"{option}.{name}: say first what {option} is, by {option} NAME"
         if keys and kind is not None:
             listed = f"`diffkd {command} {option}.help {kind[1]}` lists its options"
@@ -63,7 +63,7 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         missing = (f"{option}.{name}" if keys else f"--{name}" for name in found[1].split(", "))
         return f"required, but not given: {', '.join(missing)}"
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        base = _HOMES.get(keys[-1] if keys else "", ("", "object"))[1]
+        base = HOMES.get(keys[-1] if keys else "", ("", "object"))[1]
         names = [f"{found[1]}.{name}" for name in _classes(found[1], base)]
         return "; ".join(filter(None, (f"{option}: there is no {found[1]}.{found[2]}", _near(found[2], names))))
     if keys and (
@@ -72,8 +72,8 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         path = Path(found[1])
         how = f"and put its folder on PYTHONPATH: PYTHONPATH={path.parent} diffkd {command} ..."
         return f"{option}: write {path.stem}.{found[2]}, {how}"
-    if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in _HOMES:
-        names = _classes(*_HOMES[keys[-1]])
+    if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in HOMES:
+        names = _classes(*HOMES[keys[-1]])
         return f"{option}: there is no {found[1]!r}; {_near(found[1], names) or 'there are ' + ', '.join(names)}"
     if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*?) Subclass types expect", text):
         return f"{option}: {found[2]} is no {found[1]}, which has its values by name"

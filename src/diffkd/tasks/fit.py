@@ -35,6 +35,7 @@ from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION
 from diffkd.tasks.training import Training
 from diffkd.teacher_cache import Storage
 from diffkd.teacher_options import TeacherOptions
+from diffkd.trust import own_code, trust_words
 from diffkd.weights import save_student
 
 
@@ -179,7 +180,8 @@ def fit(
             every_steps=save_every_steps,
             max_steps=max_steps,
             on_epoch=on_epoch,
-            how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume",
+            how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume"
+            + trust_words(own_code(config)),
         )
         resumes = resume and folder.checkpoint.is_file()
         if resume and not resumes:
