@@ -5,13 +5,15 @@ import json
 import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffkd.faulty_pair import name_pair
 from diffkd.idle_options import check_idle
 from diffkd.misuse import Misuse, explain
 from diffkd.own_values import with_own_values
-from diffkd.trust import Gate, Trust, named_code, take_trust
+from diffkd.trust import Gate, Trust, given_value, named_code, take_trust
 
 
 def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
@@ -119,7 +121,8 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
         parser.add_argument("--config", action="config", help="recipe: a file of values for these options")
         trust = "a file or module of your own whose code recipes may name; may be repeated"
         parser.add_argument("--trust", default=SUPPRESS, metavar="FILE_OR_MODULE", help=trust)
-    parser.add_function_arguments(function, skip=skip)
+    # Arguments without a type, as of a method of one's own, take any plain value.
+    parser.add_function_arguments(function, skip=skip, fail_untyped=False)
     if "seed" in parameters and "data" in parameters:
         parser.link_arguments("seed", "data.init_args.seed")
     if "optimizer" in parameters:
@@ -150,7 +153,8 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         values = parser.parse_args(_with_lists(_with_values(words, flags | bare), parameters))
     except ArgumentError as error:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise Misuse(explain(str(error), options, parser.prog.removeprefix("diffkd "))) from error
+        message = explain(str(error), options, parser.prog.removeprefix("diffkd "))
+        raise Misuse(name_pair(message, given_value(words, "pairs"), partial(_faulty_pairs, parser))) from error
     for option in sorted(bare):
         if not _is_on(values, option.removeprefix("--").split(".")):
             raise Misuse(f"{option}: give its value after it; only what is true or false can stand alone")
@@ -158,6 +162,16 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         gate.check_models({name: values.get(name) for name in ("student", "teacher")})
         check_idle(words, values)
     return values
+
+
+def _faulty_pairs(parser: Any, words: list[str]) -> bool:
+    from jsonargparse import ArgumentError
+
+    try:
+        parser.parse_args(words)
+    except ArgumentError as error:
+        return 'Parser key "pairs"' in str(error)
+    return False
 
 
 def _check_file(file: Path) -> None:

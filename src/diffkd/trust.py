@@ -112,6 +112,17 @@ def named_code(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def given_value(words: Sequence[str], name: str) -> Any:
+    """Return the value of an option that the words give last, themselves or in a file; None if they do not."""
+    found = None
+    for option, text in _options(words):
+        if option == name:
+            found = _as_yaml(text)
+        elif option == "config" and isinstance(values := _content(text) if _exists(text) else _as_yaml(text), Mapping):
+            found = values.get(name, found)
+    return found
+
+
 def own_code(values: Mapping[str, Any]) -> list[str]:
     """Return the files and modules of the user's own that the values of a run name."""
     found = [source for name in _MODELS if (source := code_of_model(values.get(name)))]
