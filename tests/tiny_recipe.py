@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 MODELS = Path(__file__).parent / "tiny_models.py"
+TRUST = f"--trust={MODELS}"
 
 
 def write_recipe(folder: Path, epochs: int = 2) -> Path:

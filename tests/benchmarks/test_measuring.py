@@ -12,7 +12,7 @@ from benchmarks.counting import bytes_moved, multiply_adds
 from benchmarks.memory import peak_bytes
 from benchmarks.roofline import Rates, measured_rates
 from benchmarks.timing import ratios, take_turns
-from tiny_recipe import write_recipe
+from tiny_recipe import TRUST, write_recipe
 from torch import nn
 
 
@@ -148,7 +148,7 @@ def test_growth_varies_one_thing(tmp_path, capsys):
 
 
 def test_epoch_runs_a_recipe_from_end_to_end(recipe, tmp_path):
-    facts = epoch.main(["--recipe", str(recipe), "--epochs", "2", "--out", str(tmp_path / "results")])
+    facts = epoch.main(["--recipe", str(recipe), "--epochs", "2", "--out", str(tmp_path / "results"), "--", TRUST])
     assert len(facts["epochs"]) == 2
     assert facts["images_per_second"] == pytest.approx(40 / facts["seconds_per_epoch"])
     assert facts["seconds_per_epoch"] == pytest.approx(facts["epochs"][1])
@@ -176,17 +176,17 @@ def test_gradients_grow_with_the_weight_of_the_method(recipe, tmp_path, capsys):
         "--out",
         str(tmp_path),
     ]
-    single = gradients.main([*words, "--", "--method_weight", "1"])["ratios"]
+    single = gradients.main([*words, "--", TRUST, "--method_weight", "1"])["ratios"]
     assert set(single) == {"kd", "diffkd"}
     assert all(len(seeds) == 2 and min(seeds) > 0 for steps in single.values() for seeds in steps.values())
     assert "diffkd" in capsys.readouterr().out
-    tenfold = gradients.main([*words, "--", "--method_weight", "10"])["ratios"]
+    tenfold = gradients.main([*words, "--", TRUST, "--method_weight", "10"])["ratios"]
     assert tenfold["kd"][1] == pytest.approx([10 * ratio for ratio in single["kd"][1]], rel=1e-4)
 
 
 def test_a_student_that_nobody_teaches_has_no_gradients_to_compare(recipe):
     with pytest.raises(ValueError, match="no method teaches the student"):
-        gradients.main(["--recipe", str(recipe), "--methods", "alone"])
+        gradients.main(["--recipe", str(recipe), "--methods", "alone", "--", TRUST])
 
 
 def test_layouts_are_held_against_what_is_known(tmp_path):

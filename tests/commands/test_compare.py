@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from tiny_recipe import MODELS, write_recipe
+from tiny_recipe import MODELS, TRUST, write_recipe
 
 from diffkd.commands.arguments import fit_with
 from diffkd.commands.compare import compare, find_method, report, rich_table
 from diffkd.commands.step_cost import step_costs
-from diffkd.commands.usage_errors import Misuse
+from diffkd.recipes.trust import UsageError
 from diffkd.reports.tables import summarize
 
 
@@ -58,18 +58,18 @@ def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: P
 def test_a_run_with_other_values_is_refused_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:
     values = {"methods": ["alone"], "cost": False}
     folder = tmp_path / "out" / "alone" / "seed-0"
-    trained = fit_with([str(recipe), f"--config={find_method('alone')}", f"--out={folder}", "--progress=false"])
+    trained = fit_with([str(recipe), f"--config={find_method('alone')}", f"--out={folder}", "--progress=false", TRUST])
     with pytest.raises(ValueError, match=r"alone.seed-0 was started with other values: .*optimizer\.lr is 0\.05 there"):
-        compare(str(recipe), tmp_path / "out", seeds=2, options=["--optimizer.lr=0.00001"], **values)
+        compare(str(recipe), tmp_path / "out", seeds=2, options=[TRUST, "--optimizer.lr=0.00001"], **values)
     assert not (tmp_path / "out" / "alone" / "seed-1").exists()
     # What does not change the numbers may change, and a finished run needs no data.
     (tmp_path / "train.npz").unlink()
-    (row,) = compare(str(recipe), tmp_path / "out", seeds=1, options=["--log_every=3"], **values)
+    (row,) = compare(str(recipe), tmp_path / "out", seeds=1, options=[TRUST, "--log_every=3"], **values)
     assert row.last == 100 * trained["last"]["top1"]
 
 
 def test_costs_are_of_the_same_step_for_all(recipe: Path, tmp_path: Path) -> None:
-    words = [str(recipe), f"--out={tmp_path / 'unused'}"]
+    words = [str(recipe), f"--out={tmp_path / 'unused'}", TRUST]
     costs = step_costs({"first": words, "second": words}, "first", rounds=5)
     assert costs["first"].median == costs["first"].low == 1
     assert costs["second"].milliseconds > 0
@@ -85,17 +85,29 @@ def test_failed_runs_are_named_and_the_others_reported(
     broken = tmp_path / "broken.yaml"
     broken.write_text("student: cifar/resnet9000\nteacher: null\nmethod: null\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match=r"1 of 2 runs failed.*broken/seed-0\.log"):
-        compare(str(recipe), tmp_path / "out", methods=["alone", str(broken)], seeds=1)
+        compare(str(recipe), tmp_path / "out", methods=["alone", str(broken)], seeds=1, trust=[str(MODELS)])
     assert "resnet9000" in (tmp_path / "out" / "broken" / "seed-0.log").read_text(encoding="utf-8")
     assert "broken seed 0 failed: model 'cifar/resnet9000' is unknown; nearest" in capsys.readouterr().err
     assert [row.method for row in report(tmp_path / "out", ["alone", "broken"], 1)] == ["alone"]
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed; see .*seed-0\.log\.$"):
-        compare(str(recipe), tmp_path / "none", methods=[str(broken)], seeds=1)
+        compare(str(recipe), tmp_path / "none", methods=[str(broken)], seeds=1, trust=[str(MODELS)])
 
 
 def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["compare", str(recipe), "--methods", "alone", "--seeds", "3", f"--out={out}", "--", "--epochs", "2000"]
+    words = [
+        "compare",
+        str(recipe),
+        "--methods",
+        "alone",
+        "--seeds",
+        "3",
+        f"--out={out}",
+        TRUST,
+        "--",
+        "--epochs",
+        "2000",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "diffkd.commands.cli", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -128,7 +140,7 @@ def test_nonsense_is_refused_before_anything_is_trained(
 
 
 def test_options_that_do_not_fit_are_refused_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(Misuse, match=r"there is no option --epoks.*\(alone with the options of the comparison\)"):
+    with pytest.raises(UsageError, match=r"there is no option --epoks.*\(alone with the options of the comparison\)"):
         compare(str(recipe), tmp_path / "out", methods=["alone", "diffkd"], options=["--epoks=3"])
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +148,7 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_trained(recipe: 
 def test_options_of_teacher_and_method_leave_the_student_alone(recipe: Path, tmp_path: Path) -> None:
     options = ["--method.kd_weight", "3", f"--teacher={MODELS}:large", "--teacher_cache_storage=float32", "--epochs=1"]
     cache = ["--teacher_cache", str(tmp_path / "cache"), "--method_weight=0.5"]
-    values = {"methods": ["alone", "diffkd"], "seeds": 1, "cost": False}
+    values = {"methods": ["alone", "diffkd"], "seeds": 1, "cost": False, "trust": [str(MODELS)]}
     rows = compare(str(recipe), tmp_path / "out", options=[*options, *cache], **values)
     assert rows[0].method_parameters == 0 < rows[1].method_parameters
     config = yaml.safe_load((tmp_path / "out" / "diffkd" / "seed-0" / "config.yaml").read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffkd.commands.arguments import values_of_fit
-from diffkd.commands.usage_errors import Misuse
+from diffkd.recipes.trust import UsageError
 
 ALONE = "student: a\nout: b\ndata: {class_path: diffkd.data.FashionSubset}\nteacher_weights: unused\n"
 TAUGHT = ALONE + "teacher: c\nmethod: diffkd.DiffKD\n"
@@ -30,7 +30,7 @@ PAIRS = "--pairs=[{student: output, method: diffkd.DIST}]"
 )
 def test_an_option_without_effect_is_told(tmp_path: Path, recipe: str, words: list[str], message: str) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    with pytest.raises(Misuse, match=re.escape(message)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         values_of_fit([str(tmp_path / "recipe.yaml"), *words])
 
 

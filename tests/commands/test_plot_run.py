@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_recipe import write_recipe
+from tiny_recipe import MODELS, TRUST, write_recipe
 
 from diffkd.commands import cli
 from diffkd.commands.plot import _gammas, plot, saved_training
@@ -25,13 +25,14 @@ def recipe(tmp_path_factory):
 def run(recipe):
     """The folder of a finished run of DiffKD."""
     assert (
-        cli.main(["fit", str(recipe), f"--out={recipe.parent / 'run'}", "--accelerator=cpu", "--progress=false"]) == 0
+        cli.main(["fit", str(recipe), f"--out={recipe.parent / 'run'}", "--accelerator=cpu", "--progress=false", TRUST])
+        == 0
     )
     return recipe.parent / "run"
 
 
 def test_course_looks_scores_and_gammas_of_a_distillation(run, tmp_path, capsys):
-    assert cli.main(["plot", str(run), f"--out={tmp_path}", "--images=3", "--gammas=10"]) == 0
+    assert cli.main(["plot", str(run), TRUST, f"--out={tmp_path}", "--images=3", "--gammas=10"]) == 0
     printed = [line.removeprefix(f"{tmp_path}/") for line in capsys.readouterr().out.splitlines()]
     assert printed[0] == "course.png"
     assert printed[-1] == "gamma.png"
@@ -42,8 +43,8 @@ def test_course_looks_scores_and_gammas_of_a_distillation(run, tmp_path, capsys)
 
 
 def test_what_is_drawn_is_what_was_trained(run):
-    training, data = saved_training(RunFolder(run))
-    fresh = saved_training(RunFolder(run))[0].student
+    training, data = saved_training(RunFolder(run), [str(MODELS)])
+    fresh = saved_training(RunFolder(run), [str(MODELS)])[0].student
     for parameter in fresh.parameters():
         parameter.data.zero_()
     fresh.load_state_dict(load_file(run / "student.safetensors"))
@@ -53,7 +54,7 @@ def test_what_is_drawn_is_what_was_trained(run):
 
 
 def test_gammas_are_those_of_as_many_images(run):
-    training, data = saved_training(RunFolder(run))
+    training, data = saved_training(RunFolder(run), [str(MODELS)])
     training.eval()
     found = _gammas(training, data.val_dataloader(), 15)
     assert set(found) == set(training.distiller.names)
@@ -64,15 +65,15 @@ def test_gammas_are_those_of_as_many_images(run):
 def test_the_student_alone_has_a_course(recipe, tmp_path):
     out = tmp_path / "alone"
     options = ["--teacher=null", "--method=null", "--epochs=1", "--accelerator=cpu", "--progress=false"]
-    assert cli.main(["fit", str(recipe), f"--out={out}", *options]) == 0
-    assert plot(str(out), progress=False) == [out / "figures" / "course.png"]
+    assert cli.main(["fit", str(recipe), f"--out={out}", TRUST, *options]) == 0
+    assert plot(str(out), progress=False, trust=[str(MODELS)]) == [out / "figures" / "course.png"]
 
 
 def test_methods_without_gamma_have_no_histogram(recipe, tmp_path):
     out = tmp_path / "fitnet"
     options = ["--method=diffkd.FitNet", "--epochs=1", "--accelerator=cpu", "--progress=false"]
-    assert cli.main(["fit", str(recipe), f"--out={out}", *options]) == 0
-    course, looks = plot(str(out), images=2, progress=False)
+    assert cli.main(["fit", str(recipe), f"--out={out}", TRUST, *options]) == 0
+    course, looks = plot(str(out), images=2, progress=False, trust=[str(MODELS)])
     assert (course.name, looks.name[:6]) == ("course.png", "looks-")
 
 
@@ -82,7 +83,7 @@ def test_a_checkpoint_of_another_model_is_refused(run, tmp_path, capsys):
     config = changed / "config.yaml"
     (student,) = re.findall(r"^student: (.*)$", config.read_text(), re.MULTILINE)
     config.write_text(config.read_text().replace(f"student: {student}", "student: cifar/resnet14"))
-    assert cli.main(["plot", str(changed)]) == 1
+    assert cli.main(["plot", str(changed), TRUST]) == 1
     message = capsys.readouterr().err
     assert f"{changed / 'checkpoints' / 'last.ckpt'} does not fit the models that {config} names" in message
     assert "Missing key" in message or "size mismatch" in message

@@ -3,14 +3,17 @@
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from argparse import SUPPRESS
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from diffkd.commands.usage_errors import Misuse, check_idle, explain
+from diffkd.commands.usage_errors import check_idle, explain
+from diffkd.recipes.trust import Gate, Trust, UsageError, given_value, named_code, take_trust
 
 # What the parser forgets the values of an earlier method, and of an earlier optimiser, by.
 _NONE = {"method": "null", "optimizer": "torch.optim.Optimizer"}
@@ -73,7 +76,7 @@ def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
         use: something else to call with the arguments meant for `fit`.
 
     Raises:
-        Misuse: if the words do not fit.
+        UsageError: if the words do not fit.
         FileNotFoundError: if there is no such recipe.
     """
     from diffkd.training.fit import fit
@@ -88,7 +91,7 @@ def values_of_fit(words: list[str]) -> dict[str, Any]:
         words: of the command line.
 
     Raises:
-        Misuse: if the words do not fit.
+        UsageError: if the words do not fit.
         FileNotFoundError: if there is no such recipe.
     """
     from diffkd.training.fit import fit
@@ -125,7 +128,7 @@ def call(
         What the function returns; None after `--help`.
 
     Raises:
-        Misuse: if the words do not fit.
+        UsageError: if the words do not fit.
     """
     if positional is not None and words and not words[0].startswith("-"):
         words = [f"--{positional}={words[0]}", *words[1:]]
@@ -163,11 +166,15 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
     from jsonargparse import ArgumentParser
 
     parameters = inspect.signature(function).parameters
-    parser = ArgumentParser(prog=f"diffkd {command}", exit_on_error=False)
+    # Words cut short, such as --conf, would be read as options that nobody here looks for.
+    parser = ArgumentParser(prog=f"diffkd {command}", exit_on_error=False, allow_abbrev=False)
     if configurable:
         parser.usage = f"diffkd {command} [RECIPE] [OPTIONS]"  # which are too many to be named twice
         parser.add_argument("--config", action="config", help="recipe: a file of values for these options")
-    parser.add_function_arguments(function, skip=skip)
+        trust = "a file or module of your own whose code recipes may name; may be repeated"
+        parser.add_argument("--trust", default=SUPPRESS, metavar="FILE_OR_MODULE", help=trust)
+    # Arguments without a type, as of a method of one's own, take any plain value.
+    parser.add_function_arguments(function, skip=skip, fail_untyped=False)
     if "seed" in parameters and "data" in parameters:
         parser.link_arguments("seed", "data.init_args.seed")
     if "optimizer" in parameters:
@@ -184,6 +191,12 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         if word == "--config" or word.startswith("--config="):
             _check_file(Path(after if word == "--config" else word.removeprefix("--config=")))
     parameters = inspect.signature(function).parameters
+    words, names = take_trust(words)
+    resume = not {"--resume", "--resume=true"}.isdisjoint(words)
+    gate = Gate(function, Trust([*names, *named_code(words)]), resume=resume)
+    gate.check_words(words)
+    if names and "trust" in parameters:
+        words = [*words, f"--trust={json.dumps(names)}"]
     if "optimizer" in parameters:
         words = with_own_values(words, parser.get_default("optimizer"))
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
@@ -192,26 +205,40 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         values = parser.parse_args(_with_lists(_with_values(words, flags | bare), parameters))
     except ArgumentError as error:
         options = [option for action in parser._actions for option in action.option_strings]
-        raise Misuse(explain(str(error), options, parser.prog.removeprefix("diffkd "))) from error
+        message = explain(str(error), options, parser.prog.removeprefix("diffkd "))
+        raise UsageError(name_pair(message, given_value(words, "pairs"), partial(_faulty_pairs, parser))) from error
     for option in sorted(bare):
         if not _is_on(values, option.removeprefix("--").split(".")):
-            raise Misuse(f"{option}: give its value after it; only what is true or false can stand alone")
+            raise UsageError(f"{option}: give its value after it; only what is true or false can stand alone")
     if "optimizer" in parameters:
+        gate.check_models({name: values.get(name) for name in ("student", "teacher")})
         check_idle(words, values)
     return values
 
 
+def _faulty_pairs(parser: Any, words: list[str]) -> bool:
+    from jsonargparse import ArgumentError
+
+    try:
+        parser.parse_args(words)
+    except ArgumentError as error:
+        return 'Parser key "pairs"' in str(error)
+    return False
+
+
 def _check_file(file: Path) -> None:
-    """Raise Misuse, naming the file, which the parser would not do, if it is there and holds no values by name."""
+    """Raise UsageError, naming the file, which the parser would not do, if it is there and holds no values by name."""
     import yaml
 
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = str(error).replace('in "<unicode string>", ', "")
-        raise Misuse(f"{file} cannot be read as YAML ({where}): correct it") from error
+        raise UsageError(f"{file} cannot be read as YAML ({where}): correct it") from error
     if not isinstance(values, dict):
-        raise Misuse(f"{file} holds no values by name, such as `epochs: 3`: give a recipe, or the config.yaml of a run")
+        raise UsageError(
+            f"{file} holds no values by name, such as `epochs: 3`: give a recipe, or the config.yaml of a run"
+        )
 
 
 def _stands_alone(word: str, after: str) -> bool:
@@ -270,3 +297,25 @@ def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -
         else:
             joined.append(f"{word}={json.dumps(values)}" if values else word)
     return joined
+
+
+def name_pair(message: str, pairs: Any, complains: Callable[[list[str]], bool]) -> str:
+    """Return a message about `--pairs` with the number of the pair, the class of its method, and a mend.
+
+    Args:
+        message: that begins with the option, such as "--pairs.method.scale: 'x' is not a number".
+        pairs: all of them, as they were given.
+        complains: whether the parser complains about the pairs among some words of a command line.
+    """
+    if not message.startswith("--pairs.") or not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        return message
+    for number, pair in enumerate(pairs):
+        if complains([f"--pairs={json.dumps([pair], default=str)}"]):
+            option, colon, reason = message.partition(": ")
+            method = pair.get("method") if isinstance(pair, Mapping) else None
+            path = method.get("class_path") if isinstance(method, Mapping) else method
+            inside = option.startswith("--pairs.method.") and isinstance(path, str)
+            whose = f" of {path}" if inside else ""
+            mend = "" if ";" in reason else f"; give what {path if inside else 'a Pair'} takes there"
+            return f"--pairs[{number}]{option.removeprefix('--pairs')}{whose}{colon}{reason}{mend}"
+    return message

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from diffkd.commands.arguments import call, fit_with
-from diffkd.commands.usage_errors import Misuse
+from diffkd.recipes.trust import UsageError
 
 _HELP = """usage: diffkd COMMAND [OPTIONS]
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _plain_warnings():
             commands[words[0]](words[1:])
-    except Misuse as error:
+    except UsageError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -134,17 +134,22 @@ def _test(words: list[str]) -> None:
 
 def _with_data_of_card(words: list[str]) -> list[str]:
     """Let `--data.NAME VALUE` without `--data` change the data that the student's card names."""
-    from diffkd.commands.evaluate import described_data
-    from diffkd.export.student_file import find_student, read_card
+    from diffkd.commands.evaluate import described_data, evaluate
+    from diffkd.export.student_file import card_file, find_student, read_card
+    from diffkd.recipes.trust import Gate, Trust, take_trust
 
     changes = [position for position, word in enumerate(words) if re.match(r"--data\.(?!help\b)", word)]
     named = any(re.match(r"--data(=|$)", word) for word in words)
     if named or not changes or words[0].startswith("-"):
         return words
     student = find_student(words[0], "best" if {"best", "--which=best"} & set(words) else "last")
-    kind, arguments = described_data(read_card(student))
-    described = json.dumps({"class_path": f"diffkd.data.{kind.__name__}", "init_args": arguments})
-    return [*words[: changes[0]], f"--data={described}", *words[changes[0] :]]
+    trust = take_trust(words)[1]
+    kind, arguments = described_data(read_card(student), trust)
+    home = "diffkd.data" if kind.__module__.startswith("diffkd.data.") else kind.__module__
+    described = {"class_path": f"{home}.{kind.__name__}", "init_args": arguments}
+    # Among the words it would be believed.
+    Gate(evaluate, Trust(trust)).check({"data": described}, str(card_file(student)))
+    return [*words[: changes[0]], f"--data={json.dumps(described)}", *words[changes[0] :]]
 
 
 def _layers(words: list[str]) -> None:

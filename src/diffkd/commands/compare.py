@@ -23,11 +23,11 @@ from rich.table import Table
 
 from diffkd.commands.arguments import fit_with, values_of_fit
 from diffkd.commands.step_cost import step_costs
-from diffkd.commands.usage_errors import Misuse
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import write_text
 from diffkd.recipes import find_recipe
+from diffkd.recipes.trust import UsageError, named_code
 from diffkd.reports.plots import draw_results
 from diffkd.reports.tables import (
     REFERENCES,
@@ -68,6 +68,7 @@ def compare(
     json: bool = False,
     markdown: bool = False,
     latex: bool = False,
+    trust: list[str] | None = None,
     options: Sequence[str] = (),
 ) -> list[Row]:
     """Train a recipe with several methods, each from several seeds, and write one table.
@@ -89,6 +90,7 @@ def compare(
         json: print the table as JSON.
         markdown: print it as Markdown.
         latex: print it as LaTeX.
+        trust: files and modules of your own whose code recipe and methods may name; may be repeated.
         options: further options of `diffkd fit`, for all runs; those of teacher and method not for a student alone.
 
     Returns:
@@ -97,7 +99,7 @@ def compare(
     Raises:
         ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
             other values; nothing is trained then.
-        Misuse: if options do not fit `diffkd fit`, or one of the methods; likewise.
+        UsageError: if options do not fit `diffkd fit`, or one of the methods; likewise.
         RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
     """
     out = out.expanduser()
@@ -107,6 +109,8 @@ def compare(
         raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
     recipe_file = find_recipe(recipe)
     presets = {name: find_method(method) for name, method in zip(names, methods, strict=True)}
+    # Of all runs, also of a student alone, which loses options that name code.
+    trusted = [f"--trust={name}" for name in dict.fromkeys([*(trust or ()), *named_code(options)])]
     # A student alone stays so, whatever teacher the options give the others.
     alone = [*_without_method(options), "--teacher=null"]
     meant = {name: alone if _sets_no_teacher(preset) else options for name, preset in presets.items()}
@@ -118,6 +122,7 @@ def compare(
             *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
             *(f"--seed={run.seed}", f"--out={run.folder}", "--resume=true", "--progress=false"),
             *([f"--devices=[{devices[index % len(devices)]}]"] if devices else []),
+            *trusted,
         ]
         for index, run in enumerate(runs)
     }
@@ -125,8 +130,8 @@ def compare(
         if run.seed == 0 or run.folder.is_dir():
             try:
                 values = values_of_fit(words)
-            except Misuse as error:
-                raise Misuse(f"{error} ({run.method} with the options of the comparison)") from error
+            except UsageError as error:
+                raise UsageError(f"{error} ({run.method} with the options of the comparison)") from error
             RunFolder(run.folder).check(values, resume=True)
     failed = train_all(commands, jobs, console)
     if cost:

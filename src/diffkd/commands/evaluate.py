@@ -13,6 +13,7 @@ from torch import nn
 
 from diffkd.export.plain_student import named_model
 from diffkd.export.student_file import Which, find_student, read_card
+from diffkd.recipes.trust import Trust, trust_words
 from diffkd.tasks.data_facts import DataFacts, facts_of, first_difference
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.task_of_data import build_task, load_saved
@@ -33,11 +34,12 @@ def evaluate(
     precision: str | None = None,
     accelerator: str = "auto",
     progress: bool = True,
+    trust: list[str] | None = None,
 ) -> dict[str, float]:
     """Measure a student on the evaluation set.
 
     What is not given is read off the card beside the weights. A card is believed where it names models of the known
-    libraries and data of this package; code of anybody's own runs only if it is named here.
+    libraries and data of this package; code of anybody's own runs only if it is named or trusted here.
 
     Args:
         student: folder of a run, or file of weights.
@@ -48,6 +50,7 @@ def evaluate(
         precision: as for fit; None: as in training.
         accelerator: cpu, gpu, mps, or auto.
         progress: print what was found.
+        trust: files and modules of your own whose code the card may name; may be repeated.
 
     Returns:
         The measurements by name, shares of 1 all but "loss": for classification "top1", with more than five classes
@@ -65,9 +68,9 @@ def evaluate(
             f"{path} holds a whole training: take the student out of it with `diffkd export {path} --out "
             "student.safetensors`, and test that"
         )
-    data = data_of(card) if data is None else data
+    data = data_of(card, trust or ()) if data is None else data
     facts = facts_of(data)
-    name = model or named_model(card, path)
+    name = model or named_model(card, path, trust or ())
     classes, channels = card.get("num_classes", facts.num_classes), card.get("in_channels", facts.in_channels)
     if (classes, channels) != (facts.num_classes, facts.in_channels):
         raise ValueError(
@@ -132,9 +135,9 @@ def _shown(metric: str, value: float) -> str:
     return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
 
 
-def data_of(card: dict[str, Any]) -> LightningDataModule:
-    """Build the data module that a card names, if it is one of this package's."""
-    kind, arguments = described_data(card)
+def data_of(card: dict[str, Any], trust: Sequence[str] = ()) -> LightningDataModule:
+    """Build the data module that a card names, if it is one of this package's or of trusted code."""
+    kind, arguments = described_data(card, trust)
     parameters = inspect.signature(kind).parameters
     if isinstance(arguments.get("augmentation"), dict):
         # Each kind of data has its own description of augmentation, which is the default's type.
@@ -147,21 +150,27 @@ def data_of(card: dict[str, Any]) -> LightningDataModule:
         raise ValueError(f"the data cannot be made from the card ({error}); give --data {name} ...") from error
 
 
-def described_data(card: dict[str, Any]) -> tuple[type[LightningDataModule], dict[str, Any]]:
+def described_data(card: dict[str, Any], trust: Sequence[str] = ()) -> tuple[type[LightningDataModule], dict[str, Any]]:
     """Return the kind of data that a card names and its arguments, as the card holds them.
 
+    Args:
+        card: of a student.
+        trust: files and modules whose code the card may name.
+
     Raises:
-        ValueError: if the card names none, or one that is not this package's.
+        ValueError: if the card names none, or one that is neither this package's nor trusted.
     """
     description = card.get("data") or {}
     module, _, name = str(description.get("class_path", "")).rpartition(".")
     if not module:
         raise ValueError("nothing says what to measure on; give --data, such as diffkd.data.FashionMNIST")
-    kind = getattr(importlib.import_module("diffkd.data"), name, None)
-    ours = module == "diffkd.data" or module.startswith("diffkd.data.")
+    ours = module == "diffkd.data" or module.startswith("diffkd.data.") or Trust(trust).believes(module)
+    home = module if Trust(trust).believes(module) else "diffkd.data"
+    kind = getattr(importlib.import_module(home), name, None)
     if not ours or not isinstance(kind, type) or not issubclass(kind, LightningDataModule):
         raise ValueError(
-            f"the card names data of somebody's own, {module}.{name}; give --data {module}.{name} yourself"
+            f"the card names data of somebody's own, {module}.{name}; give --data {module}.{name} yourself, or"
+            f"{trust_words([module])}"
         )
     arguments = dict(description.get("init_args") or {})
     if "seed" in inspect.signature(kind).parameters and card.get("seed") is not None:

@@ -30,6 +30,7 @@ def export(
     normalize: bool = False,
     opset: int | None = None,
     tolerance: float = 1e-4,
+    trust: list[str] | None = None,
 ) -> Path:
     """Save the plain student of a run or of a checkpoint, with its card beside it.
 
@@ -53,6 +54,7 @@ def export(
         opset: of ONNX, from 18 on; None: PyTorch's choice.
         tolerance: for these, largest difference to the student, as a share of its largest logit; of detectors, in
             scores and as a share of the image.
+        trust: files and modules of your own whose code the card may name; may be repeated.
 
     Returns:
         The file written.
@@ -88,7 +90,9 @@ def export(
             plain = Path(folder) / "student.safetensors"
             save_file(tensors, plain, metadata={"format": "pt"})
             try:
-                student = rebuild(plain, card, model=model, image_size=image_size, normalize=normalize)
+                student = rebuild(
+                    plain, card, model=model, image_size=image_size, normalize=normalize, trust=trust or ()
+                )
             except ValueError as error:  # which names the file in between
                 raise ValueError(str(error).replace(str(plain), source)) from error
         card = {

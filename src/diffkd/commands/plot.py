@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,13 @@ from diffkd.training.lightning_module import Training
 
 
 def plot(
-    run: str, *, out: Path | None = None, images: int = 6, gammas: int = 1000, progress: bool = True
+    run: str,
+    *,
+    out: Path | None = None,
+    images: int = 6,
+    gammas: int = 1000,
+    progress: bool = True,
+    trust: list[str] | None = None,
 ) -> list[Path]:
     """Draw the course of a run, and what its student, teacher and methods make of evaluation images.
 
@@ -38,6 +44,7 @@ def plot(
         images: evaluation images to show, for classification of different classes.
         gammas: evaluation images to draw the histograms of gamma from.
         progress: print what was drawn.
+        trust: files and modules of your own whose code the run's config.yaml may name; may be repeated.
 
     Returns:
         The files: `course.png`; of a distillation also `looks-PAIR.png` for pairs of maps, `scores-PAIR.png` for logits
@@ -50,7 +57,7 @@ def plot(
     if images < 1 or gammas < 1:
         raise ValueError(f"images and gammas must be at least 1, got {images} and {gammas}")
     folder = RunFolder(run)
-    training, data = saved_training(folder)
+    training, data = saved_training(folder, trust or ())
     out = folder.path / "figures" if out is None else out
     console = Console(quiet=not progress)
     drawn: list[Path] = []
@@ -74,17 +81,22 @@ def plot(
     return drawn
 
 
-def saved_training(folder: RunFolder) -> tuple[Training, LightningDataModule]:
+def saved_training(folder: RunFolder, trust: Sequence[str] = ()) -> tuple[Training, LightningDataModule]:
     """Build what a run trains and its data again, and load the last checkpoint.
+
+    Args:
+        folder: of the run.
+        trust: files and modules whose code its config.yaml may name.
 
     Raises:
         FileNotFoundError: if the run has not ended an epoch.
         ValueError: if its models cannot be built again, or the checkpoint does not fit them.
+        UsageError: if its config.yaml names code that is not trusted.
     """
     for file in (folder.config, folder.metrics, folder.checkpoint):
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}; give the folder of a run that ended an epoch")
-    training, data = training_of([f"--config={folder.config}"])
+    training, data = training_of([f"--config={folder.config}", *(f"--trust={name}" for name in trust)])
     state = read_checkpoint(folder.checkpoint)["state_dict"]
     try:
         training.load_state_dict(state)

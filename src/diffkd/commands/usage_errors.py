@@ -8,12 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-# Where the classes are that these options name without their module, and what they are kinds of.
-_HOMES = {
-    "data": ("diffkd.data", "LightningDataModule"),
-    "method": ("diffkd.methods", "Module"),
-    "optimizer": ("torch.optim", "Optimizer"),
-}
+from diffkd.recipes.trust import HOMES, UsageError
+
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "text"}
 # What only the parser understands.
 _NOISE = (
@@ -25,10 +21,6 @@ _NOISE = (
     r'Parser key "[^"]*":',
     r"Problem with given class_path '[\w.]+':",
 )
-
-
-class Misuse(Exception):  # noqa: N818
-    """The words of the command line do not fit the command."""
 
 
 def explain(complaint: str, options: Sequence[str], command: str) -> str:
@@ -50,7 +42,7 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         kinds = list(re.finditer(r"class_path[= ]'([\w.]+)'", text))
         # Of a part inside of another, the inner one, which stands last before the complaint; or it stands after it.
         kind = next((one for one in reversed(kinds) if one.start() < found.start()), kinds[0] if kinds else None)
-        if keys and (kind is None or kind[1].rpartition(".")[2] in dict(_HOMES.values()).values()):
+        if keys and (kind is None or kind[1].rpartition(".")[2] in dict(HOMES.values()).values()):
             return f"{option}.{name}: say first what {option} is, by {option} NAME"
         if keys and kind is not None:
             listed = f"`diffkd {command} {option}.help {kind[1]}` lists its options"
@@ -64,7 +56,7 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         missing = (f"{option}.{name}" if keys else f"--{name}" for name in found[1].split(", "))
         return f"required, but not given: {', '.join(missing)}"
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
-        base = _HOMES.get(keys[-1] if keys else "", ("", "object"))[1]
+        base = HOMES.get(keys[-1] if keys else "", ("", "object"))[1]
         names = [f"{found[1]}.{name}" for name in _classes(found[1], base)]
         return "; ".join(filter(None, (f"{option}: there is no {found[1]}.{found[2]}", _near(found[2], names))))
     if keys and (
@@ -73,8 +65,8 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         path = Path(found[1])
         how = f"and put its folder on PYTHONPATH: PYTHONPATH={path.parent} diffkd {command} ..."
         return f"{option}: write {path.stem}.{found[2]}, {how}"
-    if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in _HOMES:
-        names = _classes(*_HOMES[keys[-1]])
+    if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in HOMES:
+        names = _classes(*HOMES[keys[-1]])
         return f"{option}: there is no {found[1]!r}; {_near(found[1], names) or 'there are ' + ', '.join(names)}"
     if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*?) Subclass types expect", text):
         return f"{option}: {found[2]} is no {found[1]}, which has its values by name"
@@ -155,7 +147,7 @@ _SCHEDULE_KINDS = {
 
 
 def check_idle(words: list[str], values: Any) -> None:
-    """Raise Misuse if an option on a command line of `fit` has no effect.
+    """Raise UsageError if an option on a command line of `fit` has no effect.
 
     What only stands in a file may have none: another file, or another option, has switched off what it is for.
 
@@ -164,7 +156,7 @@ def check_idle(words: list[str], values: Any) -> None:
         values: what was resolved from words and files, by name.
     """
     for option, mend in _idle(set(_given(words)), values):
-        raise Misuse(f"--{option} has no effect {mend}, or leave --{option} out")
+        raise UsageError(f"--{option} has no effect {mend}, or leave --{option} out")
 
 
 def _given(words: list[str]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffkd.models.detectors.load import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.models.detectors.onnx_graph import DetectorGraph
 from diffkd.models.segmenters.any_size import AnySize
+from diffkd.recipes.trust import Trust, code_of_model, trust_words
 from diffkd.tasks.classification import logits_of
 from diffkd.tasks.data_facts import DataFacts, TaskName
 from diffkd.tasks.task_of_data import load_saved
@@ -45,15 +46,17 @@ def rebuild(
     model: str | None = None,
     image_size: Sequence[int] | None = None,
     normalize: bool = False,
+    trust: Sequence[str] = (),
 ) -> PlainStudent:
     """Build a student from its weights and its card.
 
     Args:
         weights: file to load strictly.
         card: says task, model, classes and images.
-        model: its name, which may be code of one's own; None: the card's, which may not.
+        model: its name, which may be code of one's own; None: the card's, which may not unless it is trusted.
         image_size: (H, W), or one side of a square, of the images it is followed with; None: the card's.
         normalize: let it take images in [0, 1] and normalise them itself. Detectors always do.
+        trust: files and modules whose code the card may name.
 
     Returns:
         The student on the CPU, in evaluation mode.
@@ -61,7 +64,7 @@ def rebuild(
     Raises:
         ValueError: if the card does not say what is needed, names code, or the weights do not fit.
     """
-    name = model or named_model(card, weights)
+    name = model or named_model(card, weights, trust)
     facts = _facts(card, weights, image_size)
     built = load_saved(name, facts, weights, card).eval()
     size = (facts.in_channels, *facts.image_size)
@@ -81,8 +84,8 @@ def rebuild(
     return PlainStudent(plain.eval(), plain.eval(), ("logits",), example, (*whole, ("batch",), ()))
 
 
-def named_model(card: Mapping[str, Any], path: str | Path) -> str:
-    """Return the model that a card names, if it is one of the known libraries.
+def named_model(card: Mapping[str, Any], path: str | Path, trust: Sequence[str] = ()) -> str:
+    """Return the model that a card names, if it is one of the known libraries, or code of a trusted file or module.
 
     Raises:
         ValueError: if it names none, or code to run.
@@ -90,8 +93,12 @@ def named_model(card: Mapping[str, Any], path: str | Path) -> str:
     name = card.get("model")
     if not isinstance(name, str):
         raise ValueError(f"{path} has no card that says which model it is; give --model, such as cifar/resnet20")
-    if ".py:" in name or (":" in name and not name.startswith(("timm/", "hf/"))):
-        raise ValueError(f"the card names code to run, {name!r}; if you trust it, give it yourself: --model {name}")
+    code = code_of_model(name)
+    if code is not None and not Trust(trust).believes(code):
+        raise ValueError(
+            f"the card of {path} names code to run, {name!r}; if you trust it, give it yourself: --model {name}, or"
+            f"{trust_words([code])}"
+        )
     return name
 
 

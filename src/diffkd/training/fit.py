@@ -20,6 +20,7 @@ from diffkd.files.lock import held
 from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import save_student
 from diffkd.methods import MethodFactory
+from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.detection import DetectionOptions
 from diffkd.tasks.distributed import device_name, is_first_process, strategy_for
@@ -177,7 +178,8 @@ def fit(
             every_steps=save_every_steps,
             max_steps=max_steps,
             on_epoch=on_epoch,
-            how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume",
+            how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume"
+            + trust_words(own_code(config)),
         )
         resumes = resume and folder.checkpoint.is_file()
         if resume and not resumes:

@@ -1,0 +1,519 @@
+"""What a file may name: recipes, a run's values and cards are data, and run no code that nobody at hand has named.
+
+A file of values names classes, and the command line's parser imports and calls what it reads. So everything that a file
+names is judged before the parser sees the file: classes of the known packages that are of the kind that their place is
+for, and code of the user's own that the words of the command line name, or `--trust`. What the words themselves say is
+the user's, and not judged.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+# Where the classes are that these options name without their module, and what they are kinds of.
+HOMES = {
+    "data": ("diffkd.data", "LightningDataModule"),
+    "method": ("diffkd.methods", "Module"),
+    "optimizer": ("torch.optim", "Optimizer"),
+}
+
+PACKAGES = ("diffkd", "torch", "timm", "torchvision", "transformers", "segmentation_models_pytorch")
+"""Whose classes a file may name."""
+
+# Functions that a file may name too: the distances of this package.
+_FUNCTIONS = tuple(
+    f"diffkd.diffusion.distances.{name}" for name in ("attention_mse", "dist", "kl_by_position", "kl_divergence", "mse")
+)
+_MODELS = ("student", "teacher", "model")
+_CALLED = ("class_path", "method", "optimizer", "data", "pairs", "denoiser", "distance", "logits_distance")
+_PLAIN = (str, int, float, bool, bytes, type(None), Path, PathLike)
+
+Leaves = tuple[Any, ...] | None
+"""The types that a value may have, of unions and containers those inside; None: unknown."""
+
+
+class UsageError(Exception):
+    """The words of the command line do not fit the command."""
+
+
+class Trust:
+    """Files and modules of the user's own whose code may run.
+
+    Args:
+        names: each a file such as `nets.py`, or a module or package such as `mine`.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names = list(dict.fromkeys(names))
+        self._files = {Path(name).expanduser().resolve() for name in self.names if _is_file_name(name)}
+
+    def believes(self, source: str) -> bool:
+        """Return whether a file or module, or a package around it, is among those trusted."""
+        if _is_file_name(source):
+            file = Path(source).expanduser().resolve()
+            return file in self._files or file in {_file_of(name) for name in self.names if not _is_file_name(name)}
+        around = source.split(".")
+        if any(".".join(around[:count]) in self.names for count in range(1, len(around) + 1)):
+            return True
+        return bool(self._files) and _file_of(source) in self._files
+
+
+def take_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words of a command line without `--trust NAME`, and the names.
+
+    Raises:
+        UsageError: if a name is missing, is that of no file, or is a module of Python's own.
+    """
+    kept, names = [], []
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option != "--trust":
+            kept.append(word)
+        elif value := value if equals else next(rest, ""):
+            names.append(value)
+        else:
+            raise UsageError("--trust: give a file or a module after it, such as --trust nets.py or --trust mine")
+    for name in names:
+        if _is_file_name(name) and not Path(name).expanduser().is_file():
+            raise UsageError(f"--trust: there is no file {name}; give a file of Python, or a module such as mine")
+        if _is_pythons(name):
+            raise UsageError(f"--trust: {name} is a module of Python itself, which no file may call; leave it out")
+    return kept, names
+
+
+def code_of_model(name: Any) -> str | None:
+    """Return the file or module that a model's name would run, None for a model of a known library.
+
+    >>> code_of_model("own/nets.py:small"), code_of_model("mine.nets:small"), code_of_model("timm/resnet18")
+    ('own/nets.py', 'mine.nets', None)
+    """
+    source, colon, _ = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+    if colon and (_is_file_name(source) or all(part.isidentifier() for part in source.split("."))):
+        return str(source)
+    return None
+
+
+def named_code(words: Sequence[str]) -> list[str]:
+    """Return the files and modules of the user's own that the words of a command line name."""
+    found: list[str] = []
+    for option, text in _options(words):
+        key, _, rest = option.partition(".")
+        last = rest.rpartition(".")[2]
+        if key in _MODELS:
+            found.extend(filter(None, [code_of_model(text)]))
+        elif (key == "config" and not _exists(text)) or (key in _CALLED and (not rest or last in _CALLED)):
+            found.extend(_code_in(_as_yaml(text), key != "config"))
+    return list(dict.fromkeys(found))
+
+
+def given_value(words: Sequence[str], name: str) -> Any:
+    """Return the value of an option that the words give last, themselves or in a file; None if they do not."""
+    found = None
+    for option, text in _options(words):
+        if option == name:
+            found = _as_yaml(text)
+        elif option == "config" and isinstance(values := _content(text) if _exists(text) else _as_yaml(text), Mapping):
+            found = values.get(name, found)
+    return found
+
+
+def own_code(values: Mapping[str, Any]) -> list[str]:
+    """Return the files and modules of the user's own that the values of a run name."""
+    found = [source for name in _MODELS if (source := code_of_model(values.get(name)))]
+    found.extend(_code_in({key: value for key, value in values.items() if key in _CALLED}, False))
+    return [name for name in dict.fromkeys(found) if "__main__" not in name and "<" not in name]
+
+
+def trust_words(names: Iterable[str]) -> str:
+    """Return the options that trust files and modules, each after a space.
+
+    >>> trust_words(["nets.py", "mine"])
+    ' --trust nets.py --trust mine'
+    """
+    return "".join(f" --trust {shlex.quote(name)}" for name in names)
+
+
+class Gate:
+    """Judges what the files on a command line name, before anything is imported or built.
+
+    Args:
+        function: whose arguments the values are.
+        trust: code of the user's own that may run.
+        resume: whether a run is to be resumed, for which messages then show the command.
+    """
+
+    def __init__(self, function: Callable[..., Any], trust: Trust, *, resume: bool = False) -> None:
+        self.trust = trust
+        self._hints = _leaves_by_name(function)
+        self._resume = resume
+        self._classes: dict[str, Any] = {}
+        self._models: dict[str, tuple[str, str]] = {}
+        self._source = ""
+        self._inside: list[Path] = []
+
+    def check_words(self, words: Sequence[str]) -> None:
+        """Judge all files of values that the words name, in their order.
+
+        Raises:
+            UsageError: if a file names what it may not.
+        """
+        for option, text in _options(words):
+            key, _, rest = option.partition(".")
+            if key == "config" and not rest:
+                if text == "-" or (_exists(text) and not Path(text).is_file() and not Path(text).is_dir()):
+                    raise UsageError(f"--config: {text} is no file that can be read twice; save it as a file first")
+                values = _content(text) if _exists(text) else _as_yaml(text)
+                if not isinstance(values, Mapping):
+                    continue  # of which the parser complains
+                if _exists(text):
+                    self.check(values, text)
+                else:
+                    self._note(values)
+            elif key in self._hints:
+                leaves = self._hints[key]
+                kind = self._classes.get(key) or _dataclass_in(leaves)
+                for name in rest.split(".") if rest else []:
+                    if name not in ("init_args", "dict_kwargs"):
+                        leaves = self._fields(kind).get(name)
+                        kind = _dataclass_in(leaves)
+                if _exists(text) and not Path(text).is_dir() and not _is_plain(leaves):
+                    self._check_file(Path(text), leaves, option)
+                elif not rest:
+                    self._note({key: _as_yaml(text)})
+
+    def check(self, values: Mapping[str, Any], source: str) -> None:
+        """Judge values by name.
+
+        Args:
+            values: as a file holds them.
+            source: the file, for messages.
+
+        Raises:
+            UsageError: if they name what a file may not.
+        """
+        self._source = source
+        for name, value in values.items():
+            key, dot, rest = str(name).partition(".")
+            key = key.rstrip("+")
+            if key in ("config", "trust"):
+                raise UsageError(f"{source}: {key!r} can be given on the command line alone: take it out of the file")
+            if key in _MODELS and isinstance(value, str):
+                self._models[key] = (value, source)
+            self._check({rest: value} if dot else value, self._hints.get(key), key, option=key)
+
+    def check_models(self, values: Mapping[str, Any]) -> None:
+        """Judge the models that are to be built, by option.
+
+        Raises:
+            UsageError: if one of them is code of somebody's own that only a file names.
+        """
+        for option, name in values.items():
+            code = code_of_model(name)
+            if code is not None and not self.trust.believes(code):
+                self._source = self._models.get(option, ("", "a file"))[1]
+                raise UsageError(self._foreign(name, option, code))
+
+    def _check(self, value: Any, leaves: Leaves, where: str, option: str = "", around: tuple[int, ...] = ()) -> None:
+        if id(value) in around:
+            raise UsageError(f"{self._source}: {where} holds itself, by an alias: write the values out")
+        if isinstance(value, str) and not _is_plain(leaves):
+            parsed = _as_yaml(value)  # as the parser reads text
+            for file in self._files_named(value):
+                self._check_file(file, leaves, where)
+            if isinstance(parsed, (list, Mapping)):
+                self._check(parsed, leaves, where, option, around)
+            elif leaves is None or any(_imports(leaf) for leaf in leaves):
+                self._keep(option, self._judge(value.strip(), leaves, where))
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                self._check(item, leaves, f"{where}[{index}]", "", (*around, id(value)))
+        elif isinstance(value, Mapping):
+            self._check_mapping(value, leaves, where, option, (*around, id(value)))
+
+    def _files_named(self, text: str) -> list[Path]:
+        """Return the files that a text in a file may mean: beside that file, and here."""
+        named = [str(Path(self._source).parent / text), text]
+        return [Path(name) for name in dict.fromkeys(named) if _exists(name) and not Path(name).is_dir()]
+
+    def _check_file(self, file: Path, leaves: Leaves, where: str) -> None:
+        """Judge a file of values that is itself a value."""
+        if not file.is_file():
+            raise UsageError(f"{where}: {file} is no file that can be read twice; save it as a file first")
+        if file.resolve() in self._inside:
+            raise UsageError(f"{self._source}: {where} names {file}, inside of which it is: write the values out")
+        before, self._source = self._source, str(file)
+        self._inside.append(file.resolve())
+        self._check(_content(file), leaves, where)
+        self._inside.pop()
+        self._source = before
+
+    def _check_mapping(
+        self, value: Mapping[Any, Any], leaves: Leaves, where: str, option: str, around: tuple[int, ...]
+    ) -> None:
+        kind = self._classes.get(option) or _dataclass_in(leaves)
+        if isinstance(path := value.get("class_path"), str):
+            kind = self._judge(path.strip(), leaves, where)
+            self._keep(option, kind)
+        fields = self._fields(kind)
+        for name, item in value.items():
+            key, dot, rest = str(name).partition(".")
+            key = key.rstrip("+")
+            item = {rest: item} if dot else item
+            if key in ("init_args", "dict_kwargs") and isinstance(item, Mapping):
+                # The class stays known, so that its arguments are judged by their types.
+                for inner, argument in item.items():
+                    first, inner_dot, inner_rest = str(inner).partition(".")
+                    first = first.rstrip("+")
+                    argument = {inner_rest: argument} if inner_dot else argument
+                    self._check(argument, fields.get(first), f"{where}.{first}", "", (*around, id(item)))
+            elif key != "class_path":
+                self._check(item, fields.get(key), f"{where}.{key}", "", around)
+            elif not isinstance(name, str) or dot or not isinstance(item, str):
+                self._check(item, None, where, "", around)
+            elif name != "class_path":  # "class_path+"
+                self._judge(item.strip(), leaves, where)
+
+    def _judge(self, name: str, leaves: Leaves, where: str) -> Any:
+        """Return the class of a name, None where the parser finds it or misses it itself; raise if it may not be."""
+        parts = name.split(".")
+        if not all(part.isidentifier() for part in parts) or name in _FUNCTIONS:
+            return None
+        if len(parts) == 1:
+            return _short(name, where)
+        trusted = not _is_pythons(name) and self.trust.believes(".".join(parts[:-1]))
+        if not trusted and parts[0] not in PACKAGES:
+            if not _importable(parts[0]):
+                return None
+            raise UsageError(self._foreign(name, where, ".".join(parts[:-1])))
+        if any(part.startswith("__") for part in parts):
+            raise UsageError(self._wrong(name, where, "no class", leaves))
+        try:
+            thing = _resolve(parts)
+        except (ImportError, AttributeError):
+            return None
+        if not isinstance(thing, type):
+            if trusted and inspect.isfunction(thing) and self.trust.believes(thing.__module__):
+                return None
+            article = "a module" if inspect.ismodule(thing) else "a function" if callable(thing) else "no class"
+            raise UsageError(self._wrong(name, where, article, leaves))
+        if trusted and self.trust.believes(thing.__module__):
+            return thing
+        anything = leaves is None or Any in leaves
+        fits = issubclass(thing, _kinds(leaves)) or (anything and _is_ours(thing))
+        if not fits or not (trusted or thing.__module__.partition(".")[0] in PACKAGES):
+            raise UsageError(self._wrong(name, where, "a class of another kind", leaves))
+        return thing
+
+    def _fields(self, kind: Any) -> dict[str, Leaves]:
+        if isinstance(kind, str):
+            kind = None if "." not in kind else _found(kind)
+        return {} if kind is None else _leaves_by_name(kind)
+
+    def _keep(self, option: str, kind: Any) -> None:
+        if option and kind is not None:
+            self._classes[option] = kind
+
+    def _note(self, values: Mapping[str, Any]) -> None:
+        """Note the classes that words of the command line name, which are not judged."""
+        for key, value in values.items():
+            path = value.get("class_path") if isinstance(value, Mapping) else value
+            if isinstance(path, str) and key in HOMES:
+                self._classes[key] = path if "." in path else _short(path, key)
+
+    def _foreign(self, name: str, where: str, code: str) -> str:
+        start = f"{self._source}: {where} names {name!r}, which is of none of {', '.join(PACKAGES)}"
+        if _is_pythons(code):
+            return f"{start}; a file is data, and runs no other code: name a class of these"
+        mend = f"if you trust it, add{trust_words([code])}"
+        if self._resume and Path(self._source).name == "config.yaml":
+            mend += f": diffkd fit {shlex.quote(self._source)} --resume{trust_words([code])}"
+        return f"{start}; a file is data, and runs no other code: {mend}"
+
+    def _wrong(self, name: str, where: str, what: str, leaves: Leaves) -> str:
+        kinds = " or ".join(kind.__name__ for kind in _kinds(leaves))
+        return (
+            f"{self._source}: {where} names {name!r}, {what}, where a file may name only classes below {kinds}: name "
+            "such a class, or call what you mean from Python"
+        )
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the options among the words, without their dashes, and the text that each may have as its value."""
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        option, equals, text = word.partition("=")
+        if option.startswith("--"):
+            yield option[2:].rstrip("+"), text if equals else after
+
+
+def _exists(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).expanduser().exists()
+    except (OSError, ValueError):  # inline values are no names of files
+        return False
+
+
+def _content(file: str | Path) -> Any:
+    """Return what a file of values holds, None for one that is none."""
+    with suppress(yaml.YAMLError, UnicodeDecodeError):
+        return _load(Path(file).expanduser().read_text(encoding="utf-8"))
+    return None
+
+
+def _as_yaml(text: str) -> Any:
+    with suppress(yaml.YAMLError):
+        return _load(text)
+    return text
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the parser's, which makes plain data
+
+
+def _code_in(value: Any, called: bool) -> Iterator[str]:
+    """Yield the modules and files of the user's own among values; `called` where a text is a name."""
+    if isinstance(value, str) and called:
+        parts = value.split(".")
+        known = parts[0] in PACKAGES or _is_pythons(value)
+        if len(parts) > 1 and all(part.isidentifier() for part in parts) and not known:
+            yield ".".join(parts[:-1])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _code_in(item, called)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if key in _MODELS and (source := code_of_model(item)):
+                yield source
+            yield from _code_in(item, key in _CALLED)
+
+
+def _is_file_name(name: str) -> bool:
+    return name.endswith(".py")
+
+
+def _is_pythons(name: str) -> bool:
+    return name.partition(".")[0] in sys.stdlib_module_names and not _is_file_name(name)
+
+
+def _file_of(module: str) -> Path | None:
+    """Return the file of a module, importing nothing."""
+    head, *rest = module.split(".")
+    with suppress(ImportError, ValueError):
+        spec = find_spec(head)
+        if spec is not None and not rest and spec.origin is not None:
+            return Path(spec.origin).resolve()
+        for folder in spec.submodule_search_locations or () if spec is not None else ():
+            stem = Path(folder, *rest)
+            for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
+                if file.is_file():
+                    return file.resolve()
+    return None
+
+
+def _importable(head: str) -> bool:
+    """Return whether there is a module of that name, which has no dots; nothing is imported."""
+    if head in sys.modules:
+        return True
+    try:
+        return find_spec(head) is not None
+    except (ImportError, ValueError):
+        return True
+
+
+def _resolve(parts: Sequence[str]) -> Any:
+    """Return what a dotted name means: the longest module in it, and attributes from there on."""
+    for count in range(len(parts) - 1, 0, -1):
+        try:
+            thing = __import__(".".join(parts[:count]), fromlist=[parts[count]])
+        except ModuleNotFoundError:
+            if count == 1:
+                raise
+            continue
+        for part in parts[count:]:
+            thing = getattr(thing, part)
+        return thing
+    raise ModuleNotFoundError(".".join(parts))
+
+
+def _found(name: str) -> Any:
+    with suppress(ImportError, AttributeError):
+        return _resolve(name.split("."))
+    return None
+
+
+def _short(name: str, where: str) -> Any:
+    """Return the class that an option names without its module, None if it is not where such classes are."""
+    home = HOMES.get(where.partition("[")[0])
+    return None if home is None else getattr(importlib.import_module(home[0]), name, None)
+
+
+def _leaves_by_name(thing: Callable[..., Any]) -> dict[str, Leaves]:
+    """Return the types of the arguments of a function or class, those that are not known as None."""
+    function = thing.__init__ if isinstance(thing, type) else thing  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # annotations run as code, and names in them may be missing
+        return {}
+    return {name: tuple(_leaves(hint)) for name, hint in hints.items() if name != "return"}
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        yield str
+    elif origin in (typing.Union, types.UnionType, typing.Annotated) or (
+        isinstance(origin, type) and issubclass(origin, (list, tuple, set, frozenset, Sequence, Mapping))
+    ):
+        for inner in typing.get_args(hint):
+            if inner is not ...:
+                yield from _leaves(inner)
+    elif origin is PathLike:
+        yield PathLike
+    else:
+        yield hint
+
+
+def _is_plain(leaves: Leaves) -> bool:
+    """Return whether text is text there, which nobody looks up or parses."""
+    return leaves is not None and all(leaf in _PLAIN for leaf in leaves)
+
+
+def _imports(leaf: Any) -> bool:
+    return leaf is not Any and leaf not in _PLAIN
+
+
+def _dataclass_in(leaves: Leaves) -> Any:
+    found = [leaf for leaf in leaves or () if isinstance(leaf, type) and dataclasses.is_dataclass(leaf)]
+    return found[0] if len(found) == 1 else None
+
+
+def _kinds(leaves: Leaves) -> tuple[type, ...]:
+    """Return below which classes those must be that a value of these types may name."""
+    from lightning.pytorch import LightningDataModule
+    from torch import nn
+    from torch.optim import Optimizer
+
+    bases = (nn.Module, Optimizer, LightningDataModule)
+    found = []
+    for leaf in leaves or ():
+        arguments = typing.get_args(leaf)
+        made = arguments[-1] if arguments else leaf  # of Callable what it returns, of type[...] the class
+        if isinstance(made, type) and (issubclass(made, bases) or _is_ours(made)):
+            found.append(made)
+    return tuple(dict.fromkeys(found)) or bases
+
+
+def _is_ours(kind: type) -> bool:
+    return dataclasses.is_dataclass(kind) and kind.__module__.partition(".")[0] == "diffkd"
