@@ -14,7 +14,7 @@ from diffkd.commands import cli
 from diffkd.commands.arguments import fit_with, values_of_fit
 from diffkd.commands.compare import compare
 from diffkd.commands.evaluate import described_data, evaluate
-from diffkd.export.student_file import export
+from diffkd.commands.export import export
 from diffkd.files.config import class_path
 from diffkd.recipes import find_recipe, recipe_names
 from diffkd.recipes.trust import Gate, Trust, UsageError, named_code, own_code, take_trust
