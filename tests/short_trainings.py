@@ -11,7 +11,10 @@ import torch
 from diffkd import DiffKD
 from diffkd.data import Arrays, Augmentation
 from diffkd.files.weights import read_weights
+from diffkd.training.build import build_training
 from diffkd.training.fit import fit
+from diffkd.training.lightning_module import Training
+from diffkd.training.options import FitOptions
 
 
 class Tripping(Arrays):
@@ -66,6 +69,11 @@ def train(data: Any, out: Path, models: str, **options: Any) -> dict[str, Any]:
     teacher = {"teacher": f"{models}:large", "method": method} if method else {}
     defaults = {"epochs": 3, "progress": False, "config": {"same": True}, "accelerator": "cpu", "log_every": 4}
     return fit(f"{models}:small", data, out, **(defaults | teacher | options))
+
+
+def built(student: str, data: Any, **options: Any) -> Training:
+    """Build what `fit` would train."""
+    return build_training(FitOptions(student, "unused", **options), data)
 
 
 def same_weights(first: Path, second: Path) -> bool:

@@ -13,7 +13,7 @@ from diffkd.files.config import describe
 from diffkd.files.weights import save_student
 from diffkd.models import load_detector
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.detection import DetectionOptions
+from diffkd.tasks.options import DetectionOptions
 from diffkd.training.fit import fit
 
 CLASSES = ("Bag", "Trouser")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_recipe import MODELS, TRUST, write_recipe
 
 from diffkd.commands import cli
-from diffkd.commands.arguments import fit_with, values_of_fit
+from diffkd.commands.arguments import fit_arguments, fit_with, values_of_fit
 from diffkd.commands.compare import compare
 from diffkd.commands.evaluate import described_data, evaluate
 from diffkd.commands.export import export
@@ -19,7 +19,6 @@ from diffkd.files.config import class_path
 from diffkd.recipes import find_recipe, recipe_names
 from diffkd.recipes.trust import Gate, Trust, UsageError, named_code, own_code, take_trust
 from diffkd.training.checkpointing import Saver
-from diffkd.training.fit import fit
 
 BASE = """
 student: cifar/compact_resnet8
@@ -391,10 +390,10 @@ def test_own_data_of_a_card_are_trusted_likewise():
 
 
 def test_the_denoiser_of_the_benchmarks_is_named_with_trust():
-    values = yaml.safe_load((Path(__file__).parents[1] / "benchmarks" / "diffkd-unet.yaml").read_text(encoding="utf-8"))
-    Gate(fit, Trust(["benchmarks.unet_denoiser"])).check(values, "diffkd-unet.yaml")
+    values = yaml.safe_load((Path(__file__).parents[2] / "benchmarks" / "diffkd-unet.yaml").read_text(encoding="utf-8"))
+    Gate(fit_arguments(), Trust(["benchmarks.unet_denoiser"])).check(values, "diffkd-unet.yaml")
     with pytest.raises(UsageError, match=r"method\[0\]\.denoiser names .* --trust benchmarks\.unet_denoiser"):
-        Gate(fit, Trust()).check(values, "diffkd-unet.yaml")
+        Gate(fit_arguments(), Trust()).check(values, "diffkd-unet.yaml")
 
 
 def test_own_code_trains_resumes_compares_tests_and_plots(tmp_path, capsys, monkeypatch):
@@ -434,7 +433,7 @@ def test_own_code_trains_resumes_compares_tests_and_plots(tmp_path, capsys, monk
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_of_the_package_name_nothing_else(name):
-    Gate(fit, Trust()).check(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")), name)
+    Gate(fit_arguments(), Trust()).check(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")), name)
 
 
 def test_names_that_runs_have_recorded_go_on_working():
@@ -444,7 +443,7 @@ def test_names_that_runs_have_recorded_go_on_working():
     from diffkd import DiffKD
     from diffkd.data import Arrays, MaskFolder
 
-    gate = Gate(fit, Trust())
+    gate = Gate(fit_arguments(), Trust())
     for kind in (Arrays, MaskFolder):
         gate.check({"data": {"class_path": class_path(kind), "init_args": {"train": "os.path", "root": "a"}}}, "x")
     for kind in (torch.optim.SGD, torch.optim.Muon, timm.optim.RMSpropTF):

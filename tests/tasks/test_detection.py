@@ -23,7 +23,8 @@ from diffkd.commands.export import export
 from diffkd.files.weights import read_weights, save_student
 from diffkd.methods.box_kd import BoxKD
 from diffkd.methods.shared import Shared
-from diffkd.tasks.detection import CocoPrecision, Detection, DetectionOptions, classes_of
+from diffkd.tasks.detection import CocoPrecision, Detection, classes_of
+from diffkd.tasks.options import DetectionOptions
 from diffkd.training.checkpointing import Interrupted
 from diffkd.training.models import build_teacher
 

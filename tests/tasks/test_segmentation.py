@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from diffkd import CIRKD, Distiller
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.segmentation import Overlap, Segmentation, SegmentationOptions, overlap
+from diffkd.tasks.options import SegmentationOptions
+from diffkd.tasks.segmentation import Overlap, Segmentation, overlap
 from diffkd.tasks.task import Step
 from diffkd.tasks.task_of_data import build_task, padded_example
 

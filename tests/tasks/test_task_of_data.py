@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.segmentation import SegmentationOptions
+from diffkd.tasks.options import DetectionOptions, SegmentationOptions
 from diffkd.tasks.task_of_data import build_task
 from diffkd.training.models import build_student
 

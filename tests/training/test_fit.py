@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from rounding import EXACT
-from short_trainings import METHODS, arrays, train
+from short_trainings import METHODS, arrays, built, train
 from tiny_models import large, small
 
 from diffkd import DIST, KD, DiffKD, Distiller, FitNet, Pair, load_weights, read_weights
@@ -20,7 +20,6 @@ from diffkd.distill.checks import GradientWarning
 from diffkd.models import load_model
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import facts_of
-from diffkd.training.build import build_training
 from diffkd.training.fit import fit
 from diffkd.training.lightning_module import Training
 from diffkd.training.optimization import Schedule
@@ -251,7 +250,7 @@ class TestLayout:
     def test_on_a_cpu_all_that_is_trained_and_the_teacher_have_the_channels_last(
         self, image_files, model_file, asked, expected
     ):
-        training = build_training(
+        training = built(
             f"{model_file}:small",
             arrays(image_files),
             teacher=f"{model_file}:large",
@@ -291,13 +290,13 @@ def test_what_a_run_held_is_free_when_the_next_begins(tmp_path, image_files, mod
 
 @pytest.mark.parametrize("how", [True, "reduce-overhead"])
 def test_the_step_can_be_compiled_in_different_ways(image_files, model_file, how):
-    training = build_training(f"{model_file}:small", arrays(image_files), compile=how, accelerator="cpu")
+    training = built(f"{model_file}:small", arrays(image_files), compile=how, accelerator="cpu")
     assert training.model._compiled_call_impl is not None
 
 
 def test_an_unknown_way_to_compile_is_refused_at_once(image_files, model_file):
     with pytest.raises(RuntimeError, match="mode=fast"):
-        build_training(f"{model_file}:small", arrays(image_files), compile="fast", accelerator="cpu")
+        built(f"{model_file}:small", arrays(image_files), compile="fast", accelerator="cpu")
 
 
 def test_shards_are_not_compiled(tmp_path, image_files, model_file):

@@ -22,7 +22,7 @@ from diffkd.data import MaskFolder, SegmentationAugmentation, SegmentationScenes
 from diffkd.files.weights import read_weights
 from diffkd.models import load_segmenter
 from diffkd.recipes import find_recipe, recipe_names
-from diffkd.tasks.segmentation import SegmentationOptions
+from diffkd.tasks.options import SegmentationOptions
 from diffkd.training.checkpointing import Interrupted
 from diffkd.training.fit import fit
 

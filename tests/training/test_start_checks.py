@@ -4,11 +4,10 @@ from functools import partial
 
 import numpy as np
 import pytest
-from short_trainings import arrays, train
+from short_trainings import arrays, built, train
 
 from diffkd import DiffKD
 from diffkd.distill.ramp import Ramp
-from diffkd.training.build import build_training
 from diffkd.training.optimization import Schedule
 from diffkd.training.start_checks import never_reached
 
@@ -47,8 +46,8 @@ def test_a_student_of_another_type_than_its_images(tmp_path, image_files, kind, 
         f"weights of student Sequential are of torch.{kind}, .* images are of torch.float32: give --precision {mend}"
     )
     with pytest.raises(ValueError, match=message):
-        build_training(f"{file}:small", arrays(image_files), precision=precision, accelerator="cpu")
-    build_training(f"{file}:casting", arrays(image_files), precision=precision, accelerator="cpu")
+        built(f"{file}:small", arrays(image_files), precision=precision, accelerator="cpu")
+    built(f"{file}:casting", arrays(image_files), precision=precision, accelerator="cpu")
 
 
 @pytest.mark.filterwarnings("ignore:.*precision=64-true:UserWarning")
@@ -65,7 +64,7 @@ def test_a_single_class_teaches_nothing(tmp_path, model_file):
     np.savez(tmp_path / "one.npz", images=images, labels=np.zeros(4, dtype=np.int64))
     files = dict.fromkeys(("train", "test"), str(tmp_path / "one.npz"))
     with pytest.raises(ValueError, match=r"the data have 1 class \(0\), so that there is nothing to learn: give"):
-        build_training(f"{model_file}:small", arrays(files), accelerator="cpu")
+        built(f"{model_file}:small", arrays(files), accelerator="cpu")
 
 
 def test_what_a_shortened_training_does_not_reach_is_said():

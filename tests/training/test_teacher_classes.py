@@ -1,10 +1,9 @@
 """Teachers teach the classes that they have learned."""
 
 import pytest
-from short_trainings import arrays
+from short_trainings import arrays, built
 
 from diffkd import KD, FitNet
-from diffkd.training.build import build_training
 from diffkd.training.fit import fit
 
 NAMES = ["ant", "bee", "cat", "dog", "emu", "fox"]
@@ -17,7 +16,7 @@ def taught(tmp_path, model_file, named_files):
     fit(f"{model_file}:large", arrays(named_files(NAMES)), tmp_path / "teacher", **options)
 
     def build(names, method):
-        return build_training(
+        return built(
             f"{model_file}:small",
             arrays(named_files(names)),
             teacher=f"{model_file}:large",

@@ -4,18 +4,17 @@ from functools import partial
 
 import pytest
 import tiny_segmenters
-from short_trainings import arrays, train
+from short_trainings import arrays, built, train
 
 from diffkd import CIRKD, CRD, KD, Pair, Shared
 from diffkd.data import SegmentationScenes
-from diffkd.training.build import build_training
 
 
 @pytest.fixture
 def build(image_files, model_file):
     def build(**options):
         data, models = arrays(image_files), (f"{model_file}:small", f"{model_file}:large")
-        return build_training(models[0], data, teacher=models[1], accelerator="cpu", **options).distiller.methods
+        return built(models[0], data, teacher=models[1], accelerator="cpu", **options).distiller.methods
 
     return build
 
@@ -63,7 +62,7 @@ def relate(**options):
     file = tiny_segmenters.__file__
     data = SegmentationScenes(train_count=4, val_count=2, size=(16, 16), batch_size=2)
     method = partial(CIRKD, pixel_memory=40, region_memory=8, **options)
-    return build_training(f"{file}:small", data, teacher=f"{file}:large", method=method, accelerator="cpu")
+    return built(f"{file}:small", data, teacher=f"{file}:large", method=method, accelerator="cpu")
 
 
 def test_the_number_of_classes_is_that_of_the_data():

@@ -1,12 +1,15 @@
 """Options of the command line, made from the arguments of typed functions; recipes and other files of values."""
 
+import ast
 import inspect
 import json
 import re
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import make_dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +82,11 @@ def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
         UsageError: if the words do not fit.
         FileNotFoundError: if there is no such recipe.
     """
-    from diffkd.training.fit import fit
-
-    return call(fit, _with_recipe(words), "fit", skip={"config"}, configurable=True, use=use)
+    words = _with_recipe(words)
+    if not {"-h", "--help"}.isdisjoint(words):
+        return call(_options_of_fit(data=str), words, "fit", configurable=True)
+    _check_early(words)
+    return call(fit_arguments(), words, "fit", configurable=True, use=use or _fit)
 
 
 def values_of_fit(words: list[str]) -> dict[str, Any]:
@@ -94,10 +99,62 @@ def values_of_fit(words: list[str]) -> dict[str, Any]:
         UsageError: if the words do not fit.
         FileNotFoundError: if there is no such recipe.
     """
+    words = _with_recipe(words)
+    _check_early(words)
+    options = fit_arguments()
+    parser = _parser(options, "fit", skip=set(), configurable=True)
+    return _recorded(parser, _parsed(parser, options, words))
+
+
+def _fit(**arguments: Any) -> Any:
     from diffkd.training.fit import fit
 
-    parser = _parser(fit, "fit", skip={"config"}, configurable=True)
-    return _recorded(parser, _parsed(parser, fit, _with_recipe(words)))
+    return fit(**arguments)
+
+
+def fit_arguments() -> type:
+    """Return the options of `fit` with its data, which only Lightning, slow to import, can type."""
+    from lightning.pytorch import LightningDataModule
+
+    import diffkd.data  # noqa: F401  (its modules can then be named without their package)
+
+    return _options_of_fit(LightningDataModule)
+
+
+def _options_of_fit(data: type) -> type:
+    """Return a class whose arguments are all those of `fit`.
+
+    Args:
+        data: type of the data.
+    """
+    from diffkd.training.options import FitOptions
+
+    described = """Train a student; with a teacher and a method, distil the teacher into it.
+
+    Args:
+        data: where images and labels come from, a class of diffkd.data; --data.help CLASS lists its options.
+    """
+    return make_dataclass(
+        "Fit", [("data", data)], bases=(FitOptions,), namespace={"__doc__": described}, kw_only=True, frozen=True
+    )
+
+
+def _check_early(words: Sequence[str]) -> None:
+    """Raise UsageError if a file of values cannot be read, or an option of `fit` is unknown, before slow imports."""
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        if word == "--config" or word.startswith("--config="):
+            _check_file(Path(after if word == "--config" else word.removeprefix("--config=")))
+    # Read, not imported: the types of the options need PyTorch.
+    source = files("diffkd").joinpath("training", "options.py").read_text(encoding="utf-8")
+    (options,) = (one for one in ast.parse(source).body if isinstance(one, ast.ClassDef) and one.name == "FitOptions")
+    fields = (one.target for one in options.body if isinstance(one, ast.AnnAssign))
+    known = {one.id for one in fields if isinstance(one, ast.Name)} | {"data", "config", "trust", "print_config"}
+    for word in words:
+        name = re.match(r"--(\w+)", word)
+        if name is not None and name[1] not in known:
+            raise UsageError(explain(f"unrecognized arguments: {word}", [f"--{one}" for one in sorted(known)], "fit"))
+    if not words:
+        raise UsageError("required, but not given: --student, --data, --out; or give a recipe, and --out")
 
 
 def call(
@@ -147,18 +204,20 @@ def call(
 
 def _with_recipe(words: list[str]) -> list[str]:
     """Let `RECIPE` stand for `--config=FILE`, and resume the run whose `config.yaml` it is where that lies now."""
-    import diffkd.data  # noqa: F401  (its modules can then be named without their package)
-    from diffkd.files.run_folder import RunFolder
     from diffkd.recipes import find_recipe
 
     if not words or words[0].startswith("-"):
         return words
     recipe = find_recipe(words[0])
-    run = RunFolder(recipe.parent)
-    begun = recipe == run.config and (run.checkpoint.is_file() or run.result.is_file())
-    resumes = begun and not {"--resume", "--resume=true"}.isdisjoint(words)
+    out = []
+    if not {"--resume", "--resume=true"}.isdisjoint(words):
+        from diffkd.files.run_folder import RunFolder
+
+        run = RunFolder(recipe.parent)
+        if recipe == run.config and (run.checkpoint.is_file() or run.result.is_file()):
+            out = [f"--out={run.path}"]
     # Before the other words, so that an --out among them counts.
-    return [f"--config={recipe}", *([f"--out={run.path}"] if resumes else []), *words[1:]]
+    return [f"--config={recipe}", *out, *words[1:]]
 
 
 def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int], configurable: bool) -> Any:
@@ -174,7 +233,10 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
         trust = "a file or module of your own whose code recipes may name; may be repeated"
         parser.add_argument("--trust", default=SUPPRESS, metavar="FILE_OR_MODULE", help=trust)
     # Arguments without a type, as of a method of one's own, take any plain value.
-    parser.add_function_arguments(function, skip=skip, fail_untyped=False)
+    if isinstance(function, type):
+        parser.add_class_arguments(function, skip=skip, fail_untyped=False)
+    else:
+        parser.add_function_arguments(function, skip=skip, fail_untyped=False)
     if "seed" in parameters and "data" in parameters:
         parser.link_arguments("seed", "data.init_args.seed")
     if "optimizer" in parameters:
@@ -187,9 +249,6 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
 def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
     from jsonargparse import ArgumentError
 
-    for word, after in zip(words, [*words[1:], ""], strict=False):
-        if word == "--config" or word.startswith("--config="):
-            _check_file(Path(after if word == "--config" else word.removeprefix("--config=")))
     parameters = inspect.signature(function).parameters
     words, names = take_trust(words)
     resume = not {"--resume", "--resume=true"}.isdisjoint(words)
@@ -263,8 +322,9 @@ def _recorded(parser: Any, values: Any) -> dict[str, Any]:
     """Return parsed values in plain numbers, text, lists and mappings."""
     import yaml
 
-    dumped = parser.dump(values, skip_validation=True)
-    return {k: v for k, v in yaml.safe_load(dumped).items() if k != "config"}
+    dumped = yaml.safe_load(parser.dump(values, skip_validation=True))
+    first = {name: dumped[name] for name in ("student", "data") if name in dumped}
+    return first | {name: value for name, value in dumped.items() if name != "config"}
 
 
 def _with_values(words: list[str], flags: set[str]) -> list[str]:

@@ -14,7 +14,7 @@ from diffkd.export.student_file import find_weights, read_card
 from diffkd.reports.predictions import draw_boxes
 from diffkd.reports.tables import Row
 from diffkd.tasks.data_facts import facts_of
-from diffkd.tasks.detection import DetectionOptions
+from diffkd.tasks.options import DetectionOptions
 from diffkd.tasks.task_of_data import load
 from diffkd.training.models import build_teacher
 

@@ -15,12 +15,12 @@ from diffkd.export.plain_student import named_model
 from diffkd.export.student_file import Which, find_student, read_card
 from diffkd.recipes.trust import Trust, trust_words
 from diffkd.tasks.data_facts import DataFacts, facts_of, first_difference
-from diffkd.tasks.segmentation import SegmentationOptions
+from diffkd.tasks.options import SegmentationOptions
 from diffkd.tasks.task_of_data import build_task, load_saved
 from diffkd.teacher.view import TeacherInput
-from diffkd.training.build import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.training.lightning_module import Training
 from diffkd.training.models import lay_out
+from diffkd.training.options import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
 from diffkd.training.progress import quiet_trainer
 
 

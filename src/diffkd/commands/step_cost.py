@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from diffkd.commands.arguments import fit_with
 from diffkd.training.build import build_training
 from diffkd.training.lightning_module import Training
+from diffkd.training.options import FitOptions
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def step_costs(
 def training_of(words: Sequence[str]) -> tuple[Training, LightningDataModule]:
     """Return what the words of a `diffkd fit` would train, and on which data."""
 
-    def build(data: LightningDataModule, **values: Any) -> tuple[Training, LightningDataModule]:
-        return build_training(data=data, **values), data
+    def build(data: LightningDataModule, config: Any, **values: Any) -> tuple[Training, LightningDataModule]:
+        return build_training(FitOptions(**values), data), data
 
     made: tuple[Training, LightningDataModule] = fit_with(list(words), use=build)
     return made

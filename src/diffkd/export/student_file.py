@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import torch
 
 from diffkd.files.history import Row, measurements
@@ -137,4 +137,4 @@ def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     from diffkd import __version__
 
-    return {"diffkd": __version__, "torch": str(torch.__version__), "lightning": str(lightning.__version__)}
+    return {"diffkd": __version__, "torch": str(torch.__version__), "lightning": version("lightning")}

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-from lightning.pytorch import LightningDataModule
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from diffkd.files.config import differences
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule
 
 TaskName = Literal["classification", "detection", "segmentation"]
 
@@ -48,7 +49,7 @@ class DataFacts:
     batch_size: int | None = None
 
 
-def facts_of(data: LightningDataModule) -> DataFacts:
+def facts_of(data: "LightningDataModule") -> DataFacts:
     """Read the facts off a data module.
 
     Raises:

@@ -11,7 +11,6 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from diffkd.files.history import Row
 from diffkd.methods.inputs import like_parameters
-from diffkd.models.detectors.backbone_norm import Norm
 from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.extras import require
 from diffkd.tasks.distributed import several_processes
@@ -34,21 +33,6 @@ COCO_NUMBERS = {
     "ar_medium": "mar_medium",
     "ar_large": "mar_large",
 }
-
-
-@dataclass(frozen=True)
-class DetectionOptions:
-    """How detectors are built by name, student and teacher alike (:func:`~diffkd.models.detectors.load`).
-
-    Args:
-        fpn_channels: channels of the feature pyramid and of the heads on it.
-        norm: normalisation of the backbone: "batch", "frozen" (BatchNorm as it was pretrained), "group", or "auto".
-        anchor_scale: size of the anchors, 1 for images of 800 pixels; None: as the size of the images.
-    """
-
-    fpn_channels: int = 256
-    norm: Norm = "auto"
-    anchor_scale: float | None = None
 
 
 @dataclass(frozen=True)

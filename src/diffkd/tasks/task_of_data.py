@@ -11,14 +11,9 @@ from torch import nn
 
 from diffkd.models import load_detector, load_model, load_segmenter
 from diffkd.models.segmenters.any_size import stride_of
-from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.detection import Detection, DetectionOptions
-from diffkd.tasks.segmentation import Segmentation, SegmentationOptions
+from diffkd.tasks.options import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, DetectionOptions, SegmentationOptions
 from diffkd.tasks.task import Task
-
-DEFAULT_DETECTION = DetectionOptions()
-DEFAULT_SEGMENTATION = SegmentationOptions()
 
 
 def build_task(
@@ -43,13 +38,20 @@ def build_task(
         raise ValueError(f"label_smoothing is for classification, the data are for {data.task}; leave it out")
     if data.task != "segmentation" and segmentation != DEFAULT_SEGMENTATION:
         raise ValueError(f"options of segmentation were given, but the data are for {data.task}; leave them out")
+    # torchmetrics, which these need, takes seconds to import.
     match data.task:
         case "classification":
+            from diffkd.tasks.classification import Classification
+
             return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix)
         case "segmentation":
+            from diffkd.tasks.segmentation import Segmentation
+
             multiple = math.lcm(*(stride_of(model) for model in models))
             return Segmentation(data.classes, data.ignore_index, multiple, segmentation)
         case "detection":
+            from diffkd.tasks.detection import Detection
+
             return Detection(data.classes)
 
 

@@ -1,147 +1,113 @@
-"""Building of what is trained from the values of a run."""
+"""Building of what is trained: student, teacher, distiller and task from the options of a training."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from diffkd.distill.matching import Pair
-from diffkd.distill.ramp import ALWAYS, Ramp
-from diffkd.methods import MethodFactory
 from diffkd.tasks.data_facts import facts_of
-from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.segmentation import SegmentationOptions
-from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, build_task
-from diffkd.teacher.cache import Storage
-from diffkd.teacher.options import TeacherOptions
+from diffkd.tasks.task_of_data import build_task
 from diffkd.training.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.training.lightning_module import Training
 from diffkd.training.models import build_distiller, build_student, build_teacher, check_teaching, lay_out
-from diffkd.training.optimization import OptimizerFactory, Schedule, takes_channels_last
+from diffkd.training.optimization import takes_channels_last
+from diffkd.training.options import FitOptions
 from diffkd.training.start_checks import check_classes, check_teacher_classes, check_type, tell_data
 
-Compile = bool | Literal["reduce-overhead", "max-autotune"]
 
-DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
-DEFAULT_SCHEDULE = Schedule("cosine")
-FOLDED = TeacherOptions(fold=True)
-
-
-def build_training(
-    student: str,
-    data: LightningDataModule,
-    *,
-    teacher: str | None = None,
-    teacher_weights: str | None = None,
-    teacher_pretrained: bool = False,
-    teacher_options: TeacherOptions = FOLDED,
-    teacher_cache: str | Path | None = None,
-    teacher_views: int | None = None,
-    teacher_cache_storage: Storage = "float16",
-    student_weights: str | None = None,
-    student_pretrained: bool = False,
-    pretrained_backbone: bool = False,
-    method: Sequence[MethodFactory] | MethodFactory | None = None,
-    pairs: Literal["auto"] | Sequence[Pair] = "auto",
-    task_weight: float = 1.0,
-    method_weight: float = 1.0,
-    method_ramp: Ramp = ALWAYS,
-    epochs: int = 100,
-    optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
-    schedule: Schedule = DEFAULT_SCHEDULE,
-    decay_all: bool = True,
-    label_smoothing: float = 0.0,
-    detection: DetectionOptions = DEFAULT_DETECTION,
-    segmentation: SegmentationOptions = DEFAULT_SEGMENTATION,
-    ema: float | None = None,
-    seed: int = 0,
-    log_every: int = 50,
-    channels_last: bool | None = None,
-    compile: Compile = False,
-    accelerator: str = "auto",
-    precision: str = "32-true",
-    num_nodes: int = 1,
-    **others: Any,
-) -> Training:
+def build_training(options: FitOptions, data: LightningDataModule) -> Training:
     """Build student, teacher, distiller and task, and what trains them.
 
     Args:
-        student, data, teacher, ...: as for :func:`~diffkd.training.fit.fit`.
-        others: those of its arguments that say how a training runs, not what is trained; left aside.
+        options: of the training; those that say how it runs, such as `devices`, are left aside.
+        data: where images and labels come from.
 
     Raises:
-        ValueError: if the arguments do not fit together.
+        ValueError: if the options do not fit together.
     """
-    check_teaching(teacher, method, pairs)
+    check_teaching(options.teacher, options.method, options.pairs)
     facts = facts_of(data)
     check_classes(facts)
-    model = build_student(
-        student,
+    student = build_student(
+        options.student,
         facts,
-        weights=student_weights,
-        pretrained=student_pretrained,
-        pretrained_backbone=pretrained_backbone,
-        auxiliary=segmentation.auxiliary,
-        detection=detection,
-        seed=seed,
+        weights=options.student_weights,
+        pretrained=options.student_pretrained,
+        pretrained_backbone=options.pretrained_backbone,
+        auxiliary=options.segmentation.auxiliary,
+        detection=options.detection,
+        seed=options.seed,
     )
-    check_type(model, facts, precision)
-    trained: nn.Module = model
-    channels_last = takes_channels_last(optimizer) and lay_out(model, facts, channels_last, accelerator)
-    teaching, whole, cached = [], None, None
-    if teacher is not None:
-        whole, view = build_teacher(
-            teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
+    check_type(student, facts, options.precision)
+    model: nn.Module = student
+    channels_last = takes_channels_last(options.optimizer) and lay_out(
+        student, facts, options.channels_last, options.accelerator
+    )
+    teaching, teacher, cached = [], None, None
+    if options.teacher is not None:
+        teacher, view = build_teacher(
+            options.teacher,
+            facts,
+            weights=options.teacher_weights,
+            pretrained=options.teacher_pretrained,
+            detection=options.detection,
         )
-        teaching = [whole]
-        if teacher_cache is not None or teacher_views is not None:
+        teaching = [teacher]
+        teacher_options = options.teacher_options
+        if options.teacher_cache is not None or options.teacher_views is not None:
+            identity = describe_teacher(teacher, view, teacher_options)
             cached = CachedTeacher(
-                teacher_cache,
-                identity={"teacher": describe_teacher(whole, view, teacher_options), "precision": precision},
+                options.teacher_cache,
+                identity={"teacher": identity, "precision": options.precision},
                 data=data,
                 facts=facts,
-                views=teacher_views,
-                storage=teacher_cache_storage,
-                num_nodes=num_nodes,
+                views=options.teacher_views,
+                storage=options.teacher_cache_storage,
+                num_nodes=options.num_nodes,
             )
+        pairs = options.pairs
         if not isinstance(pairs, str):
             pairs = [replace(pair, method=tell_data(pair.method, data)) for pair in pairs]
+        method = options.method
         methods = method if isinstance(method, Sequence) else [] if method is None else [method]
-        trained = build_distiller(
-            model,
-            whole,
+        distiller = build_distiller(
+            student,
+            teacher,
             view,
             data=facts,
             pairs=pairs,
             method=[tell_data(one, data) for one in methods] or None,
-            seed=seed,
+            seed=options.seed,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
-        if teacher_weights is not None:
-            check_teacher_classes(trained, teacher_weights, facts)
+        if options.teacher_weights is not None:
+            check_teacher_classes(distiller, options.teacher_weights, facts)
         if channels_last:
-            trained.to(memory_format=torch.channels_last)
+            distiller.to(memory_format=torch.channels_last)
+        model = distiller
     training = Training(
-        trained,
-        build_task(facts, label_smoothing=label_smoothing, segmentation=segmentation, models=[model, *teaching]),
-        optimizer=optimizer,
-        schedule=schedule,
-        epochs=epochs,
-        decay_all=decay_all,
-        task_weight=task_weight,
-        method_weight=method_weight,
-        method_ramp=method_ramp,
-        ema=ema,
-        seed=seed,
-        log_every=log_every,
-        teacher=whole if facts.task == "detection" else None,  # of which the distiller holds a part
+        model,
+        build_task(
+            facts,
+            label_smoothing=options.label_smoothing,
+            segmentation=options.segmentation,
+            models=[student, *teaching],
+        ),
+        optimizer=options.optimizer,
+        schedule=options.schedule,
+        epochs=options.epochs,
+        decay_all=options.decay_all,
+        task_weight=options.task_weight,
+        method_weight=options.method_weight,
+        method_ramp=options.method_ramp,
+        ema=options.ema,
+        seed=options.seed,
+        log_every=options.log_every,
+        teacher=teacher if facts.task == "detection" else None,  # of which the distiller holds a part
     )
     training.cached_teacher = cached
-    if compile:
-        training.model.compile(mode=None if compile is True else compile)
+    if options.compile:
+        training.model.compile(mode=None if options.compile is True else options.compile)
     return training

@@ -22,8 +22,8 @@ from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
 from diffkd.models.detectors.teacher import DetectorTeacher
 from diffkd.tasks.data_facts import DataFacts
-from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.task_of_data import DEFAULT_DETECTION, load, padded_example
+from diffkd.tasks.options import DEFAULT_DETECTION, DetectionOptions
+from diffkd.tasks.task_of_data import load, padded_example
 from diffkd.teacher.options import AS_GIVEN, TeacherOptions
 from diffkd.teacher.view import DetectorView, TeacherInput, same_normalization, view_of_detectors
 from diffkd.training.start_checks import check_methods, check_needs

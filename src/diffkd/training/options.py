@@ -1,0 +1,130 @@
+"""The options of a training: everything that `diffkd fit` takes besides the data."""
+
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from diffkd.distill.matching import Pair
+from diffkd.distill.ramp import ALWAYS, Ramp
+from diffkd.methods import MethodFactory
+from diffkd.tasks.options import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, DetectionOptions, SegmentationOptions
+from diffkd.teacher.cache import Storage
+from diffkd.teacher.options import TeacherOptions
+from diffkd.training.optimization import OptimizerFactory, Schedule
+
+Compile = bool | Literal["reduce-overhead", "max-autotune"]
+
+DEFAULT_OPTIMIZER: OptimizerFactory = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-4)
+DEFAULT_SCHEDULE = Schedule("cosine")
+FOLDED = TeacherOptions(fold=True)
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What is trained, and how the training runs.
+
+    Args:
+        student: name of the model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., package.module:function.
+        out: folder of the run; must be new or empty, unless `resume`.
+        teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
+        teacher_weights: file of its weights, or the folder of the run that trained it.
+        teacher_pretrained: use its published weights.
+        teacher_options: how it runs: BatchNorms folded, lower precision, channels last.
+        teacher_cache: folder that keeps its features for all epochs and students.
+        teacher_cache_storage: type of the numbers there.
+        teacher_views: with augmentation: repeat the images of so many epochs.
+        student_weights: file, or folder of a run, to start the student from.
+        student_pretrained: start the student from its published weights.
+        pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
+        method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, diffkd.FitNet, or one of your own; or a
+            list of them, each then paired as it wants.
+        pairs: which layers learn from which; "auto" finds out.
+        task_weight: factor of the task's own loss, with the labels.
+        method_weight: factor of all distillation losses.
+        method_ramp: when in the training they count: start, warm-up and stop, in epochs.
+        epochs: length of the training.
+        optimizer: any, such as torch.optim.AdamW, which then starts from its own defaults.
+        schedule: how the learning rate changes over the epochs.
+        decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
+        label_smoothing: share of the label that is spread over all classes, for classification.
+        detection: how detectors are built by name.
+        segmentation: windows of the evaluation, auxiliary head, for segmentation.
+        ema: decay of a running average of the student, which is then measured and saved.
+        gradient_clip: largest norm of the gradient.
+        accumulate: batches whose mean gradient makes a step, where a large batch does not fit into memory.
+        precision: 32-true, bf16-mixed, 16-mixed, or another of Lightning's.
+        seed: of initial weights, order, augmentation and noise.
+        resume: go on with the run in `out`, if there is one.
+        max_steps: stop after so many steps, to try a recipe out.
+        log_every: steps between two entries in the log.
+        save_every_steps: save within the epochs too, every so many steps.
+        channels_last: memory layout of student and teacher; by default on a CPU.
+        compile: compile the training step; reduce-overhead and max-autotune record CUDA graphs.
+        accelerator: cpu, gpu, mps, or auto.
+        devices: how many, or which; the batch size is per device.
+        num_nodes: machines, each with as many devices.
+        strategy: of training on several devices; auto takes DDP, fsdp spreads the parameters.
+        progress: show how the training goes.
+
+    Raises:
+        ValueError: if a number is out of range, or two options exclude each other.
+    """
+
+    student: str
+    out: str | Path
+    _: KW_ONLY
+    teacher: str | None = None
+    teacher_weights: str | None = None
+    teacher_pretrained: bool = False
+    teacher_options: TeacherOptions = FOLDED
+    teacher_cache: str | Path | None = None
+    teacher_cache_storage: Storage = "float16"
+    teacher_views: int | None = None
+    student_weights: str | None = None
+    student_pretrained: bool = False
+    pretrained_backbone: bool = False
+    method: list[MethodFactory] | MethodFactory | None = None
+    pairs: Literal["auto"] | list[Pair] = "auto"
+    task_weight: float = 1.0
+    method_weight: float = 1.0
+    method_ramp: Ramp = ALWAYS
+    epochs: int = 100
+    optimizer: OptimizerFactory = DEFAULT_OPTIMIZER
+    schedule: Schedule = DEFAULT_SCHEDULE
+    decay_all: bool = True
+    label_smoothing: float = 0.0
+    detection: DetectionOptions = DEFAULT_DETECTION
+    segmentation: SegmentationOptions = DEFAULT_SEGMENTATION
+    ema: float | None = None
+    gradient_clip: float | None = None
+    accumulate: int = 1
+    precision: str = "32-true"
+    seed: int = 0
+    resume: bool = False
+    max_steps: int | None = None
+    log_every: int = 50
+    save_every_steps: int | None = None
+    channels_last: bool | None = None
+    compile: Compile = False
+    accelerator: str = "auto"
+    devices: list[int] | int | str = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(
+                f"gradient_clip={self.gradient_clip} is no norm of a gradient: give one above 0, or leave it out"
+            )
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {self.accumulate}: so many batches make a step")
+        if self.strategy == "fsdp" and self.compile:
+            raise ValueError("compile works with strategy ddp, not with fsdp: leave one of the two out")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(
+                f"seed={self.seed} does not fit into 64 bits, as PyTorch's generators want it: give a smaller one"
+            )
