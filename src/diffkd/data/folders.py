@@ -2,7 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import NamedTuple
 
@@ -168,7 +170,7 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
                 continue
             if entry.is_symlink():
                 stay_inside(Path(entry.path), root)
-                if entry.is_dir():
+                if entry.is_dir() and (not _FOLLOWS_LINKS.get() or _loops(Path(entry.path))):
                     raise ValueError(
                         f"{entry.path}: a link to a folder inside a class could loop; move the images here."
                     )
@@ -182,6 +184,11 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
     return paths
 
 
+def _loops(link: Path) -> bool:
+    """Return whether a link to a folder leads to one that it lies in."""
+    return link.parent.resolve().is_relative_to(link.resolve())
+
+
 def _is_image(name: str) -> bool:
     return _extension(name) in EXTENSIONS and not name.startswith(".")
 
@@ -190,10 +197,32 @@ def _extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 - half the time for a million files
 
 
+_FOLLOWS_LINKS = ContextVar("follows_links", default=False)
+
+
+@contextmanager
+def links_followed(follow: bool) -> Iterator[None]:
+    """Let symbolic links lead out of the folder of the data within this context; names with `..` stay refused."""
+    token = _FOLLOWS_LINKS.set(follow)
+    try:
+        yield
+    finally:
+        _FOLLOWS_LINKS.reset(token)
+
+
 def stay_inside(path: Path, root: Path) -> None:
     """Refuse a symbolic link that leads out of a folder; `root` is the folder itself, resolved."""
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
-        raise ValueError(f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder.")
+    if path.is_symlink() and leaves(path, root):
+        raise ValueError(
+            f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder, or set "
+            "follow_links=true where you trust its links."
+        )
+
+
+def leaves(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> bool:
+    """Return whether a path leads out of a resolved folder, by a link that is not followed or by `..` in its name."""
+    followed = _FOLLOWS_LINKS.get() and ".." not in Path(named).parts
+    return not followed and not path.resolve().is_relative_to(root)
 
 
 def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
@@ -206,7 +235,7 @@ def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]
     path = Path(root) / folder
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give the name of a folder in {root}, or its absolute path.")
-    if not Path(folder).is_absolute() and not path.resolve().is_relative_to(Path(root).resolve()):
+    if not Path(folder).is_absolute() and leaves(path, Path(root).resolve(), named=folder):
         raise ValueError(f"{path}: leads to {path.resolve()}, outside of {root}; give its absolute path instead.")
     return path
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from diffkd.data.detection.annotated_files import AnnotatedFiles
 from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection.dataset import DetectionDataset, collate_detection
-from diffkd.data.folders import FolderSamples, absent_classes, quoted
+from diffkd.data.folders import FolderSamples, absent_classes, links_followed, quoted
 from diffkd.data.image_data import ImageData
 from diffkd.data.images import MEND, OnBadImage, check_on_bad_image, check_readable, upright_size
 from diffkd.data.loaders import SplitLoaders
@@ -39,17 +39,20 @@ class DetectionData(ImageData):
         keep_empty: whether to train on images without boxes, too; evaluation is always on all images.
         num_workers: worker processes; None takes one per core, at most 8.
         on_bad_image: "error" refuses missing files before training and stops at a file that cannot be decoded, with its
-            name; "skip" decodes every file before training and leaves broken ones out, with a warning that names them.
+            name; "skip" decodes every file before training and leaves broken images, annotations and boxes out, with a
+            warning that counts and names them.
         verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
         min_size: shorter side at which a detector is to work, in pixels, or several to draw from in training. This and
             `max_size` are for whoever builds the detector; the images served are not scaled.
         max_size: limit of its longer side.
+        follow_links: let symbolic links lead out of the folder, as in caches and on shared disks. Set it only where you
+            trust the links; names in annotations stay inside in any case.
 
     Attributes:
         classes: the names of labels 1 to `num_classes`.
         category_ids: the numbers that these have in the files.
         skipped: one message per image left out because it is broken.
-        dropped: one message per box left out because it has no extent inside its image.
+        dropped: one message per box left out because it is malformed or has no extent inside its image.
 
     Raises:
         FileNotFoundError: if an image file is missing.
@@ -72,13 +75,15 @@ class DetectionData(ImageData):
         verify: bool = False,
         min_size: int | tuple[int, ...] = 800,
         max_size: int = 1333,
+        follow_links: bool = False,
     ) -> None:
         check_on_bad_image(on_bad_image)
         skip = on_bad_image == "skip"
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         check = _Check(skip=skip, decode=verify or skip, threads=num_workers)
-        train = read("train", None, skip)
-        val, test = read("val", train, skip), read("test", train, skip)
+        with links_followed(follow_links):
+            train = read("train", None, skip)
+            val, test = read("val", train, skip), read("test", train, skip)
         if train is None or val is None:
             raise ValueError("there must be images to train on and to evaluate on.")
         train = _to_train(check(train), keep_empty)
@@ -101,6 +106,7 @@ class DetectionData(ImageData):
         self.keep_empty, self.num_workers = keep_empty, num_workers
         self.on_bad_image, self.verify = on_bad_image, verify
         self.min_size, self.max_size = min_size, max_size
+        self.follow_links = follow_links
         self.category_ids = train.category_ids
         self.skipped, self.dropped = check.skipped, check.dropped
 

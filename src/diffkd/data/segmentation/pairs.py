@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from diffkd.data.folders import image_files, quoted
+from diffkd.data.folders import image_files, leaves, quoted
 from diffkd.data.segmentation.masks import image_header, mask_header
 
 _LISTED = 10  # problems that an error spells out
@@ -149,7 +149,7 @@ def _by_key(root: Path, name: str, suffix: str, kind: str) -> dict[str, str]:
         seen = f"; {folder.parent} holds {', '.join(map(repr, beside[:10]))}" if beside else ""
         raise FileNotFoundError(f"{folder}: no such folder of {kind}s{seen}; give the folders of images and masks.")
     real = root.resolve()
-    if not folder.resolve().is_relative_to(real):
+    if leaves(folder, real, named=name):
         raise ValueError(f"{folder}: leads to {folder.resolve()}, outside of {root}; copy the files into the folder.")
     found: dict[str, str] = {}
     for path in image_files(folder, real):
