@@ -54,6 +54,11 @@ class FolderSamples(NamedTuple):
     paths: list[str]
     labels: list[int]
 
+    def select(self, indices: Iterable[int]) -> "FolderSamples":
+        """Return some of the samples, in the given order."""
+        chosen = list(indices)
+        return FolderSamples([self.paths[index] for index in chosen], [self.labels[index] for index in chosen])
+
 
 class FolderScan(NamedTuple):
     """Hold what a root folder offers: the class names, sorted, and the samples for training and evaluation."""
@@ -73,7 +78,7 @@ def evaluation_split(root: Path, folder: str = "{split}") -> str:
     return next((name for name in EVALUATION_SPLITS if (root / folder.replace("{split}", name)).is_dir()), "val")
 
 
-def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+def scan_folder(root: str | os.PathLike[str], *, val: bool = True) -> FolderScan:
     """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
 
     Files are found by extension at any depth below a class folder; hidden ones are passed over, and with a warning
@@ -81,6 +86,7 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
 
     Args:
         root: the folder.
+        val: whether to look for evaluation images, too.
 
     Returns:
         The class names, which are the sorted names of the folders in `train`, and the samples of both splits.
@@ -91,26 +97,31 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
             classes that `train` has not, or a symbolic link leaves the root; names the folder and the mend.
     """
     top = Path(root)
-    train, val = top / "train", top / evaluation_split(top)
-    for folder in (train, val):
+    train, evaluated = top / "train", top / evaluation_split(top)
+    splits = (train, evaluated) if val else (train,)
+    for folder in splits:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: no such folder; give a root with train/<class>/*.jpg and val/<class>/*.jpg (or "
-                f"{', '.join(f'{name}/' for name in EVALUATION_SPLITS[1:])})."
+                f"{', '.join(f'{name}/' for name in EVALUATION_SPLITS[1:])})"
+                + ("." if folder == train else ", or set val_share=0.1 to hold some of train back.")
             )
     classes = _class_names(train)
-    unknown = sorted(set(_class_names(val)) - set(classes))
+    unknown = sorted(set(_class_names(evaluated)) - set(classes)) if val else []
     if unknown:
-        raise ValueError(f"{val}: class(es) {quoted(unknown)} are not in {train}; add images to train or remove them.")
+        raise ValueError(
+            f"{evaluated}: class(es) {quoted(unknown)} are not in {train}; add images to train or remove them."
+        )
     real = top.resolve()
     others: Counter[str] = Counter()
-    scan = FolderScan(classes, _samples(train, classes, real, others), _samples(val, classes, real, others))
+    held = _samples(evaluated, classes, real, others) if val else FolderSamples([], [])
+    scan = FolderScan(classes, _samples(train, classes, real, others), held)
     empty = absent_classes(scan.train.labels, classes)
     if empty:
         raise ValueError(f"{train}: no images of class(es) {quoted(empty)}, {_contents(train / empty[0])}")
-    if not scan.val.paths:
-        raise ValueError(f"{val}: no images, {_contents(val)}")
-    for split in (train, val):
+    if val and not scan.val.paths:
+        raise ValueError(f"{evaluated}: no images, {_contents(evaluated)}")
+    for split in splits:
         loose = sorted(path.name for path in split.iterdir() if _is_image(path.name) and path.is_file())
         if loose:
             rank_zero_warn(

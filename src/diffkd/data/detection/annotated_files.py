@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from diffkd.data.images import read_rgb
+from diffkd.data.images import WHITE, read_rgb
 
 # Narrower boxes, in pixels, would lose their extent to rounding when a detector scales them down, and stop it.
 SMALLEST = 0.01
@@ -143,6 +143,7 @@ class AnnotatedFiles:
         cut: how many of the others reach more than a pixel out of their image.
         first_cut: a message for the first of them.
         problems: why the annotations of an image cannot be used, by its path.
+        white: the value of 16-bit images that becomes 255.
         keypoints: of YOLO's lines, whether those of more than five numbers are boxes with key points; None: none is so
             long.
     """
@@ -157,6 +158,7 @@ class AnnotatedFiles:
     cut: int
     first_cut: str
     problems: Mapping[str, str] = field(default_factory=dict)
+    white: int = WHITE
     keypoints: bool | None = None
 
     def select(self, indices: list[int]) -> "AnnotatedFiles":
@@ -176,7 +178,7 @@ class AnnotatedFiles:
         """
         if problem := self.problems.get(self.paths[index]):
             raise ValueError(problem)
-        image = read_rgb(self.paths[index])
+        image = read_rgb(self.paths[index], self.white)
         height, width = self.sizes[index].tolist()
         if image.size != (width, height):
             raise ValueError(

@@ -17,7 +17,9 @@ from diffkd.data.detection.dataset import DetectionDataset, collate_detection
 from diffkd.data.folders import FolderSamples, absent_classes, links_followed, quoted
 from diffkd.data.image_data import ImageData
 from diffkd.data.images import MEND, OnBadImage, check_on_bad_image, check_readable, upright_size
+from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
+from diffkd.data.seeding import held_back
 
 Split = Literal["train", "val", "test"]
 # Reads the images and boxes of a split; None if there is no such split. The second argument is what was read for
@@ -47,6 +49,10 @@ class DetectionData(ImageData):
         max_size: limit of its longer side.
         follow_links: let symbolic links lead out of the folder, as in caches and on shared disks. Set it only where you
             trust the links; names in annotations stay inside in any case.
+        val_share: share of the training images that is held back for evaluation, drawn by `seed`, in the place of the
+            evaluation images; None takes these.
+        white_level: the value of 16-bit images that becomes white, 255; 4095 for 12 bits. None takes 65535, and warns
+            where all images would be nearly black.
 
     Attributes:
         classes: the names of labels 1 to `num_classes`.
@@ -76,6 +82,8 @@ class DetectionData(ImageData):
         min_size: int | tuple[int, ...] = 800,
         max_size: int = 1333,
         follow_links: bool = False,
+        val_share: float | None = None,
+        white_level: int | None = None,
     ) -> None:
         check_on_bad_image(on_bad_image)
         skip = on_bad_image == "skip"
@@ -83,9 +91,16 @@ class DetectionData(ImageData):
         check = _Check(skip=skip, decode=verify or skip, threads=num_workers)
         with links_followed(follow_links):
             train = read("train", None, skip)
-            val, test = read("val", train, skip), read("test", train, skip)
+            val = read("val", train, skip) if val_share is None else None
+            test = read("test", train, skip)
+        if train is not None and val_share is not None:
+            kept, held = held_back([0] * len(train.paths), val_share, seed)
+            train, val = train.select(kept), replace(train.select(held), dropped=(), cut=0)
         if train is None or val is None:
             raise ValueError("there must be images to train on and to evaluate on.")
+        white = white_level_of(white_level, train.paths)
+        train, val = replace(train, white=white), replace(val, white=white)
+        test = None if test is None else replace(test, white=white)
         train = _to_train(check(train), keep_empty)
         training = DetectionDataset(train.annotations, train.read, augmentation, seed)
         evaluation = _evaluation(check(val))
@@ -106,7 +121,7 @@ class DetectionData(ImageData):
         self.keep_empty, self.num_workers = keep_empty, num_workers
         self.on_bad_image, self.verify = on_bad_image, verify
         self.min_size, self.max_size = min_size, max_size
-        self.follow_links = follow_links
+        self.follow_links, self.val_share, self.white_level = follow_links, val_share, white_level
         self.category_ids = train.category_ids
         self.skipped, self.dropped = check.skipped, check.dropped
 

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from diffkd.data.segmentation.masks import MaskCode
-from diffkd.data.segmentation.pairs import scan_pairs
-from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData
+from diffkd.data.segmentation.pairs import Pairs, scan_pairs
+from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
 
 _CLASSES = 150
@@ -44,10 +44,12 @@ class Ade20k(SegmentationData):
         classes = _names(top / "objectInfo150.txt")
         id_map = {0: self.ignore_index} | {stored: stored - 1 for stored in range(1, _CLASSES + 1)}
         code = MaskCode(_CLASSES, self.ignore_index, id_map=id_map, unmapped="error")
-        pairs = [scan_pairs(top, f"images/{split}", f"annotations/{split}") for split in (train, val)]
-        super().__init__(
-            pairs[0], pairs[1], code, classes, batch_size=batch_size, augmentation=augmentation, seed=seed, **options
-        )
+        names = {"train": train, "val": val}
+
+        def read(split: Split) -> Pairs:
+            return scan_pairs(top, f"images/{names[split]}", f"annotations/{names[split]}")
+
+        super().__init__(read, code, classes, batch_size=batch_size, augmentation=augmentation, seed=seed, **options)
         self.root, self.train, self.val = root, train, val
 
 

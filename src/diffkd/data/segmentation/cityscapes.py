@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffkd.data.segmentation.masks import MaskCode
-from diffkd.data.segmentation.pairs import scan_pairs
-from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData
+from diffkd.data.segmentation.pairs import Pairs, scan_pairs
+from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
 
 # Name of each class that counts, in the order of train ids, and its id in *_labelIds.png.
@@ -71,19 +71,19 @@ class Cityscapes(SegmentationData):
             labels = "labelTrainIds" if made and not own else "labelIds"
         id_map = {stored: id_ for id_, stored in enumerate(_CLASSES.values())} if labels == "labelIds" else None
         code = MaskCode(len(_CLASSES), self.ignore_index, id_map=id_map)
-        pairs = [
-            scan_pairs(
+        splits = {"train": train, "val": val}
+
+        def read(split: Split) -> Pairs:
+            return scan_pairs(
                 top,
-                f"leftImg8bit/{split}",
-                f"gtFine/{split}",
+                f"leftImg8bit/{splits[split]}",
+                f"gtFine/{splits[split]}",
                 image_suffix="_leftImg8bit",
                 mask_suffix=f"_gtFine_{labels}",
             )
-            for split in (train, val)
-        ]
+
         super().__init__(
-            pairs[0],
-            pairs[1],
+            read,
             code,
             tuple(_CLASSES),
             batch_size=batch_size,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffkd.data.images import WHITE
 from diffkd.data.seeding import digest_of, mix_seed
 from diffkd.data.segmentation.masks import MaskCode, read_image
 from diffkd.data.segmentation.pairs import Pairs
@@ -45,6 +46,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
         resize: (H, W) that images and masks are brought to first; None leaves them.
         full_size_masks: leave the masks at their own size.
         cache: "memory" keeps decoded and resized pairs in the memory of the process, three or four bytes a pixel.
+        white: the value of 16-bit images that becomes 255.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
         resize: tuple[int, int] | None = None,
         full_size_masks: bool = False,
         cache: Literal["none", "memory"] = "none",
+        white: int = WHITE,
     ) -> None:
         self.pairs = pairs
         self.code = code
@@ -64,6 +67,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
         self.seed = seed
         self.resize = resize
         self.full_size_masks = full_size_masks
+        self.white = white
         self._kept: dict[int, tuple[Tensor, Tensor]] | None = {} if cache == "memory" else None
 
     def __len__(self) -> int:
@@ -99,7 +103,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
         if self._kept is not None and index in self._kept:
             return self._kept[index]
         path, mask_path = self.pairs.images[index], self.pairs.masks[index]
-        image = torch.from_numpy(read_image(path)).permute(2, 0, 1)  # (H, W, 3) to (3, H, W)
+        image = torch.from_numpy(read_image(path, self.white)).permute(2, 0, 1)  # (H, W, 3) to (3, H, W)
         mask = torch.from_numpy(self.code.read(mask_path))
         if image.shape[1:] != mask.shape:
             raise ValueError(

@@ -10,7 +10,7 @@ from diffkd.data.folders import evaluation_split
 from diffkd.data.images import OnBadImage
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, scan_pairs
-from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData
+from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
 
 Color = tuple[int, int, int]
@@ -203,8 +203,12 @@ class MaskFolder(SegmentationData):
         id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
         code = MaskCode(len(counted), ignore_index, id_map=id_map, colors=coded, unknown_colors=unknown_colors)
 
-        def scanned(split: str) -> Pairs:
-            folders = [_folder(name, split) for name in (images, masks)]
+        if val is None:
+            val = evaluation_split(top, _folder(images, "{split}"))
+        splits = {"train": train, "val": val}
+
+        def read(split: Split) -> Pairs:
+            folders = [_folder(name, splits[split]) for name in (images, masks)]
             return scan_pairs(
                 top,
                 *folders,
@@ -214,11 +218,8 @@ class MaskFolder(SegmentationData):
                 skip_bad=on_bad_image == "skip",
             )
 
-        if val is None:
-            val = evaluation_split(top, _folder(images, "{split}"))
         super().__init__(
-            scanned(train),
-            scanned(val),
+            read,
             code,
             counted,
             on_bad_image,

@@ -1,7 +1,7 @@
 """What the data modules of segmentation share: their arguments, and loaders over two lists of pairs."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from diffkd.data.folders import quoted
+from diffkd.data.folders import links_followed, quoted
 from diffkd.data.image_data import ImageData
 from diffkd.data.images import OnBadImage, check_on_bad_image
+from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
+from diffkd.data.seeding import held_back
 from diffkd.data.segmentation.dataset import PairDataset
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, refuse
@@ -21,6 +23,7 @@ from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 
 SCALE_AND_FLIP = SegmentationAugmentation(scale=(0.5, 2.0), flip=True)
 Size = tuple[int, int]
+Split = Literal["train", "val"]
 
 
 class SegmentationData(ImageData):
@@ -30,8 +33,7 @@ class SegmentationData(ImageData):
     and indices (B,) int64. Only evaluation images of one size share a batch.
 
     Args:
-        train_pairs: training pairs.
-        val_pairs: evaluation pairs.
+        read: lists the pairs of a split.
         code: what the pixels of masks mean.
         names: names of the K classes.
         on_bad_image: "error" or "skip", see `MaskFolder`.
@@ -50,6 +52,12 @@ class SegmentationData(ImageData):
             mid-epoch.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
+        follow_links: let symbolic links lead out of the folder, as in caches and on shared disks. Set it only where you
+            trust the links; names in annotations stay inside in any case.
+        val_share: share of the training images that is held back for evaluation, drawn by `seed`, in the place of the
+            evaluation images; None takes these.
+        white_level: the value of 16-bit images that becomes white, 255; 4095 for 12 bits. None takes 65535, and warns
+            where all images would be nearly black.
 
     Attributes:
         skipped: one message per pair left out.
@@ -65,8 +73,7 @@ class SegmentationData(ImageData):
 
     def __init__(
         self,
-        train_pairs: Pairs,
-        val_pairs: Pairs,
+        read: Callable[[Split], Pairs],
         code: MaskCode,
         names: Sequence[str],
         on_bad_image: OnBadImage = "error",
@@ -84,7 +91,17 @@ class SegmentationData(ImageData):
         verify: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
+        follow_links: bool = False,
+        val_share: float | None = None,
+        white_level: int | None = None,
     ) -> None:
+        with links_followed(follow_links):
+            train_pairs = read("train")
+            if val_share is None:
+                val_pairs = read("val")
+            else:
+                kept, held = held_back([0] * len(train_pairs.images), val_share, seed)
+                train_pairs, val_pairs = train_pairs.select(kept), train_pairs.select(held)
         if cache not in ("none", "memory"):
             raise ValueError(f"cache={cache!r}: give 'none' or 'memory'.")
         check_on_bad_image(on_bad_image)
@@ -98,13 +115,16 @@ class SegmentationData(ImageData):
         if num_workers is None:
             num_workers = 0 if cache == "memory" else min(8, os.cpu_count() or 1)
         crop, whole = TrainTransform(augmentation, crop_size, code.ignore_index, mean, std), EvalTransform(mean, std)
+        white = white_level_of(white_level, train_pairs.images)
         skipped: list[str] = []
         all_learned: set[int] | None = None  # known where every mask was read
         if on_bad_image == "skip":
             train_pairs, all_learned = _without_broken(PairDataset(train_pairs, code, whole), "training", skipped)
             val_pairs, _ = _without_broken(PairDataset(val_pairs, code, whole), "evaluation", skipped)
-        training = PairDataset(train_pairs, code, crop, seed=seed, resize=resize, cache=cache)
-        evaluation = PairDataset(val_pairs, code, whole, resize=resize, full_size_masks=full_size_masks, cache=cache)
+        training = PairDataset(train_pairs, code, crop, seed=seed, resize=resize, cache=cache, white=white)
+        evaluation = PairDataset(
+            val_pairs, code, whole, resize=resize, full_size_masks=full_size_masks, cache=cache, white=white
+        )
         if verify and on_bad_image == "error":
             all_learned = _verified(training, evaluation)
         _check_ids(training, evaluation, all_learned)
@@ -125,6 +145,7 @@ class SegmentationData(ImageData):
         self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
         self.num_workers = num_workers
         self.ignore_index = code.ignore_index
+        self.follow_links, self.val_share, self.white_level = follow_links, val_share, white_level
         self.on_bad_image, self.skipped = on_bad_image, skipped
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, check_pairs, refuse
-from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData
+from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
 
 _CLASSES = (
@@ -65,10 +65,12 @@ class VocSegmentation(SegmentationData):
         choices = (top, top / "VOCdevkit" / "VOC2012", top / "VOC2012")
         top = next((path for path in choices if (path / "JPEGImages").is_dir()), top)
         code = MaskCode(len(_CLASSES), self.ignore_index)
-        pairs = [_listed(top, split, masks) for split in (train, val)]
-        super().__init__(
-            pairs[0], pairs[1], code, _CLASSES, batch_size=batch_size, augmentation=augmentation, seed=seed, **options
-        )
+        lists = {"train": train, "val": val}
+
+        def read(split: Split) -> Pairs:
+            return _listed(top, lists[split], masks)
+
+        super().__init__(read, code, _CLASSES, batch_size=batch_size, augmentation=augmentation, seed=seed, **options)
         self.root, self.train, self.val, self.masks = root, train, val, masks
 
 
