@@ -123,3 +123,31 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch, limit):
     for read in (read_rgb, upright_size):
         with pytest.raises(ValueError, match=r"cannot be read.*(exceed|bomb)"):
             read(path)
+
+
+@pytest.mark.parametrize("kind", ["text", "international text", "profile", "many texts", "behind the pixels"])
+def test_large_texts_of_a_png_are_passed_over(tmp_path, kind):
+    image, text = Image.fromarray(RAMP), PngInfo()
+    large = "prompt " * 300_000
+    options = {"icc_profile": bytes(3_000_000)} if kind == "profile" else {"pnginfo": text}
+    if kind == "international text":
+        text.add_itxt("parameters", large, zip=True)
+    elif kind == "many texts":
+        for index in range(70):
+            text.add_text(f"parameters {index}", "a" * 1_000_000, zip=True)
+    else:
+        text.add_text("parameters", large, zip=True)
+    path = stored(tmp_path, image, exif=turned(), **options)
+    if kind == "behind the pixels":
+        content = path.read_bytes()
+        start = content.index(b"zTXt") - 4
+        end = start + 12 + int.from_bytes(content[start : start + 4])
+        path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+    assert upright_size(path) == (32, 8)
+    assert np.array_equal(pixels(path)[..., 0], np.rot90(RAMP, -1))
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif

@@ -2,7 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import NamedTuple
 
@@ -52,6 +54,11 @@ class FolderSamples(NamedTuple):
     paths: list[str]
     labels: list[int]
 
+    def select(self, indices: Iterable[int]) -> "FolderSamples":
+        """Return some of the samples, in the given order."""
+        chosen = list(indices)
+        return FolderSamples([self.paths[index] for index in chosen], [self.labels[index] for index in chosen])
+
 
 class FolderScan(NamedTuple):
     """Hold what a root folder offers: the class names, sorted, and the samples for training and evaluation."""
@@ -71,7 +78,7 @@ def evaluation_split(root: Path, folder: str = "{split}") -> str:
     return next((name for name in EVALUATION_SPLITS if (root / folder.replace("{split}", name)).is_dir()), "val")
 
 
-def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+def scan_folder(root: str | os.PathLike[str], *, val: bool = True) -> FolderScan:
     """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
 
     Files are found by extension at any depth below a class folder; hidden ones are passed over, and with a warning
@@ -79,6 +86,7 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
 
     Args:
         root: the folder.
+        val: whether to look for evaluation images, too.
 
     Returns:
         The class names, which are the sorted names of the folders in `train`, and the samples of both splits.
@@ -89,26 +97,31 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
             classes that `train` has not, or a symbolic link leaves the root; names the folder and the mend.
     """
     top = Path(root)
-    train, val = top / "train", top / evaluation_split(top)
-    for folder in (train, val):
+    train, evaluated = top / "train", top / evaluation_split(top)
+    splits = (train, evaluated) if val else (train,)
+    for folder in splits:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: no such folder; give a root with train/<class>/*.jpg and val/<class>/*.jpg (or "
-                f"{', '.join(f'{name}/' for name in EVALUATION_SPLITS[1:])})."
+                f"{', '.join(f'{name}/' for name in EVALUATION_SPLITS[1:])})"
+                + ("." if folder == train else ", or set val_share=0.1 to hold some of train back.")
             )
     classes = _class_names(train)
-    unknown = sorted(set(_class_names(val)) - set(classes))
+    unknown = sorted(set(_class_names(evaluated)) - set(classes)) if val else []
     if unknown:
-        raise ValueError(f"{val}: class(es) {quoted(unknown)} are not in {train}; add images to train or remove them.")
+        raise ValueError(
+            f"{evaluated}: class(es) {quoted(unknown)} are not in {train}; add images to train or remove them."
+        )
     real = top.resolve()
     others: Counter[str] = Counter()
-    scan = FolderScan(classes, _samples(train, classes, real, others), _samples(val, classes, real, others))
+    held = _samples(evaluated, classes, real, others) if val else FolderSamples([], [])
+    scan = FolderScan(classes, _samples(train, classes, real, others), held)
     empty = absent_classes(scan.train.labels, classes)
     if empty:
         raise ValueError(f"{train}: no images of class(es) {quoted(empty)}, {_contents(train / empty[0])}")
-    if not scan.val.paths:
-        raise ValueError(f"{val}: no images, {_contents(val)}")
-    for split in (train, val):
+    if val and not scan.val.paths:
+        raise ValueError(f"{evaluated}: no images, {_contents(evaluated)}")
+    for split in splits:
         loose = sorted(path.name for path in split.iterdir() if _is_image(path.name) and path.is_file())
         if loose:
             rank_zero_warn(
@@ -168,7 +181,7 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
                 continue
             if entry.is_symlink():
                 stay_inside(Path(entry.path), root)
-                if entry.is_dir():
+                if entry.is_dir() and (not _FOLLOWS_LINKS.get() or _loops(Path(entry.path))):
                     raise ValueError(
                         f"{entry.path}: a link to a folder inside a class could loop; move the images here."
                     )
@@ -182,6 +195,11 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
     return paths
 
 
+def _loops(link: Path) -> bool:
+    """Return whether a link to a folder leads to one that it lies in."""
+    return link.parent.resolve().is_relative_to(link.resolve())
+
+
 def _is_image(name: str) -> bool:
     return _extension(name) in EXTENSIONS and not name.startswith(".")
 
@@ -190,10 +208,32 @@ def _extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 - half the time for a million files
 
 
+_FOLLOWS_LINKS = ContextVar("follows_links", default=False)
+
+
+@contextmanager
+def links_followed(follow: bool) -> Iterator[None]:
+    """Let symbolic links lead out of the folder of the data within this context; names with `..` stay refused."""
+    token = _FOLLOWS_LINKS.set(follow)
+    try:
+        yield
+    finally:
+        _FOLLOWS_LINKS.reset(token)
+
+
 def stay_inside(path: Path, root: Path) -> None:
     """Refuse a symbolic link that leads out of a folder; `root` is the folder itself, resolved."""
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
-        raise ValueError(f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder.")
+    if path.is_symlink() and leaves(path, root):
+        raise ValueError(
+            f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder, or set "
+            "follow_links=true where you trust its links."
+        )
+
+
+def leaves(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> bool:
+    """Return whether a path leads out of a resolved folder, by a link that is not followed or by `..` in its name."""
+    followed = _FOLLOWS_LINKS.get() and ".." not in Path(named).parts
+    return not followed and not path.resolve().is_relative_to(root)
 
 
 def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
@@ -206,7 +246,7 @@ def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]
     path = Path(root) / folder
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give the name of a folder in {root}, or its absolute path.")
-    if not Path(folder).is_absolute() and not path.resolve().is_relative_to(Path(root).resolve()):
+    if not Path(folder).is_absolute() and leaves(path, Path(root).resolve(), named=folder):
         raise ValueError(f"{path}: leads to {path.resolve()}, outside of {root}; give its absolute path instead.")
     return path
 

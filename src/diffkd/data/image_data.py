@@ -1,8 +1,9 @@
 """What all data modules share: loaders over their splits, and the facts that models are built from."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -55,9 +56,19 @@ class ImageData(LightningDataModule):
             detectors, which normalise by themselves.
         std: likewise.
 
+    The signature of a subclass whose constructor passes `**options` on to its base shows the base's arguments, too. The
+    record of a run, the `test` command and `help()` read the arguments from there.
+
     Attributes:
         start_batch: batches that the first epoch of training skips, set where a run goes on in mid-epoch.
     """
+
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__signature__ = _whole_signature(cls)
 
     def __init__(
         self,
@@ -95,6 +106,28 @@ class ImageData(LightningDataModule):
         For detection a list of two (3, H, W) float32 in [0, 1], each of its own size.
         """
         return self._loaders.example()
+
+
+def _whole_signature(cls: type) -> inspect.Signature:
+    """Return the signature of a class, with the arguments of its base in the place of `**options`.
+
+    Positional-only arguments of the base are left out: a subclass gives them, and not the user.
+    """
+    _self, *own = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
+    if not own or own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return inspect.Signature(own)
+    base = next(one for one in cls.__mro__[1:] if "__init__" in vars(one))
+    known = {parameter.name for parameter in own}
+    passed = [
+        parameter if parameter.kind is inspect.Parameter.VAR_KEYWORD else parameter.replace(kind=_BY_NAME)
+        for parameter in inspect.signature(base).parameters.values()
+        if parameter.name not in known - {own[-1].name} and parameter.kind not in _NOT_BY_NAME
+    ]
+    return inspect.Signature([*own[:-1], *passed])
+
+
+_BY_NAME = inspect.Parameter.KEYWORD_ONLY
+_NOT_BY_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 
 
 @dataclass(frozen=True)

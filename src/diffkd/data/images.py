@@ -1,10 +1,13 @@
 """Reading of one image file as upright 8-bit RGB, and the check of many files before training."""
 
+import io
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -28,6 +31,10 @@ _TOLD_BY_PNG = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
 MEND = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
 
 
+WHITE = 65535  # the value of 16-bit images that becomes 255
+_T = TypeVar("_T")
+
+
 class Header(NamedTuple):
     """Hold what the head of an image file says.
 
@@ -40,15 +47,16 @@ class Header(NamedTuple):
     stored: tuple[int, int]
 
 
-def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
+def read_rgb(path: str | os.PathLike[str], white: int = WHITE) -> Image.Image:
     """Read an image file as 8-bit RGB.
 
     The EXIF orientation is applied, unless the EXIF is damaged. Grey images are repeated over the channels; 16-bit ones
-    are scaled (65535 becomes 255); palettes and CMYK are converted; transparency is dropped and the colours below it
+    are scaled (`white` becomes 255); palettes and CMYK are converted; transparency is dropped and the colours below it
     are kept, as torchvision does. Of several frames the first is taken.
 
     Args:
         path: the file.
+        white: the value of 16-bit images that becomes 255, as all above it do.
 
     Returns:
         The image in mode RGB.
@@ -58,24 +66,122 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
             `PIL.Image.MAX_IMAGE_PIXELS` pixels (a decompression bomb); names the file and the mend.
     """
     try:
-        with Image.open(path) as image:
-            header_of(image)
-            return _to_rgb(upright(image))
+        return opened(path, partial(_decoded, white=white))
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
         raise _unreadable(path, error) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def opened(file: str | os.PathLike[str] | bytes, use: Callable[[Image.Image], _T]) -> _T:
+    """Return what `use` makes of an opened image; a PNG is read without its texts where these are too large for Pillow.
+
+    Args:
+        file: the image file, or its content.
+        use: is given the image, which is closed afterwards.
+    """
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            return use(image)
+    except ValueError as error:
+        if "MAX_TEXT_" not in str(error):
+            raise
+    content = file if isinstance(file, bytes) else Path(file).read_bytes()
+    with Image.open(io.BytesIO(b"".join(_without_texts(content)))) as image:
+        return use(image)
+
+
+def _without_texts(png: bytes) -> Iterator[bytes]:
+    """Yield a PNG without its texts and colour profile; texts that tell the orientation stay unless they are large."""
+    yield png[:8]
+    start = 8
+    while start + 12 <= len(png):
+        end = start + 12 + int.from_bytes(png[start : start + 4])
+        kind, content = png[start + 4 : start + 8], png[start + 8 : end - 4]
+        if kind not in (b"iCCP", b"zTXt", b"iTXt", b"tEXt") or _tells_orientation(kind, content):
+            yield png[start:end]
+        start = end
+
+
+def _tells_orientation(kind: bytes, content: bytes) -> bool:
+    key, _, text = content.partition(b"\0")
+    if key.decode("latin-1") not in _TOLD_BY_PNG or kind == b"iCCP":
+        return False
+    compressed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
+    unpacking = zlib.decompressobj()
+    try:
+        # What stands before the text of iTXt, its languages, is no beginning of compressed data.
+        unpacked = unpacking.decompress(text[1:], _LARGEST_TEXT) if compressed and kind == b"zTXt" else text
+    except zlib.error:
+        return False
+    return not unpacking.unconsumed_tail and len(unpacked) < _LARGEST_TEXT and (kind != b"iTXt" or not compressed)
+
+
+_LARGEST_TEXT = 1 << 16
+
+
+def _decoded(image: Image.Image, white: int) -> Image.Image:
+    header_of(image)
+    return _to_rgb(upright(image), white)
+
+
+def _to_rgb(image: Image.Image, white: int) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range; save it with 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
+    if _has_16_bits(image):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"its pixels reach from {values.min()} to {values.max()}; save it with 8 or 16 bits")
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        image = Image.fromarray(((values.clip(max=white) * 255 + white // 2) // white).astype(np.uint8))
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # PIL warns when it drops the transparency of a palette in one step
     return image.convert("RGB")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def white_level(given: int | None, paths: Sequence[str]) -> int:
+    """Return the value of 16-bit images that is to become 255; warn where all would be nearly black.
+
+    Args:
+        given: the value, None for 65535.
+        paths: the training images, of which a few are looked at if nothing is given.
+
+    Raises:
+        ValueError: if the value is out of range.
+    """
+    if given is not None:
+        if not 0 < given <= WHITE:
+            raise ValueError(f"white_level={given} is no value of 16 bits: give 1 to {WHITE}.")
+        return given
+    brightest = 0
+    for path in paths[:: len(paths) // _LOOKED_AT + 1]:
+        try:
+            value = opened(path, _brightest)
+        except Exception:  # whoever wants the pixels says what is wrong with the file
+            continue
+        if value is None or value > WHITE // 16:
+            return WHITE
+        brightest = max(brightest, value)
+    if brightest:
+        bits = max(8, brightest.bit_length())
+        rank_zero_warn(
+            f"{paths[0]} and others are 16-bit images whose values reach {brightest} of {WHITE} only, so that they are "
+            f"nearly black; for pixels of {bits} bits set white_level={(1 << bits) - 1}, or white_level={WHITE} to "
+            "leave them so."
+        )
+    return WHITE
+
+
+_LOOKED_AT = 8
+
+
+def _brightest(image: Image.Image) -> int | None:
+    """Return the highest value of a 16-bit image, None for others."""
+    if not _has_16_bits(image):
+        return None
+    header_of(image)
+    return int(np.asarray(image).max())
 
 
 def header_of(image: Image.Image) -> Header:
@@ -104,8 +210,7 @@ def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         ValueError: if the head cannot be read, or states too many pixels; names the file and the mend.
     """
     try:
-        with Image.open(path) as image:
-            return header_of(image).size
+        return opened(path, header_of).size
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
 

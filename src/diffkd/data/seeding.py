@@ -1,8 +1,9 @@
 """Seeds made from several numbers, such as epoch and index; a digest that tells lists of samples apart."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
@@ -45,3 +46,37 @@ def digest_of(*parts: Tensor | Iterable[object]) -> str:
         else:
             digest.update("\0".join(map(str, part)).encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]
+
+
+def held_back(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Draw samples to hold back for evaluation, of each class the same share.
+
+    Args:
+        labels: the class of each sample.
+        share: how many of a class to hold back: at least one, but never all of them.
+        seed: the draw is a function of it, of the labels and of the share.
+
+    Returns:
+        The indices of the samples that are kept and of those held back, each in order.
+
+    Raises:
+        ValueError: if the share is out of range, or no class has two samples.
+
+    >>> held_back([0, 0, 0, 0, 1, 1, 1, 2], share=0.3, seed=0)[1]
+    [3, 5]
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"val_share={share} is no share: give above 0 and below 1, such as 0.1.")
+    order = np.random.default_rng(mix_seed(seed, 0)).permutation(len(labels)).tolist()
+    by_class: dict[int, list[int]] = {}
+    for index in order:
+        by_class.setdefault(labels[index], []).append(index)
+    held = sorted(
+        index
+        for members in by_class.values()
+        for index in members[: min(max(1, round(share * len(members))), len(members) - 1)]
+    )
+    if not held:
+        raise ValueError(f"val_share={share}: no class has two training images, of which one could be held back.")
+    taken = set(held)
+    return [index for index in range(len(labels)) if index not in taken], held

@@ -65,7 +65,8 @@ def differences(
 
     Args:
         stored: what was recorded.
-        given: what it is compared with. A key that one side lacks is None there.
+        given: what it is compared with. A key that one side lacks is None there, which a switch that is off equals: the
+            version that wrote the other side may not have had the switch.
         name: of the two, the beginning of the dotted names.
         same: whether two values that are not both mappings are equal.
 
@@ -74,9 +75,16 @@ def differences(
     """
     if isinstance(stored, Mapping) and isinstance(given, Mapping):
         keys = [*stored, *(key for key in given if key not in stored)]
+        lacking_off = {
+            key
+            for one, other in ((stored, given), (given, stored))
+            for key in one
+            if one[key] is False and key not in other
+        }
         parts = (
             differences(stored.get(key), given.get(key), f"{name}.{key}" if name else str(key), same=same)
             for key in keys
+            if key not in lacking_off
         )
         return [one for part in parts for one in part]
     return [] if same(stored, given) else [f"{name} is {stored!r} there, {given!r} here"]

@@ -163,3 +163,31 @@ def test_a_decompression_bomb_is_refused_by_its_head(tmp_path, monkeypatch):
         image_header(path)
     with pytest.raises(ValueError, match="exceed"):
         mask_header(path, colours=False)
+
+
+@pytest.mark.parametrize("palette", [None, "colours"])
+@pytest.mark.parametrize("kind", ["bmp", "tif", "gif", "pgm"])
+def test_other_files_without_loss_hold_ids_too(tmp_path, kind, palette):
+    ids = np.array([[0, 1, 200], [3, 255, 0]], dtype=np.uint8)
+    image = Image.fromarray(ids)
+    if palette == "colours":
+        ids = np.array([[0, 1, 2], [3, 4, 0]], dtype=np.uint8)
+        image = Image.fromarray(ids)
+        image.putpalette([10, 200, 30, 7, 7, 9, 1, 2, 3, 4, 4, 8, 9, 9, 1])
+    if kind == "pgm" and palette:
+        return
+    image.save(tmp_path / f"mask.{kind}", **({"format": "PPM"} if kind == "pgm" else {}))
+    assert np.array_equal(read_mask(tmp_path / f"mask.{kind}"), ids)
+
+
+@pytest.mark.parametrize("kind", ["tif", "pgm"])
+def test_sixteen_bits_of_other_files(tmp_path, kind):
+    ids = np.array([[0, 1, 60000], [3, 255, 0]], dtype=np.uint16)
+    Image.fromarray(ids).save(tmp_path / f"mask.{kind}", **({"format": "PPM"} if kind == "pgm" else {}))
+    assert np.array_equal(read_mask(tmp_path / f"mask.{kind}"), ids)
+
+
+def test_a_lossy_tiff_is_refused(tmp_path):
+    Image.new("L", (16, 16)).save(tmp_path / "mask.tif", compression="jpeg")
+    with pytest.raises(ValueError, match=r"mask.tif is a TIFF file, whose compression changes ids; save masks as PNG"):
+        read_mask(tmp_path / "mask.tif")

@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.folders import FolderSamples, scan_folder
+from diffkd.data.folders import FolderSamples, links_followed, scan_folder
 from diffkd.data.image_data import ImageData
 from diffkd.data.images import (
     MEND,
+    WHITE,
     OnBadImage,
     Verified,
     check_every_class,
@@ -25,8 +26,9 @@ from diffkd.data.images import (
     read_rgb,
     verify_images,
 )
+from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
-from diffkd.data.seeding import digest_of, mix_seed
+from diffkd.data.seeding import digest_of, held_back, mix_seed
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 
 
@@ -40,12 +42,14 @@ class FolderDataset(Dataset[tuple[Tensor, int, int]]):
         samples: files and labels.
         transform: PIL image to tensor (C, H, W).
         seed: seed of the augmentation.
+        white: the value of 16-bit images that becomes 255.
     """
 
-    def __init__(self, samples: FolderSamples, transform: v2.Transform, seed: int = 0) -> None:
+    def __init__(self, samples: FolderSamples, transform: v2.Transform, seed: int = 0, white: int = WHITE) -> None:
         self.samples = samples
         self.transform = transform
         self.seed = seed
+        self.white = white
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -59,7 +63,7 @@ class FolderDataset(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
         """Return the image (C, H, W) float32, its label and its index; raise ValueError if the file is broken."""
         epoch, index = key
-        image = read_rgb(self.samples.paths[index])
+        image = read_rgb(self.samples.paths[index], self.white)
         # Transforms of torchvision draw from the global generator of the CPU, and from no other.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
@@ -160,6 +164,12 @@ class ImageFolder(ImageData):
         verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
+        follow_links: let symbolic links lead out of the folder, as in caches and on shared disks. Set it only where you
+            trust the links.
+        val_share: share of the training images that is held back for evaluation, drawn by `seed` with the
+            same share of each class, in the place of `val`; None takes `val`.
+        white_level: the value of 16-bit images that becomes white, 255; 4095 for 12 bits. None takes 65535, and warns
+            where all images would be nearly black.
 
     Attributes:
         skipped: one message per image left out.
@@ -184,6 +194,9 @@ class ImageFolder(ImageData):
         verify: bool = False,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
+        follow_links: bool = False,
+        val_share: float | None = None,
+        white_level: int | None = None,
     ) -> None:
         if augmentation.crop_padding:
             raise ValueError(
@@ -197,7 +210,11 @@ class ImageFolder(ImageData):
             )
         check_statistics(mean, std)
         check_on_bad_image(on_bad_image)
-        classes, train, val = scan_folder(root)
+        with links_followed(follow_links):
+            classes, train, val = scan_folder(root, val=val_share is None)
+        if val_share is not None:
+            train, val = (train.select(part) for part in held_back(train.labels, val_share, seed))
+        white = white_level_of(white_level, train.paths)
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         skipped: list[str] = []
         if verify or on_bad_image == "skip":
@@ -211,9 +228,9 @@ class ImageFolder(ImageData):
         evaluation = eval_transform(image_size, crop_ratio, mean, std)
         training = train_transform(augmentation, image_size, min_crop_area, mean, std)
         loaders = SplitLoaders(
-            FolderDataset(train, training, seed),
-            FolderDataset(val, evaluation),
-            partial(_example, FolderDataset(train, evaluation)),
+            FolderDataset(train, training, seed, white),
+            FolderDataset(val, evaluation, white=white),
+            partial(_example, FolderDataset(train, evaluation, white=white)),
             batch_size=batch_size,
             seed=seed,
             num_workers=num_workers,
@@ -226,6 +243,7 @@ class ImageFolder(ImageData):
         self.min_crop_area, self.crop_ratio = min_crop_area, crop_ratio
         self.num_workers = num_workers
         self.on_bad_image, self.verify = on_bad_image, verify
+        self.follow_links, self.val_share, self.white_level = follow_links, val_share, white_level
         self.skipped = skipped
 
 

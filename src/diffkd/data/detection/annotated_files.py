@@ -1,7 +1,7 @@
 """Image files and their boxes: what the readers of all formats return."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from diffkd.data.images import read_rgb
+from diffkd.data.images import WHITE, read_rgb
 
 # Narrower boxes, in pixels, would lose their extent to rounding when a detector scales them down, and stop it.
 SMALLEST = 0.01
@@ -118,12 +118,14 @@ class ReadImage(NamedTuple):
         size: (H, W) in pixels.
         image_id: any int64.
         boxes: its boxes.
+        problem: why its annotations cannot be used; "" if they can.
     """
 
     path: str
     size: tuple[int, int]
     image_id: int
     boxes: list[ReadBox]
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,13 @@ class AnnotatedFiles:
         annotations: the boxes, cut at the border of their image.
         classes: the names of labels 1 to K.
         category_ids: the number each has in the format.
-        dropped: one message for each box that has no extent inside its image.
+        dropped: one message for each box that is malformed or has no extent inside its image.
         cut: how many of the others reach more than a pixel out of their image.
         first_cut: a message for the first of them.
+        problems: why the annotations of an image cannot be used, by its path.
+        white: the value of 16-bit images that becomes 255.
+        keypoints: of YOLO's lines, whether those of more than five numbers are boxes with key points; None: none is so
+            long.
     """
 
     source: str
@@ -151,6 +157,9 @@ class AnnotatedFiles:
     dropped: tuple[str, ...]
     cut: int
     first_cut: str
+    problems: Mapping[str, str] = field(default_factory=dict)
+    white: int = WHITE
+    keypoints: bool | None = None
 
     def select(self, indices: list[int]) -> "AnnotatedFiles":
         """Return some of the images, in the given order."""
@@ -165,9 +174,11 @@ class AnnotatedFiles:
         """Return an image, (3, H, W) uint8.
 
         Raises:
-            ValueError: if the file is broken, or is not of the size that the annotations are for; names it.
+            ValueError: if the file or its annotations are broken, or are for another size; names it.
         """
-        image = read_rgb(self.paths[index])
+        if problem := self.problems.get(self.paths[index]):
+            raise ValueError(problem)
+        image = read_rgb(self.paths[index], self.white)
         height, width = self.sizes[index].tolist()
         if image.size != (width, height):
             raise ValueError(
@@ -192,7 +203,11 @@ def flag(value: object, name: str, where: str) -> bool:
 
 
 def annotated_files(
-    source: str, images: Sequence[ReadImage], classes: Sequence[str], category_ids: Sequence[int]
+    source: str,
+    images: Sequence[ReadImage],
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    malformed: Sequence[str] = (),
 ) -> AnnotatedFiles:
     """Check and gather what a reader has read.
 
@@ -203,6 +218,7 @@ def annotated_files(
         images: what it holds.
         classes: the names of labels 1 to K.
         category_ids: the number each has in the format.
+        malformed: a message for each box that could not be read and is left out.
 
     Raises:
         ValueError: if there are no images.
@@ -242,9 +258,10 @@ def annotated_files(
         Annotations(ids, starts, every.keep(kept)),
         tuple(classes),
         tuple(category_ids),
-        tuple(told(index, "has no extent inside") for index in (~kept).nonzero()[:, 0].tolist()),
+        (*malformed, *(told(index, "has no extent inside") for index in (~kept).nonzero()[:, 0].tolist())),
         len(beyond),
         told(beyond[0], "reaches out of") if beyond else "",
+        {image.path: image.problem for image in images if image.problem},
     )
 
 

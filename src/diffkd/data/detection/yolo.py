@@ -1,7 +1,9 @@
 """Detection in the text format of YOLO: reader and data module."""
 
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -9,11 +11,20 @@ import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.data.detection.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files
-from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
-from diffkd.data.detection.dataset import DetectionFiles
-from diffkd.data.folders import enclosed_files, enclosed_folder, image_files, with_slashes
-from diffkd.data.image_data import ImageData
-from diffkd.data.images import OnBadImage, upright_size
+from diffkd.data.detection.detection_data import DetectionData, Split
+from diffkd.data.detection.yolo_lines import BOX_OR_POLYGON, LongLines, YoloLine, parse_line
+from diffkd.data.folders import (
+    EVALUATION_SPLITS,
+    enclosed_files,
+    enclosed_folder,
+    image_files,
+    quoted,
+    with_slashes,
+)
+from diffkd.data.images import upright_size
+
+_SHORT = reprlib.Repr()  # a few aliases of YAML may stand for billions of items
+_SHORT.maxlevel = 2
 
 
 class YoloFacts(NamedTuple):
@@ -28,12 +39,39 @@ class YoloFacts(NamedTuple):
     splits: Mapping[str, list[str]]
 
 
-def read_yolo_facts(file: str | os.PathLike[str]) -> YoloFacts:
-    """Read a `data.yaml`; its `path` is passed over, since the folder is known.
+class YoloLayout(NamedTuple):
+    """Hold what a `data.yaml` says about its folder and its lines.
+
+    Args:
+        folder: `path`, the folder that the splits are relative to; "" if it says nothing.
+        points: `kpt_shape`, how many key points a box has, and how many numbers each of them; None if it says nothing.
+    """
+
+    folder: str
+    points: tuple[int, int] | None
+
+
+def read_yolo_layout(file: str | os.PathLike[str]) -> YoloLayout:
+    """Read the `path` and the `kpt_shape` of a `data.yaml`.
 
     Raises:
-        ValueError: if it is no YAML mapping, or its `names`, `nc` or splits are of the wrong kind.
+        ValueError: if it is no YAML mapping, or `kpt_shape` is not of the form [n, 2] or [n, 3].
     """
+    content = _mapping(file)
+    folder: Any = content.get("path")
+    shape: Any = content.get("kpt_shape")
+    if shape is not None and not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(number) is int for number in shape)
+        and 0 < shape[0] < 10_000
+        and shape[1] in (2, 3)
+    ):
+        raise ValueError(f"{os.fspath(file)}: kpt_shape is {_SHORT.repr(shape)}; write [n, 2] or [n, 3] of n points.")
+    return YoloLayout(folder if isinstance(folder, str) else "", None if shape is None else (shape[0], shape[1]))
+
+
+def _mapping(file: str | os.PathLike[str]) -> dict[Any, Any]:
     source = os.fspath(file)
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
@@ -41,27 +79,43 @@ def read_yolo_facts(file: str | os.PathLike[str]) -> YoloFacts:
         raise ValueError(f"{source}: no YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{source}: holds a {type(content).__name__}, not a mapping with names, train and val.")
+    return content
+
+
+def read_yolo_facts(file: str | os.PathLike[str]) -> YoloFacts:
+    """Read the names of the classes and the splits of a `data.yaml`; `valid` and `validation` stand for `val`, too.
+
+    Raises:
+        ValueError: if it is no YAML mapping, or its `names`, `nc` or splits are of the wrong kind.
+    """
+    source, content = os.fspath(file), _mapping(file)
     names: Any = content.get("names")
     if isinstance(names, dict):
+        names = {int(key) if isinstance(key, str) and key.isdecimal() else key: name for key, name in names.items()}
         if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            raise ValueError(f"{source}: names has the keys {list(names)}; number the classes from 0 without gaps.")
+            raise ValueError(
+                f"{source}: names has the keys {_SHORT.repr(list(names))}; number the classes from 0 without gaps."
+            )
         names = [names[number] for number in range(len(names))]
     if names is not None and not (isinstance(names, list) and names and all(map(_is_name, names))):
         raise ValueError(
-            f"{source}: names is {names!r}; write a list of the names of the classes, in quotes where YAML takes them "
-            "for something else."
+            f"{source}: names is {_SHORT.repr(names)}; write a list of the names of the classes, in quotes where YAML "
+            "takes them for something else."
         )
     if names is not None and content.get("nc", len(names)) != len(names):
         raise ValueError(f"{source}: nc is {content['nc']!r}, but there are {len(names)} names.")
     splits = {}
     for key in ("train", "val", "test"):
-        value = content.get(key)
+        value = content.get(key) or next((content[name] for name in _OTHER_KEYS.get(key, ()) if name in content), None)
         listed = [value] if isinstance(value, str) else value
         if listed is not None and not (isinstance(listed, list) and all(isinstance(one, str) for one in listed)):
-            raise ValueError(f"{source}: {key} is {value!r}; write a folder, or a list of folders.")
+            raise ValueError(f"{source}: {key} is {_SHORT.repr(value)}; write a folder, or a list of folders.")
         if listed:
             splits[key] = listed
     return YoloFacts(None if names is None else tuple(map(str, names)), splits)
+
+
+_OTHER_KEYS = {"val": ("valid", "validation")}
 
 
 def _is_name(value: object) -> bool:
@@ -69,19 +123,29 @@ def _is_name(value: object) -> bool:
 
 
 def read_yolo(
-    root: str | os.PathLike[str], places: Sequence[str], classes: Sequence[str], *, skip_bad: bool = False
+    root: str | os.PathLike[str],
+    places: Sequence[str],
+    classes: Sequence[str],
+    *,
+    skip_bad: bool = False,
+    keypoints: bool | None = None,
+    points: tuple[int, int] | None = None,
 ) -> AnnotatedFiles:
     """Read the images of a split and the text files with their boxes.
 
-    The boxes of `images/train/a.jpg` are in `labels/train/a.txt`; without a folder `images` in its path, they are
-    beside the image. An image without such a file has no boxes. A line is `class x y width height`, or
-    `class x1 y1 x2 y2 ...` of a polygon, whose bounding box is taken.
+    The boxes of `images/train/a.jpg` are in `labels/train/a.txt`, or else beside the image; `a.jpg.txt` and `a.TXT` are
+    found, too. An image without such a file has no boxes. A line is `class x y width height`, behind which key points
+    may stand, or `class x1 y1 x2 y2 ...` of a polygon, whose bounding box is taken.
 
     Args:
         root: the folder of the data set.
         places: folders of images, or text files that list images, relative to it or absolute.
         classes: the names of classes 0 to K - 1; labels count from 1.
-        skip_bad: whether images whose size cannot be read are let pass, with size 0 and without boxes.
+        skip_bad: whether images whose size cannot be read are let pass, with size 0 and without boxes, and malformed
+            lines left out.
+        keypoints: whether lines of more than five numbers are boxes with key points (True) or polygons (False); None
+            decides by the lines themselves, and warns where they may be key points.
+        points: the `kpt_shape`, if it is known; lines are then boxes with so many key points.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -92,20 +156,26 @@ def read_yolo(
     source = f"{top} ({', '.join(places)})"
     names = [name for place in places for name in _image_names(top, place)]
     paths = enclosed_files(top, names, source)
-    texts = enclosed_files(top, [_label_name(name) for name in names], source)
-    if texts and not any(Path(text).is_file() for text in texts):
-        rank_zero_warn(f"{source}: no image has a file of labels; that of the first would be {texts[0]}.")
-    images = []
-    for index, (path, text) in enumerate(zip(paths, texts, strict=True)):
+    labels = _LabelFiles(top)
+    texts = enclosed_files(top, [labels.of(name) for name in names], source)
+    labels.warn(source, names, texts)
+    reader = _LineReader(len(classes), skip_bad, points if keypoints is not False else None)
+    found = []
+    for path, text in zip(paths, texts, strict=True):
         try:
             size = upright_size(path)
         except ValueError:
             if not skip_bad:
                 raise
-            images.append(ReadImage(path, (0, 0), index, []))
-            continue
-        images.append(ReadImage(path, size, index, _boxes(Path(text), size, len(classes))))
-    return annotated_files(source, images, classes, range(len(classes)))
+            size = (0, 0)
+        found.append((path, size, *(([], "") if size == (0, 0) else reader.read(Path(text)))))
+    keypoints = reader.decide(source, keypoints)
+    images = [
+        ReadImage(path, size, index, reader.boxes(lines, size, keypoints), problem)
+        for index, (path, size, lines, problem) in enumerate(found)
+    ]
+    files = annotated_files(source, images, classes, range(len(classes)), reader.malformed)
+    return replace(files, keypoints=keypoints)
 
 
 def _image_names(top: Path, place: str) -> list[str]:
@@ -114,10 +184,17 @@ def _image_names(top: Path, place: str) -> list[str]:
     place = _relative(with_slashes(place, top), roots)
     (path,) = enclosed_files(top, [place], f"{top}")
     if place.endswith(".txt") and Path(path).is_file():
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        return [_relative(with_slashes(line.strip(), top), roots) for line in lines if line.strip()]
+        lines = _text(Path(path)).splitlines()
+        return [_listed_name(with_slashes(line.strip(), top), roots) for line in lines if line.strip()]
     folder = enclosed_folder(top, place)
     return [str(Path(file).relative_to(top)) for file in image_files(folder, top.resolve())]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: no text ({error}).") from error
 
 
 def _relative(name: str, roots: Sequence[Path]) -> str:
@@ -130,6 +207,67 @@ def _relative(name: str, roots: Sequence[Path]) -> str:
     return str(inside) if path.parts[:1] == ("..",) and (roots[0] / inside).exists() else name
 
 
+def _listed_name(name: str, roots: Sequence[Path]) -> str:
+    """Return a name in a list relative to the root; CVAT writes `data/obj_train_data/a.png` from the folder above."""
+    path = PurePath(_relative(name, roots))
+    above = len(path.parts) > 1 and not path.is_absolute() and not (roots[0] / path).exists()
+    inside = PurePath(*path.parts[1:])
+    return str(inside if above and (roots[0] / inside).is_file() else path)
+
+
+class _LabelFiles:
+    """Find the file of labels of each image; folders are listed once.
+
+    Args:
+        top: the folder of the data set.
+    """
+
+    def __init__(self, top: Path) -> None:
+        self._top = top
+        self._folders: dict[PurePath, dict[str, str]] = {}
+
+    def of(self, name: str) -> str:
+        """Return the label file of an image, both relative to the root; where none is there, the usual name."""
+        image, usual = PurePath(name), PurePath(_label_name(name))
+        for folder in dict.fromkeys((usual.parent, image.parent)):
+            files = self._listed(folder)
+            for text in (f"{image.stem}.txt", f"{image.name}.txt"):
+                if stored := files.get(text.casefold()):
+                    return str(folder / (text if text in files.values() else stored))
+        return str(usual)
+
+    def warn(self, source: str, names: Sequence[str], texts: Sequence[str]) -> None:
+        """Warn if no image has a label file; if some lack one, and there are files that no image has."""
+        without = [index for index, text in enumerate(texts) if not Path(text).is_file()]
+        if texts and len(without) == len(texts):
+            rank_zero_warn(f"{source}: no image has a file of labels; that of the first would be {texts[0]}.")
+        elif without:
+            used = set(map(os.path.normpath, texts))
+            beside = {PurePath(_label_name(names[index])).parent for index in without}
+            unused = sorted(
+                path
+                for folder in beside
+                for file in self._listed(folder).values()
+                if os.path.normpath(path := str(self._top / folder / file)) not in used
+            )
+            if unused:
+                rank_zero_warn(
+                    f"{source}: {len(without)} of {len(texts)} images have no label file and pass for images without "
+                    f"boxes, and {len(unused)} label file(s) belong to none of the images: {quoted(unused)}; that of "
+                    f"the first would be {texts[without[0]]}."
+                )
+
+    def _listed(self, folder: PurePath) -> dict[str, str]:
+        """Return the text files of a folder by their names in one case."""
+        if folder not in self._folders:
+            try:
+                files = sorted(path.name for path in (self._top / folder).iterdir())
+            except OSError:
+                files = []
+            self._folders[folder] = {file.casefold(): file for file in files if file.lower().endswith(".txt")}
+        return self._folders[folder]
+
+
 def _label_name(name: str) -> str:
     parts = list(PurePath(name).with_suffix(".txt").parts)
     places = [index for index, part in enumerate(parts[:-1]) if part == "images"]
@@ -138,40 +276,86 @@ def _label_name(name: str) -> str:
     return str(PurePath(*parts))
 
 
-def _boxes(file: Path, size: tuple[int, int], classes: int) -> list[ReadBox]:
-    if not file.is_file():
-        return []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: no text ({error}).") from error
-    return [
-        _box(line.split(), f"{file}: line {number}", number, size, classes)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+_Line = tuple[YoloLine, str, int]  # what it says, its file and its number
 
 
-def _box(words: list[str], where: str, number: int, size: tuple[int, int], classes: int) -> ReadBox:
-    if len(words) != 5 and (len(words) < 7 or len(words) % 2 == 0):
-        raise ValueError(
-            f"{where} has {len(words)} numbers; write class, x, y, width, height, or a class and a polygon."
-        )
-    try:
-        label, values = int(words[0]), [float(word) for word in words[1:]]
-    except ValueError:
-        raise ValueError(f"{where} is {' '.join(words)!r}; write a whole number and then fractions.") from None
-    if not 0 <= label < classes:
-        raise ValueError(f"{where} is of class {label}; there are 0 to {classes - 1}.")
-    if len(words) == 5:
-        x, y, width, height = values
-        left, top, right, bottom = x - width / 2, y - height / 2, x + width / 2, y + height / 2
-    else:
-        left, top, right, bottom = min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
-    return ReadBox((left * size[1], top * size[0], right * size[1], bottom * size[0]), label + 1, f"of line {number}")
+class _LineReader:
+    """Read the label files of a split, and decide in the end whether its long lines hold key points or polygons.
+
+    Args:
+        classes: how many there are.
+        skip_bad: leave malformed lines out instead of refusing them.
+        points: the `kpt_shape`, if it is known.
+
+    Attributes:
+        malformed: one message per line left out.
+    """
+
+    def __init__(self, classes: int, skip_bad: bool, points: tuple[int, int] | None) -> None:
+        self._classes, self._skip, self._points = classes, skip_bad, points
+        self._long = LongLines()
+        self.malformed: list[str] = []
+
+    def read(self, file: Path) -> tuple[list[_Line], str]:
+        """Return the lines of a file and, where it is no text and such are let pass, why it cannot be used."""
+        if not file.is_file():
+            return [], ""
+        try:
+            text = _text(file)
+        except ValueError as error:
+            if not self._skip:
+                raise
+            return [], str(error)
+        lines: list[_Line] = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                said, values = parse_line(line, self._classes, self._points)
+            except ValueError as error:
+                self._refuse(file, number, str(error))
+                continue
+            if len(values) > 4:
+                self._long.count(values)
+            lines.append((said, str(file), number))
+        return lines, ""
+
+    def _refuse(self, file: str | Path, number: int, what: str) -> None:
+        message = f"{file}: line {number} {what}"
+        if not self._skip:
+            raise ValueError(message)
+        self.malformed.append(message)
+
+    def decide(self, source: str, keypoints: bool | None) -> bool | None:
+        """Return whether the long lines hold key points, None if there are none; warn where they may be either."""
+        count = sum(self._long.lengths.values())
+        if keypoints is None and count:
+            keypoints = self._points is not None or self._long.are_points
+            if self._points is None and self._long.share > 0.5:
+                one, other = ("boxes with key points", "polygons")[:: 1 if keypoints else -1]
+                rank_zero_warn(
+                    f"{source}: {count} line(s) of {max(self._long.lengths) + 1} numbers are taken for {one}, and "
+                    f"might be {other}; write kpt_shape into data.yaml, or set keypoints=true or keypoints=false."
+                )
+
+        return keypoints
+
+    def boxes(self, lines: Sequence[_Line], size: tuple[int, int], keypoints: bool | None) -> list[ReadBox]:
+        """Return the boxes of the lines of an image of a size (H, W)."""
+        height, width = size
+        found = []
+        for said, file, number in lines:
+            corners = said.box if keypoints or said.numbers == 4 else said.polygon
+            if corners is None:
+                self._refuse(file, number, f"has {said.numbers + 1} numbers; {BOX_OR_POLYGON}")
+                continue
+            left, top, right, bottom = corners
+            scaled = (left * width, top * height, right * width, bottom * height)
+            found.append(ReadBox(scaled, said.label + 1, f"of line {number}"))
+        return found
 
 
-class YoloDetection(ImageData):
+class YoloDetection(DetectionData):
     """Serve images whose boxes are in one text file each, decoded by worker processes at their own sizes.
 
     The boxes of `images/train/a.jpg` are in `labels/train/a.txt`. The files are read and checked when the module is
@@ -184,18 +368,10 @@ class YoloDetection(ImageData):
         val: that of the evaluation images; None takes what `data.yaml` says, or else `images/val`.
         test: that of the test images; None takes what `data.yaml` says, or else tests on `val`.
         classes: the names of classes 0 to K - 1, which become labels 1 to K; None takes those of `data.yaml`.
-        facts: name of the `data.yaml` in the root; it may be missing if `classes` are given.
-        batch_size: images per batch and process.
-        augmentation: what is done to training images and their boxes.
-        seed: seed of order and augmentation.
-        keep_empty: whether to train on images without boxes, too; evaluation is always on all images.
-        num_workers: worker processes; None takes one per core, at most 8.
-        on_bad_image: "error" refuses missing files before training and stops at a file that cannot be decoded, with its
-            name; "skip" decodes every file before training and leaves broken ones out, with a warning that names them.
-        verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
-        min_size: shorter side at which a detector is to work, in pixels, or several to draw from in training. This and
-            `max_size` are for whoever builds the detector; the images served are not scaled.
-        max_size: limit of its longer side.
+        facts: name of the `data.yaml` in the root; it may be missing if `classes` are given, or are in `obj.names`.
+        keypoints: whether lines of more than five numbers are boxes with key points (true) or polygons (false); None
+            takes key points where `data.yaml` has a `kpt_shape`, and otherwise decides by the lines themselves.
+        **options: the arguments of `DetectionData`, such as `batch_size` and `min_size`.
 
     Attributes:
         classes: the names of labels 1 to `num_classes`.
@@ -208,8 +384,6 @@ class YoloDetection(ImageData):
         ValueError: if a file is damaged, a class is unknown, nobody names the classes, or a file leads out of the root.
     """
 
-    task = "detection"
-
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -218,45 +392,52 @@ class YoloDetection(ImageData):
         test: str | None = None,
         classes: tuple[str, ...] | None = None,
         facts: str = "data.yaml",
-        batch_size: int = 4,
-        augmentation: BoxAugmentation = FLIP_BOXES,
-        seed: int = 0,
-        keep_empty: bool = True,
-        num_workers: int | None = None,
-        on_bad_image: OnBadImage = "error",
-        verify: bool = False,
-        min_size: int | tuple[int, ...] = 800,
-        max_size: int = 1333,
+        keypoints: bool | None = None,
+        **options: Any,
     ) -> None:
-        file = Path(root) / facts
-        said = read_yolo_facts(file) if file.is_file() else YoloFacts(None, {})
+        top = Path(root)
+        file = top / facts
+        said = read_yolo_facts(file) if file.is_file() else YoloFacts(_darknet_names(top), {})
+        folder, points = read_yolo_layout(file) if file.is_file() else YoloLayout("", None)
         names = classes or said.classes
         if not names:
             raise ValueError(f"{file}: no such file, or no names in it; give the names of the classes.")
+        given = {"train": train, "val": val, "test": test}
 
-        def split(name: str, given: str | None) -> AnnotatedFiles:
-            places = [given] if given is not None else said.splits.get(name, [f"images/{name}"])
-            return read_yolo(root, places, names, skip_bad=on_bad_image == "skip")
+        def read(split: Split, training: AnnotatedFiles | None, skip_bad: bool) -> AnnotatedFiles | None:
+            place = given[split]
+            places = [place] if place is not None else said.splits.get(split, [])
+            places = [_below(top, folder, one) for one in places]
+            if split == "test" and place is None and not all(_is_there(top, one) for one in places or [""]):
+                return None  # Roboflow names a folder of test images that it does not export
+            places = places or [_usual_place(top, folder, split)]
+            known = keypoints if keypoints is not None or training is None else training.keypoints
+            return read_yolo(root, places, names, skip_bad=skip_bad, keypoints=known, points=points)
 
-        training = split("train", train)
-        files = DetectionFiles(
-            training,
-            split("val", val),
-            None if test is None and "test" not in said.splits else split("test", test),
-            batch_size=batch_size,
-            augmentation=augmentation,
-            seed=seed,
-            keep_empty=keep_empty,
-            num_workers=num_workers,
-            on_bad_image=on_bad_image,
-            verify=verify,
-        )
-        super().__init__(files.splits, training.classes, image_size=files.image_size)
+        super().__init__(read, **options)
         self.root, self.train, self.val, self.test = root, train, val, test
-        self.facts = facts
-        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
-        self.keep_empty, self.num_workers = keep_empty, files.num_workers
-        self.on_bad_image, self.verify = on_bad_image, verify
-        self.min_size, self.max_size = min_size, max_size
-        self.category_ids = training.category_ids
-        self.skipped, self.dropped = files.skipped, files.dropped
+        self.facts, self.keypoints = facts, keypoints
+
+
+def _darknet_names(top: Path) -> tuple[str, ...] | None:
+    """Return the classes of `obj.names`, which CVAT and Darknet write in the place of a `data.yaml`."""
+    file = top / "obj.names"
+    return tuple(line.strip() for line in _text(file).splitlines() if line.strip()) if file.is_file() else None
+
+
+def _is_there(top: Path, place: str) -> bool:
+    return bool(place) and (top / _relative(with_slashes(place, top), (top.absolute(), top.resolve()))).exists()
+
+
+def _below(top: Path, folder: str, place: str) -> str:
+    """Return a place as `path` of the `data.yaml` leads to it, if it is there."""
+    below = str(PurePath(folder) / place)
+    return below if folder and _is_there(top, below) else place
+
+
+def _usual_place(top: Path, folder: str, split: str) -> str:
+    """Return the first of the usual places of a split that is there, or else `images/SPLIT`."""
+    names = EVALUATION_SPLITS if split == "val" else (split,)
+    places = [place for name in names for place in (f"images/{name}", f"{name}/images", f"{name}.txt")]
+    found = (_below(top, folder, place) for place in places)
+    return next((place for place in found if _is_there(top, place)), f"images/{split}")

@@ -1,14 +1,12 @@
 """Cityscapes: 2,975 training and 500 evaluation images of streets, 2048x1024, in 19 classes."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from diffkd.data.image_data import ImageData
-from diffkd.data.segmentation.dataset import SCALE_AND_FLIP, PairLoaders
 from diffkd.data.segmentation.masks import MaskCode
-from diffkd.data.segmentation.pairs import scan_pairs
+from diffkd.data.segmentation.pairs import Pairs, scan_pairs
+from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
-from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 # Name of each class that counts, in the order of train ids, and its id in *_labelIds.png.
 _CLASSES = {
@@ -34,7 +32,7 @@ _CLASSES = {
 }
 
 
-class Cityscapes(ImageData):
+class Cityscapes(SegmentationData):
     """Serve Cityscapes (Cordts et al., 2016), as its archives leftImg8bit and gtFine unpack.
 
     Images, masks and batches are as in `MaskFolder`; `ignore_index` is 255.
@@ -49,23 +47,8 @@ class Cityscapes(ImageData):
         train: the split that is trained on.
         val: the split that is evaluated.
         crop_size: (H, W) of training images in pixels; None takes `resize`, or else (512, 512).
-        resize: (H, W) that all images are brought to first, at evaluation too; None leaves them.
-        full_size_masks: at evaluation leave masks at their own size while images are resized.
-        val_batch_size: evaluation images per batch and process at most; None takes `batch_size` where images are
-            resized, and 1 otherwise.
-        cache: "memory" keeps the decoded and resized pairs in the memory of each process.
-        num_workers: worker processes; None takes none with the cache, and otherwise one per core, at most 8.
-        verify: read every image and mask now, and list those that cannot be used.
-        mean: three values, in units of [0, 1].
-        std: three values, in units of [0, 1].
-
-    Raises:
-        FileNotFoundError: if a folder or list is missing.
-        ValueError: if a pair of files cannot be used, as in `MaskFolder`, or a value is out of range.
+        **options: the other arguments of `SegmentationData`, such as `resize` and `num_workers`.
     """
-
-    task = "segmentation"
-    ignore_index = 255
 
     def __init__(
         self,
@@ -77,14 +60,7 @@ class Cityscapes(ImageData):
         train: str = "train",
         val: str = "val",
         crop_size: tuple[int, int] | None = (512, 1024),
-        resize: tuple[int, int] | None = None,
-        full_size_masks: bool = False,
-        val_batch_size: int | None = None,
-        cache: Literal["none", "memory"] = "none",
-        num_workers: int | None = None,
-        verify: bool = False,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        **options: Any,
     ) -> None:
         top = Path(root)
         if labels not in ("auto", "labelIds", "labelTrainIds"):
@@ -95,37 +71,25 @@ class Cityscapes(ImageData):
             labels = "labelTrainIds" if made and not own else "labelIds"
         id_map = {stored: id_ for id_, stored in enumerate(_CLASSES.values())} if labels == "labelIds" else None
         code = MaskCode(len(_CLASSES), self.ignore_index, id_map=id_map)
-        pairs = [
-            scan_pairs(
+        splits = {"train": train, "val": val}
+
+        def read(split: Split) -> Pairs:
+            return scan_pairs(
                 top,
-                f"leftImg8bit/{split}",
-                f"gtFine/{split}",
+                f"leftImg8bit/{splits[split]}",
+                f"gtFine/{splits[split]}",
                 image_suffix="_leftImg8bit",
                 mask_suffix=f"_gtFine_{labels}",
             )
-            for split in (train, val)
-        ]
-        loaders = PairLoaders(
-            pairs[0],
-            pairs[1],
+
+        super().__init__(
+            read,
             code,
+            tuple(_CLASSES),
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
             crop_size=crop_size,
-            resize=resize,
-            full_size_masks=full_size_masks,
-            val_batch_size=val_batch_size,
-            cache=cache,
-            num_workers=num_workers,
-            verify=verify,
-            mean=mean,
-            std=std,
+            **options,
         )
-        super().__init__(loaders.splits, tuple(_CLASSES), image_size=loaders.crop_size, mean=mean, std=std)
         self.root, self.labels, self.train, self.val = root, labels, train, val
-        self.batch_size, self.val_batch_size = batch_size, loaders.val_batch_size
-        self.augmentation, self.seed = augmentation, seed
-        self.resize, self.crop_size = loaders.resize, loaders.crop_size
-        self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
-        self.num_workers = loaders.num_workers

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffkd.data.folders import evaluation_split
-from diffkd.data.image_data import ImageData
 from diffkd.data.images import OnBadImage
-from diffkd.data.segmentation.dataset import SCALE_AND_FLIP, PairLoaders
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, scan_pairs
+from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
-from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 Color = tuple[int, int, int]
 _COLOR = r"(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)"
@@ -128,7 +126,7 @@ def _checked(colors: list[tuple[str, Sequence[Any]]], source: str) -> dict[str, 
     return found
 
 
-class MaskFolder(ImageData):
+class MaskFolder(SegmentationData):
     """Serve images and masks from `root/train/images/`, `root/train/masks/` and the same below `root/val/`.
 
     Image and mask are matched by their paths below these folders, less suffix and extension. Files are listed and
@@ -153,9 +151,6 @@ class MaskFolder(ImageData):
         colors: for masks of colours: class name to (red, green, blue), or a file of them (`class_colors`). Names that
             are not in `classes` are ignored; without `classes`, ids follow the order of the colours.
         unknown_colors: "error" refuses a mask with a colour that is not in `colors`, "ignore" ignores its pixels.
-        crop_size: (H, W) of training images in pixels; None takes `resize`, or else (512, 512).
-        resize: (H, W) that all images are brought to first, at evaluation too; None leaves them.
-        full_size_masks: at evaluation leave masks at their own size while images are resized.
         train: the split that is trained on.
         val: the split that is evaluated; None takes "val", or else "valid", "validation" or "test".
         images: folder of a split's images; "{split}" stands for the split, as in "images/{split}". Without it the
@@ -164,17 +159,9 @@ class MaskFolder(ImageData):
         image_suffix: what the names of images end in besides the name shared with the mask, with or without the
             extension; other files are passed over.
         mask_suffix: likewise of masks, such as "_mask".
-        val_batch_size: evaluation images per batch and process at most; None takes `batch_size` where images are
-            resized, and 1 otherwise.
-        cache: "memory" keeps the decoded and resized pairs in the memory of each process, so that small data are
-            decoded once.
-        num_workers: worker processes; None takes none with the cache, and otherwise one per core, at most 8.
-        verify: read every image and mask now, and list those that cannot be used, instead of stopping at the first in
-            mid-epoch.
         on_bad_image: "error" refuses pairs that cannot be used; "skip" reads every pair now and leaves such out, with a
             warning that counts and names them.
-        mean: three values, in units of [0, 1].
-        std: three values, in units of [0, 1].
+        **options: the other arguments of `SegmentationData`, such as `crop_size` and `num_workers`.
 
     Attributes:
         skipped: one message per pair left out.
@@ -184,8 +171,6 @@ class MaskFolder(ImageData):
         ValueError: if a file has no partner, sizes differ, a mask is not of the expected kind, a link leaves the root,
             or a value is out of range; while iterating, if a file is broken or a mask holds an id of no class.
     """
-
-    task = "segmentation"
 
     def __init__(
         self,
@@ -199,22 +184,14 @@ class MaskFolder(ImageData):
         id_map: Mapping[int, int] | None = None,
         colors: str | Path | Mapping[str, Sequence[int]] | None = None,
         unknown_colors: Literal["error", "ignore"] = "error",
-        crop_size: tuple[int, int] | None = None,
-        resize: tuple[int, int] | None = None,
-        full_size_masks: bool = False,
         train: str = "train",
         val: str | None = None,
         images: str = "images",
         masks: str = "masks",
         image_suffix: str = "",
         mask_suffix: str = "",
-        val_batch_size: int | None = None,
-        cache: Literal["none", "memory"] = "none",
-        num_workers: int | None = None,
-        verify: bool = False,
         on_bad_image: OnBadImage = "error",
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        **options: Any,
     ) -> None:
         top = Path(root)
         if not top.is_dir():
@@ -226,8 +203,12 @@ class MaskFolder(ImageData):
         id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
         code = MaskCode(len(counted), ignore_index, id_map=id_map, colors=coded, unknown_colors=unknown_colors)
 
-        def scanned(split: str) -> Pairs:
-            folders = [_folder(name, split) for name in (images, masks)]
+        if val is None:
+            val = evaluation_split(top, _folder(images, "{split}"))
+        splits = {"train": train, "val": val}
+
+        def read(split: Split) -> Pairs:
+            folders = [_folder(name, splits[split]) for name in (images, masks)]
             return scan_pairs(
                 top,
                 *folders,
@@ -237,37 +218,20 @@ class MaskFolder(ImageData):
                 skip_bad=on_bad_image == "skip",
             )
 
-        if val is None:
-            val = evaluation_split(top, _folder(images, "{split}"))
-        loaders = PairLoaders(
-            scanned(train),
-            scanned(val),
+        super().__init__(
+            read,
             code,
+            counted,
+            on_bad_image,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
-            crop_size=crop_size,
-            resize=resize,
-            full_size_masks=full_size_masks,
-            val_batch_size=val_batch_size,
-            cache=cache,
-            num_workers=num_workers,
-            verify=verify,
-            mean=mean,
-            std=std,
-            on_bad_image=on_bad_image,
+            **options,
         )
-        super().__init__(loaders.splits, counted, image_size=loaders.crop_size, mean=mean, std=std)
         self.root, self.train, self.val = root, train, val
         self.images, self.masks, self.id_map = images, masks, id_map
         self.image_suffix, self.mask_suffix = image_suffix, mask_suffix
-        self.colors, self.unknown_colors, self.ignore_index = table, unknown_colors, ignore_index
-        self.batch_size, self.val_batch_size = batch_size, loaders.val_batch_size
-        self.augmentation, self.seed = augmentation, seed
-        self.resize, self.crop_size = loaders.resize, loaders.crop_size
-        self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
-        self.num_workers = loaders.num_workers
-        self.on_bad_image, self.skipped = on_bad_image, loaders.skipped
+        self.colors, self.unknown_colors = table, unknown_colors
 
 
 def _folder(name: str, split: str) -> str:

@@ -1,8 +1,9 @@
 """Reading of mask files: stored ids or colours to class ids."""
 
-import io
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,17 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from diffkd.data.images import Header, header_of, read_rgb, upright
+from diffkd.data.images import WHITE, Header, header_of, opened, read_rgb, upright
 
-_IDS = ("1", "L", "P", "I;16", "I")
+_LOSSY = ("jpeg", "tiff_jpeg", "webp")  # inside a TIFF
+_LOSSLESS = ("PNG", "BMP", "GIF", "TIFF", "PPM")
+_IDS = ("1", "L", "P", "I;16", "I;16B", "I")
+_RAW_IDS = 1 << 16  # 16 bits at most
 _COLOURS = ("1", "L", "P", "RGB", "RGBA")
 
 
 def image_header(path: str | os.PathLike[str]) -> Header:
     """Read the size of an image without decoding it; raise ValueError, naming the file, if that fails."""
     try:
-        with Image.open(path) as image:
-            return header_of(image)
+        return opened(path, header_of)
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
         raise ValueError(f"image {path} {_unreadable(error)}; replace it, or remove it and its mask.") from error
 
@@ -36,17 +39,16 @@ def mask_header(path: str | os.PathLike[str], *, colours: bool) -> Header:
         Its size.
 
     Raises:
-        ValueError: if the file is not a PNG, cannot be read, or holds colours where ids are expected or the other way
-            round; names the file and the mend.
+        ValueError: if the file is not a PNG, BMP, GIF, TIFF or PGM without loss, cannot be read, or holds colours where
+            ids are expected or the other way round; names the file and the mend.
     """
     try:
-        with Image.open(path) as image:
-            kind, mode, header = image.format, image.mode, header_of(image)
+        kind, mode, header, lossy = opened(path, _mask_facts)
     except Exception as error:
         raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
-    if kind != "PNG":
-        lossy = ", whose compression changes ids" if kind in ("JPEG", "WEBP") else ""
-        raise ValueError(f"mask {path} is a {kind} file{lossy}; save masks as PNG.")
+    if lossy or kind not in _LOSSLESS:
+        why = ", whose compression changes ids" if lossy else ""
+        raise ValueError(f"mask {path} is a {kind} file{why}; save masks as PNG.")
     if mode not in (_COLOURS if colours else _IDS):
         mend = (
             "take the table of colours away (colors=None) or save it as RGB"
@@ -54,14 +56,21 @@ def mask_header(path: str | os.PathLike[str], *, colours: bool) -> Header:
             else "give the colours of the classes (colors=...) or save it as grey or with a palette"
         )
         expected = "colours" if colours else "class ids"
-        raise ValueError(f"mask {path} holds pixels of mode {mode} where {expected} are expected; {mend}.")
+        what, png = ("", "") if kind == "PNG" else (f"is a {kind} file and ", "; or save masks as PNG")
+        raise ValueError(f"mask {path} {what}holds pixels of mode {mode} where {expected} are expected; {mend}{png}.")
     return header
+
+
+def _mask_facts(image: Image.Image) -> tuple[str | None, str, Header, bool]:
+    """Return format, mode and sizes of a mask, and whether its compression loses something."""
+    lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000") or image.info.get("compression") in _LOSSY
+    return image.format, image.mode, header_of(image), lossy
 
 
 def read_mask(path: str | os.PathLike[str], *, colours: bool = False) -> npt.NDArray[Any]:
     """Read the class ids of a mask, or its colours.
 
-    Ids are the grey values of a PNG with 1, 2, 4, 8 or 16 bits, or the indices into its palette, as stored; nothing is
+    Ids are the grey values of a file with 1, 2, 4, 8 or 16 bits, or the indices into its palette, as stored; nothing is
     scaled. Colours are those of an RGB image or of the palette; transparency is dropped. Interlaced files are read as
     any other. The orientation of EXIF is applied, as to images. Check sums are verified, for a wrong bit is a wrong
     class.
@@ -79,25 +88,38 @@ def read_mask(path: str | os.PathLike[str], *, colours: bool = False) -> npt.NDA
     mask_header(path, colours=colours)
     try:
         content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            image.verify()
-        with Image.open(io.BytesIO(content)) as image:
-            turned = upright(image)
-            pixels = np.asarray(turned.convert("RGB") if colours else turned)
+        is_png = content.startswith(b"\x89PNG")
+        if is_png:
+            opened(content, methodcaller("verify"))
+        pixels = opened(content, partial(_mask_pixels, colours=colours))
     except Exception as error:
         raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
     if colours:
         return pixels
     # Byte 24 of a PNG is the number of bits and byte 25 is 0 for grey. Pillow spreads grey of 2 and 4 bits over 0..255.
-    if content[25] == 0 and content[24] in (2, 4):
+    if is_png and content[25] == 0 and content[24] in (2, 4):
         return pixels // np.uint8(255 // ((1 << content[24]) - 1))
+    if pixels.dtype.itemsize > 1 and not 0 <= pixels.min() <= pixels.max() < _RAW_IDS:
+        raise ValueError(f"mask {path} holds ids from {pixels.min()} to {pixels.max()}; give ids of 16 bits.")
     return pixels.astype(np.uint16 if pixels.dtype.itemsize > 1 else np.uint8)
 
 
-def read_image(path: str | os.PathLike[str]) -> npt.NDArray[np.uint8]:
-    """Read an image as (H, W, 3) 8-bit RGB (`diffkd.data.images`); raise ValueError, naming the file, if that fails."""
+def _mask_pixels(image: Image.Image, colours: bool) -> npt.NDArray[Any]:
+    turned = upright(image)
+    if colours:
+        return np.asarray(turned.convert("RGB"))
+    if image.format == "GIF" and turned.mode == "P":
+        table = np.array(turned.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+        if (table == table[:, :1]).all():  # a grey image, of which GIF keeps the greys that occur
+            greys: npt.NDArray[Any] = table[np.asarray(turned), 0]
+            return greys
+    return np.asarray(turned)
+
+
+def read_image(path: str | os.PathLike[str], white: int = WHITE) -> npt.NDArray[np.uint8]:
+    """Read an image as (H, W, 3) 8-bit RGB (`read_rgb`); raise ValueError, naming the file, if that fails."""
     try:
-        return np.array(read_rgb(path))
+        return np.array(read_rgb(path, white))
     except ValueError as error:
         raise ValueError(
             f"image {path} {_unreadable(error.__cause__ or error)}; replace it, or remove it and its mask."
@@ -108,7 +130,6 @@ def _unreadable(error: BaseException) -> str:
     return f"cannot be read ({type(error).__name__}: {error})"
 
 
-_RAW_IDS = 1 << 16  # a PNG has 16 bits at most
 _UNKNOWN = -(1 << 31)  # no class, nor any id to ignore
 
 

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from diffkd.data.folders import image_files, quoted
+from lightning.pytorch.utilities import rank_zero_warn
+
+from diffkd.data.folders import image_files, leaves, quoted
 from diffkd.data.segmentation.masks import image_header, mask_header
 
 _LISTED = 10  # problems that an error spells out
@@ -53,7 +55,7 @@ def scan_pairs(
         image_suffix: what the names of images end in, with or without their extension.
         mask_suffix: likewise of masks.
         colors: whether masks hold colours instead of class ids.
-        skip_bad: as for `check_pairs`.
+        skip_bad: as for `check_pairs`; files without the other part of their pair are left out with a warning.
 
     Returns:
         The pairs, in the order of their names.
@@ -71,12 +73,15 @@ def scan_pairs(
         if key not in wanted
     ]
     lonely += [f"mask {path} has no image" for key, path in wanted.items() if key not in found]
-    refuse(
-        lonely,
-        f"{root}: {len(lonely)} file(s) of {images} and {masks} are without the other part of their pair; add it or "
-        "remove them, or set image_suffix and mask_suffix to what the names end in",
-    )
-    return check_pairs(root, [(path, wanted[key]) for key, path in found.items()], colors=colors, skip_bad=skip_bad)
+    alone = f"{root}: {len(lonely)} file(s) of {images} and {masks} are without the other part of their pair"
+    mend = "add it or remove them, or set image_suffix and mask_suffix to what the names end in"
+    both = [(path, wanted[key]) for key, path in found.items() if key in wanted]
+    if lonely and skip_bad and both:
+        listed = "\n  ".join(lonely[:_LISTED])
+        rank_zero_warn(f"{alone} and are left out:\n  {listed}")
+    else:
+        refuse(lonely, f"{alone}; {mend}")
+    return check_pairs(root, both, colors=colors, skip_bad=skip_bad)
 
 
 def check_pairs(
@@ -149,7 +154,7 @@ def _by_key(root: Path, name: str, suffix: str, kind: str) -> dict[str, str]:
         seen = f"; {folder.parent} holds {', '.join(map(repr, beside[:10]))}" if beside else ""
         raise FileNotFoundError(f"{folder}: no such folder of {kind}s{seen}; give the folders of images and masks.")
     real = root.resolve()
-    if not folder.resolve().is_relative_to(real):
+    if leaves(folder, real, named=name):
         raise ValueError(f"{folder}: leads to {folder.resolve()}, outside of {root}; copy the files into the folder.")
     found: dict[str, str] = {}
     for path in image_files(folder, real):

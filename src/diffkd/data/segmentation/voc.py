@@ -1,14 +1,12 @@
 """PASCAL VOC: 1,464 training and 1,449 evaluation images (2012) in 20 classes and background."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from diffkd.data.image_data import ImageData
-from diffkd.data.segmentation.dataset import SCALE_AND_FLIP, PairLoaders
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, check_pairs, refuse
+from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
-from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 
 _CLASSES = (
     "background",
@@ -35,7 +33,7 @@ _CLASSES = (
 )
 
 
-class VocSegmentation(ImageData):
+class VocSegmentation(SegmentationData):
     """Serve the segmentation part of PASCAL VOC (Everingham et al., 2010), as its archive unpacks.
 
     Images, masks and batches are as in `MaskFolder`; `ignore_index` is 255.
@@ -49,24 +47,8 @@ class VocSegmentation(ImageData):
             "train_aug" with the masks of SBD.
         val: list of those that are evaluated.
         masks: folder of the masks, such as "SegmentationClassAug".
-        crop_size: (H, W) of training images in pixels; None takes `resize`, or else (512, 512).
-        resize: (H, W) that all images are brought to first, at evaluation too; None leaves them.
-        full_size_masks: at evaluation leave masks at their own size while images are resized.
-        val_batch_size: evaluation images per batch and process at most; None takes `batch_size` where images are
-            resized, and 1 otherwise.
-        cache: "memory" keeps the decoded and resized pairs in the memory of each process.
-        num_workers: worker processes; None takes none with the cache, and otherwise one per core, at most 8.
-        verify: read every image and mask now, and list those that cannot be used.
-        mean: three values, in units of [0, 1].
-        std: three values, in units of [0, 1].
-
-    Raises:
-        FileNotFoundError: if a folder or list is missing.
-        ValueError: if a pair of files cannot be used, as in `MaskFolder`, or a value is out of range.
+        **options: the other arguments of `SegmentationData`, such as `resize` and `num_workers`.
     """
-
-    task = "segmentation"
-    ignore_index = 255
 
     def __init__(
         self,
@@ -77,45 +59,19 @@ class VocSegmentation(ImageData):
         train: str = "train",
         val: str = "val",
         masks: str = "SegmentationClass",
-        crop_size: tuple[int, int] | None = None,
-        resize: tuple[int, int] | None = None,
-        full_size_masks: bool = False,
-        val_batch_size: int | None = None,
-        cache: Literal["none", "memory"] = "none",
-        num_workers: int | None = None,
-        verify: bool = False,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        **options: Any,
     ) -> None:
         top = Path(root)
         choices = (top, top / "VOCdevkit" / "VOC2012", top / "VOC2012")
         top = next((path for path in choices if (path / "JPEGImages").is_dir()), top)
         code = MaskCode(len(_CLASSES), self.ignore_index)
-        pairs = [_listed(top, split, masks) for split in (train, val)]
-        loaders = PairLoaders(
-            pairs[0],
-            pairs[1],
-            code,
-            batch_size=batch_size,
-            augmentation=augmentation,
-            seed=seed,
-            crop_size=crop_size,
-            resize=resize,
-            full_size_masks=full_size_masks,
-            val_batch_size=val_batch_size,
-            cache=cache,
-            num_workers=num_workers,
-            verify=verify,
-            mean=mean,
-            std=std,
-        )
-        super().__init__(loaders.splits, _CLASSES, image_size=loaders.crop_size, mean=mean, std=std)
+        lists = {"train": train, "val": val}
+
+        def read(split: Split) -> Pairs:
+            return _listed(top, lists[split], masks)
+
+        super().__init__(read, code, _CLASSES, batch_size=batch_size, augmentation=augmentation, seed=seed, **options)
         self.root, self.train, self.val, self.masks = root, train, val, masks
-        self.batch_size, self.val_batch_size = batch_size, loaders.val_batch_size
-        self.augmentation, self.seed = augmentation, seed
-        self.resize, self.crop_size = loaders.resize, loaders.crop_size
-        self.full_size_masks, self.cache, self.verify = full_size_masks, cache, verify
-        self.num_workers = loaders.num_workers
 
 
 def _listed(root: Path, split: str, masks: str) -> Pairs:
