@@ -12,7 +12,7 @@ from diffkd.distill.checks import GradientFlow, check_models
 from diffkd.distill.matching import Pair, as_text, pair_layers, pair_rows, unique_names
 from diffkd.distill.observation import Observation, as_constant, handed_to, read_pair
 from diffkd.features.calling import first_parameter, on_device_of, run
-from diffkd.features.layers import find_layer, list_layers
+from diffkd.features.layers import activations_of, find_layer, list_layers
 from diffkd.features.probe import probe, watch
 from diffkd.features.reader import Reader, agree
 from diffkd.features.recorder import Call, Recorder, split_selector
@@ -138,12 +138,16 @@ class Distiller(nn.Module):
         ):
             for name in names:
                 find_layer(layers, split_selector(name)[0], f"{side} {layers[-1].type}")
-        self._student_recorder = Recorder(list(dict.fromkeys(student_names)), self._watched)
+        self._student_recorder = Recorder(
+            list(dict.fromkeys(student_names)), self._watched, activations_of(student_layers)
+        )
         self._student_recorder.attach(student)
         teacher = prepare_teacher(teacher, teacher_example, teacher_names, teacher_options)
         # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
         self._teacher = [teacher]
-        self._teacher_recorder = Recorder(list(dict.fromkeys(teacher_names)))
+        self._teacher_recorder = Recorder(
+            list(dict.fromkeys(teacher_names)), activations=activations_of(teacher_layers)
+        )
         self._teacher_recorder.attach(teacher)
 
         read_student = probe("student", self._student_recorder, student, example, student_layers)

@@ -26,8 +26,10 @@ class Pair:
     """A layer of the student, the layer of the teacher it learns from, and the method between them.
 
     Args:
-        student: dotted layer name, "output" for what the model returns, "fpn[0]" for an element of a layer's output; a
-            list of names for methods that take several levels at once.
+        student: dotted layer name, "output" for what the model returns, "fpn[0]" for an element of a layer's output,
+            "layer3@pre" for what the activation is applied to that makes a layer's output (of a layer whose output is
+            not activated, what the next one is applied to, after at most a normalisation); a list of names for methods
+            that take several levels at once.
         teacher: the same for the teacher; None: the student's name(s).
         method: a method, or a factory `(student_shape, teacher_shape) -> method` such as a method's class. None: the
             distiller's default.
