@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.diffusion.distances import at_least_float32
-from diffkd.features.shape import FeatureShape, Want
+from diffkd.features.shape import FeatureShape, Resizing, Want
 from diffkd.methods.counter_random import random_integers
 from diffkd.methods.inputs import check_labels, embed, full_precision, gathered, like_parameters, rank, unit
 
@@ -44,6 +44,7 @@ class CRD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    resizes: ClassVar[Resizing] = "none"
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     needs: ClassVar[tuple[str, ...]] = ("indices", "labels")
     student_memory: Tensor
