@@ -70,7 +70,7 @@ class OFD(nn.Module):
     def take_norms(self, norms: Sequence[nn.Module | None]) -> None:
         """Take the margins that were not given from the teacher's BatchNorms right before its activations."""
         for margin, norm in zip(self.margins, norms, strict=True):
-            if norm is not None and margin.estimates:
+            if norm is not None and isinstance(margin, Margin) and margin.estimates:
                 margin.fix(margin_of(norm))
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> dict[str, Tensor]:
