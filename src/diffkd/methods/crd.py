@@ -37,9 +37,12 @@ class CRD(nn.Module):
         teacher: the teacher's shape.
         samples: n, number of training samples, whose indices are 0..n-1; None: as many as the data have, which
             `diffkd fit` tells, and 50000, those of CIFAR-100, in a loop of one's own.
-        sample_labels: the class of each training sample, (n,), which `diffkd fit` tells; None: learned from the
-        batches. negatives: M. dim: length of the projected embeddings. temperature: tau > 0. momentum: share of the old
-        entry when a memory is updated. weight: factor of the loss.
+        sample_labels: the class of each training sample, (n,), as `diffkd fit` tells; None: learned from the batches.
+        negatives: M.
+        dim: length of the projected embeddings.
+        temperature: tau > 0.
+        momentum: share of the old entry when a memory is updated.
+        weight: factor of the loss.
 
     Raises:
         ValueError: if `samples` is below 2, `negatives` below 1 or `temperature` not positive.
