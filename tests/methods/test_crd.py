@@ -24,7 +24,7 @@ def reference(before, s, t, indices, labels):
     n, count = before.samples, before.negatives
     known = before.classes.clone()
     known[indices] = labels
-    drawn = other_class_samples(known, labels, count, before.step)
+    drawn = other_class_samples(known, labels, count, before.step, spare=before.spare)
 
     def project(layer, x):
         x = x.reshape(*x.shape[:2], -1).mean(2) @ layer.weight.T + layer.bias
@@ -127,12 +127,24 @@ def test_evaluation_changes_nothing():
 def test_negatives_are_of_other_classes_and_cover_them():
     classes = torch.tensor([2, 0, 1, 0, -1, 2, 0, 1])
     labels = torch.tensor([0, 1, 2, 7])
-    drawn = other_class_samples(classes, labels, 4000, torch.tensor(1))
-    for label, row in zip(labels.tolist(), drawn, strict=True):
+    drawn = [other_class_samples(classes, labels, 3, torch.tensor(step), spare=3) for step in range(3000)]
+    for label, rows in zip(labels.tolist(), torch.stack(drawn, dim=1), strict=True):
         allowed = [i for i, c in enumerate(classes.tolist()) if c != label]
-        assert sorted(set(row.tolist())) == allowed
-        counts = row.bincount(minlength=8)[allowed].double() / 4000
+        assert sorted(set(rows.flatten().tolist())) == allowed
+        assert all(len(set(row.tolist())) == 3 for row in rows)  # without replacement
+        counts = rows.flatten().bincount(minlength=8)[allowed].double() / rows.numel()
         assert counts.tolist() == pytest.approx([1 / len(allowed)] * len(allowed), abs=0.03)
+
+
+def test_with_the_labels_of_all_samples_no_negative_is_of_the_class():
+    labels = torch.arange(30) % 3
+    method = build(sample_labels=labels.tolist())
+    assert method.classes.tolist() == labels.tolist()
+    assert method.spare == 10
+    drawn = other_class_samples(method.classes, torch.tensor([1]), 20, torch.tensor(0), spare=10)
+    assert sorted(drawn[0].tolist()) == [i for i in range(30) if i % 3 != 1]
+    with pytest.raises(ValueError, match="labels of"):
+        build(sample_labels=[0, 1])
 
 
 def test_one_class_alone_does_not_break():

@@ -9,7 +9,7 @@ def test_formula(shape):
     logits = torch.randn(shape, dtype=torch.float64) * 3 + 1
     classes = shape[1]
     mean = sum(logits[:, k] for k in range(classes)) / classes
-    variance = sum((logits[:, k] - mean) ** 2 for k in range(classes)) / classes
+    variance = sum((logits[:, k] - mean) ** 2 for k in range(classes)) / (classes - 1)
     expected = torch.stack([(logits[:, k] - mean) / (variance.sqrt() + 1e-7) for k in range(classes)], dim=1)
     torch.testing.assert_close(standardize(logits), expected, rtol=0, atol=1e-10)
 

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from diffkd.features.activations import PRE
 from diffkd.features.layers import list_layers
 from diffkd.methods import MethodFactory
 from diffkd.tasks.data_facts import DataFacts, TaskName
@@ -55,6 +56,8 @@ def layers(
         note = "" if layer.instead is None else f"not distillable; take {layer.instead or 'a layer around it'}"
         if layer.elements:
             note = ", ".join(f"{name} {'x'.join(map(str, shape[1:]))}" for name, shape in layer.elements)
+        if layer.before is not None:
+            note = ", ".join(filter(None, [note, f"{layer.name}{PRE}: before the activation"]))
         shape = str(layer.feature_shape or "x".join(map(str, layer.shape[1:])))
         table.add_row(*map(escape, (layer.name, layer.type, shape, str(layer.layout or "unknown"), note)))
     console.print(table)

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffkd.distill.checks import GradientFlow, check_models
-from diffkd.distill.matching import Pair, as_text, pair_layers, pair_rows, unique_names
+from diffkd.distill.matching import Pair, as_text, attribute_of, pair_layers, pair_rows, unique_names
 from diffkd.distill.observation import Observation, as_constant, handed_to, read_pair
+from diffkd.features.activations import before_activation
 from diffkd.features.calling import first_parameter, on_device_of, run
-from diffkd.features.layers import find_layer, list_layers
+from diffkd.features.layers import Layer, activations_of, find_layer, list_layers
 from diffkd.features.probe import probe, watch
 from diffkd.features.reader import Reader, agree
 from diffkd.features.recorder import Call, Recorder, split_selector
+from diffkd.features.shape import Resizing
 from diffkd.files.weights import unwrap
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.teacher.classifier import pooled_classifier
@@ -51,6 +53,13 @@ def _factors(method: nn.Module) -> Iterator[tuple[str, float]]:
             yield from ((f"{term}_weight", weight) for term, weight in value.items())
         elif isinstance(value, (int, float)) and name.endswith(("weight", "alpha", "beta", "gamma", "temperature")):
             yield name, value
+
+
+def _norm_before(teacher: nn.Module, layers: Sequence[Layer], name: str) -> nn.Module | None:
+    """Return the BatchNorm right before the activation that "layer@pre" names, None for other names and without one."""
+    path, before = before_activation(name)
+    found = next((layer.before for layer in layers if layer.name == path and before), None)
+    return teacher.get_submodule(found.norm) if found is not None and found.norm else None
 
 
 class Distiller(nn.Module):
@@ -138,26 +147,38 @@ class Distiller(nn.Module):
         ):
             for name in names:
                 find_layer(layers, split_selector(name)[0], f"{side} {layers[-1].type}")
-        self._student_recorder = Recorder(list(dict.fromkeys(student_names)), self._watched)
+        self._student_recorder = Recorder(
+            list(dict.fromkeys(student_names)), self._watched, activations_of(student_layers)
+        )
         self._student_recorder.attach(student)
+        given_teacher = unwrap(teacher)
         teacher = prepare_teacher(teacher, teacher_example, teacher_names, teacher_options)
         # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
         self._teacher = [teacher]
-        self._teacher_recorder = Recorder(list(dict.fromkeys(teacher_names)))
+        self._teacher_recorder = Recorder(
+            list(dict.fromkeys(teacher_names)), activations=activations_of(teacher_layers)
+        )
         self._teacher_recorder.attach(teacher)
 
         read_student = probe("student", self._student_recorder, student, example, student_layers)
         read_teacher = probe("teacher", self._teacher_recorder, teacher, teacher_example, teacher_layers)
         self.readers: list[tuple[Reader, Reader]] = []
         self.methods = nn.ModuleList()
+        self._resizes: list[Resizing] = []
         for pair in self.pairs:
             several = not isinstance(pair.student, str)
+            factory = methods[0] if pair.method is None else pair.method
+            resizes: Resizing = attribute_of(factory, "resizes", "student")
             ours, theirs = agree(
                 read_student(pair.student_names, several=several, layout=pair.student_layout),
                 read_teacher(pair.teacher_names, several=several, layout=pair.teacher_layout),
+                resizes,
             )
             self.readers.append((ours, theirs))
-            self.methods.append(build_method(methods[0] if pair.method is None else pair.method, ours, theirs))
+            self._resizes.append(resizes)
+            self.methods.append(built := build_method(factory, ours, theirs))
+            if (take_norms := getattr(built, "take_norms", None)) is not None:
+                take_norms([_norm_before(given_teacher, teacher_layers, name) for name in pair.teacher_names])
         if (parameter := first_parameter(student)) is not None:
             self.methods.to(parameter.device)
         device = None if parameter is None else parameter.device
@@ -269,7 +290,7 @@ class Distiller(nn.Module):
     def rows(self) -> list[tuple[str, ...]]:
         """Return one row per pair: name, student layer and shape, teacher layer and shape, method, parameters.
 
-        The shapes are those that each model returns; what the method gets of a pair of maps has the teacher's size.
+        The shapes are those that each model returns; what the method gets of a pair of maps may be resized.
         """
         return list(pair_rows(self.names, self.readers, self.methods))  # type: ignore[arg-type]
 
@@ -287,8 +308,10 @@ class Distiller(nn.Module):
         if isinstance(self.teacher_input, StudentView):
             context = self.teacher_input.context(inputs, calls) | context
         results = []
-        for name, (our_reader, their_reader), method in zip(self.names, self.readers, self.methods, strict=True):
-            student, teacher = read_pair(our_reader, their_reader, ours, theirs)
+        for name, (our_reader, their_reader), resizes, method in zip(
+            self.names, self.readers, self._resizes, self.methods, strict=True
+        ):
+            student, teacher = read_pair(our_reader, their_reader, ours, theirs, resizes)
             if (
                 "teacher_head" in getattr(method, "needs", ())
                 and context.get("teacher_head") is None

@@ -11,9 +11,10 @@ from torch import nn
 
 from diffkd.distill.ramp import ALWAYS, Ramp
 from diffkd.distill.stages import box_outputs, class_map, common_levels, last_feature, stages, vector_classes
+from diffkd.features.activations import PRE
 from diffkd.features.layers import Layer, list_layers
 from diffkd.features.layout import Layout
-from diffkd.features.reader import Reader
+from diffkd.features.reader import Reader, SideName
 from diffkd.features.shape import Want
 from diffkd.methods import MethodFactory
 
@@ -26,8 +27,10 @@ class Pair:
     """A layer of the student, the layer of the teacher it learns from, and the method between them.
 
     Args:
-        student: dotted layer name, "output" for what the model returns, "fpn[0]" for an element of a layer's output; a
-            list of names for methods that take several levels at once.
+        student: dotted layer name, "output" for what the model returns, "fpn[0]" for an element of a layer's output,
+            "layer3@pre" for what the activation is applied to that makes a layer's output (of a layer whose output is
+            not activated, what the next one is applied to, after at most a normalisation); a list of names for methods
+            that take several levels at once.
         teacher: the same for the teacher; None: the student's name(s).
         method: a method, or a factory `(student_shape, teacher_shape) -> method` such as a method's class. None: the
             distiller's default.
@@ -78,12 +81,12 @@ def match_layers(
 ) -> list[Pair]:
     """Pair the layers of two models automatically.
 
-    Depending on what the method wants: the last maps before pooling, the logits (where both have the same classes), or
-    the last map of every resolution, deepest with deepest. Models without maps (plain MLPs) pair their last hidden
-    vectors. Segmenters with the same classes pair their class maps before up-sampling, in the place of logits, and a
-    method that wants those gets nothing else of them. Scores of fewer classes than the method can learn from are left
-    out, with a warning. Detectors pair the levels of their feature pyramids
-    (:func:`~diffkd.distill.stages.common_levels`).
+    Depending on what the method wants: the last maps before pooling, the logits (where both have the same classes), the
+    stages (:func:`~diffkd.distill.stages.stages`), deepest with deepest, or the last or the second of them.
+    Models without maps (plain MLPs) pair their last hidden vectors. Segmenters with the same classes pair their class
+    maps before up-sampling, in the place of logits, and a method that wants those gets nothing else of them. Scores of
+    fewer classes than the method can learn from are left out, with a warning. Detectors pair the levels of their
+    feature pyramids (:func:`~diffkd.distill.stages.common_levels`).
 
     Args:
         student, teacher: any two modules.
@@ -119,11 +122,22 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
     if wants & {"stages", "levels"}:
         ours, theirs = stages(student), stages(teacher)
         few = min(len(ours), len(theirs))
-        names = [(a.name, b.name) for a, b in zip(ours[-few:], theirs[-few:], strict=True)] if few else []
+        names = _named(ours[-few:], theirs[-few:], method) if few else []
+        if "pooled" in wants and names and not maps[0] and not maps[1]:
+            last = last_feature(student), last_feature(teacher)
+            names += [(a.name, b.name) for a, b in [last] if a is not None and b is not None]
         if "levels" in wants and names:
             pairs.append(Pair([a for a, _ in names], [b for _, b in names], method, name="levels"))
         elif names:
             pairs.extend(Pair(a, b, method) for a, b in names)
+    if wants & {"last stage", "second stage"}:
+        ours, theirs = stages(student), stages(teacher)
+        common = list(zip(ours[::-1], theirs[::-1], strict=False))[::-1]
+        if common:
+            a, b = common[-1 if "last stage" in wants else min(1, len(common) - 1)]
+            pairs.extend(Pair(*names, method) for names in _named([a], [b], method))
+        else:
+            wants = wants | {"feature"}
     if wants & {"feature", "class map"}:
         ours_last, theirs_last = last_feature(student), last_feature(teacher)
         if ours_last and theirs_last:
@@ -153,12 +167,22 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
     return pairs
 
 
+def _named(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None) -> list[tuple[str, str]]:
+    """Return the names of layers that go together, before their activation on the sides that the method says."""
+    sides: frozenset[SideName] = attribute_of(method, "before_activation", frozenset())
+
+    def name(layer: Layer, side: SideName) -> str:
+        return f"{layer.name}{PRE}" if side in sides and layer.before is not None else layer.name
+
+    return [(name(a, "student"), name(b, "teacher")) for a, b in zip(student, teacher, strict=True)]
+
+
 def _pyramid_pairs(
     student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None, wants: frozenset[Want]
 ) -> list[Pair] | None:
     """Return the pairs of two feature pyramids' common levels; None if there are no two pyramids."""
     levels = common_levels(student, teacher)
-    if not levels or not wants & {"feature", "stages", "levels", "class map"}:
+    if not levels or not wants & {"feature", "stages", "levels", "class map", "last stage", "second stage"}:
         return None
     layout = Layout("nchw")
     if "levels" in wants:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.features.layout import resize
-from diffkd.features.reader import Reader
+from diffkd.features.reader import Reader, compared_size
+from diffkd.features.shape import Resizing
 
 
 class Observation(NamedTuple):
@@ -30,12 +31,21 @@ def as_constant(feature: Tensor) -> Tensor:
 
 
 def read_pair(
-    student: Reader, teacher: Reader, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+    student: Reader,
+    teacher: Reader,
+    ours: Mapping[str, Tensor],
+    theirs: Mapping[str, Tensor],
+    resizes: Resizing = "student",
 ) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
-    """Return the features of a pair from the outputs of both models' layers; a single map at the teacher's size."""
+    """Return the features of a pair from the outputs of both models' layers, single maps resized as the method wants.
+
+    Lists of maps are left as they are.
+    """
     our_feature, their_feature = student.read(ours), teacher.read(theirs)
     if isinstance(our_feature, Tensor) and isinstance(their_feature, Tensor) and our_feature.ndim == 4:
-        our_feature = resize(our_feature, (their_feature.shape[2], their_feature.shape[3]))
+        size = compared_size(tuple(our_feature.shape[2:]), tuple(their_feature.shape[2:]), resizes)
+        if size is not None:
+            our_feature, their_feature = (resize(one, (size[0], size[1])) for one in (our_feature, their_feature))
     return our_feature, their_feature
 
 

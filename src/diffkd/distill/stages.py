@@ -1,7 +1,8 @@
 """The layers of a model that are its features: last feature, one per resolution, pyramid levels, class map."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from itertools import count, pairwise
 
 from diffkd.features.layers import Layer
@@ -113,9 +114,12 @@ def last_feature(layers: Sequence[Layer]) -> Layer | None:
 
 
 def stages(layers: Sequence[Layer]) -> list[Layer]:
-    """Return one map per resolution that the model passes through, from large to small, ending with the last feature.
+    """Return one map per resolution that the model passes through, from large to small.
 
-    Taken from the outermost modules that show them ("layer2", "stages.1"), the last one at each. A module that returns
+    Taken from the outermost modules that show them ("layer2", "stages.1"), the last one at each; of a classifier the
+    last that holds several convolutions or linear layers, if any does: a head's convolution, or a normalisation after
+    the last block, is no stage, and neither is a stem before the first stage. Otherwise the list ends with the last
+    feature. A module that returns
     a map much smaller than what came before it is looked into, at whatever depth, for those in between
     ("resnet.encoder.stages.1"); while fewer than three are found, so is the first module.
     """
@@ -140,6 +144,8 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
         if not (new := (skipping | first) & set(around.values()) - opened):
             break
         opened |= new
+    if class_map(layers) is None:
+        by_area = _blocks_first(layers, shown, opened, by_area)
     found = [by_area[area] for area in sorted(by_area, reverse=True)]
     order = {layer.name: position for position, layer in enumerate(layers)}
     # An attention map may look like a large feature map; but it comes late, after smaller ones.
@@ -148,6 +154,28 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
         for position, layer in enumerate(found)
         if all(order[layer.name] < order[smaller.name] for smaller in found[position + 1 :])
     ]
+
+
+def _blocks_first(
+    layers: Sequence[Layer], shown: Sequence[Layer], opened: Collection[str], by_area: dict[int, Layer]
+) -> dict[int, Layer]:
+    """Return the levels by area: blocks of several convolutions where there are some, and nothing before the first.
+
+    A module that was looked into returns what its last part does, which may be a head's convolution: it stands for its
+    resolution only where no block inside does.
+    """
+    names = {layer.name for layer in layers}
+    inner = {around for name in names for around in _enclosing(name)}
+    weighted = [one.name for one in layers if one.name not in inner and ("Conv" in one.type or "Linear" in one.type)]
+    count = Counter(around for name in weighted for around in _enclosing(name))
+    blocks = {
+        _area(layer): layer
+        for looked_into in (True, False)
+        for layer in shown
+        if count[layer.name] > 1 and (layer.name in opened) == looked_into
+    }
+    largest = max(blocks, default=max(by_area))
+    return {area: blocks.get(area, layer) for area, layer in by_area.items() if area <= largest}
 
 
 def _enclosing(name: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffkd.features.activations import Activation, before_activation
 from diffkd.features.calling import batch_of, input_size_of, on_device_of
 from diffkd.features.class_scores import before_upsampling, class_scores, count_queries, returns_features
 from diffkd.features.layout import Layout, fitting_layouts, infer_layout, select_tensor
@@ -32,6 +33,7 @@ class Layer:
         scores: whether the output holds the scores that the model returns: "output", or, of a segmenter, the layer that
             makes it and the class map that is up-sampled to it. A backbone, which returns features, has none.
         element_layouts: how each of the elements is read.
+        before: the activation whose input "NAME@pre" names; None if that cannot be recorded.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Layer:
     elements: tuple[tuple[str, tuple[int, ...]], ...] = ()
     scores: bool = False
     element_layouts: tuple[Layout | None, ...] = ()
+    before: Activation | None = None
 
     @property
     def feature_shape(self) -> FeatureShape | None:
@@ -114,6 +117,7 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
                 tuple((name, tuple(tensor.shape)) for name, tensor in one.elements.items()),
                 not features and (one is class_map or (result.ndim == 4 and is_same(one.tensor, result))),
                 tuple(layouts[name] for name in one.elements),
+                one.before if calls[one.name] == 1 else None,
             )
         )
     # A detector returns boxes for each image: nothing that could be compared with another model's.
@@ -138,23 +142,36 @@ def find_layer(layers: Sequence[Layer], name: str, owner: str) -> Layer:
 
     Args:
         layers: as from :func:`list_layers`.
-        name: dotted name, without selector.
+        name: dotted name, without selector, or followed by "@pre".
         owner: whose layers these are, for the message: "student ResNet".
 
     Raises:
         ValueError: if there is no such layer (the message names the nearest), or its output cannot be distilled.
     """
     by_name = {layer.name.partition("[")[0] if layer is layers[-1] else layer.name: layer for layer in layers}
+    name, before = before_activation(name)
     if name not in by_name:
         near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.4) or list(by_name)[-2:]
         nearest = ", ".join(f"'{other}' ({describe(by_name[other])})" for other in near)
         raise ValueError(f"layer '{name}' is not in {owner}; nearest: {nearest}. `diffkd layers` lists all.")
     layer = by_name[name]
+    if before:
+        if layer.before is None:
+            raise ValueError(
+                f"layer '{name}' of {owner} has no activation right before or after its output, so '{name}@pre' means "
+                f"nothing; take '{layer.instead or name}'"
+            )
+        return layer
     if layer.instead is not None:
         why = "runs several times in one forward" if layer.calls > 1 else "has its output overwritten in place"
         mend = f"take '{layer.instead}' instead" if layer.instead else "take a layer around it"
         raise ValueError(f"layer '{name}' of {owner} {why}, so it cannot be distilled; {mend}")
     return layer
+
+
+def activations_of(layers: Sequence[Layer]) -> dict[str, Activation]:
+    """Return the activation of each layer that has one, by the layer's name."""
+    return {layer.name: layer.before for layer in layers if layer.before is not None}
 
 
 def describe(layer: Layer) -> str:

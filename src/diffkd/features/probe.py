@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffkd.features.activations import PRE
 from diffkd.features.calling import batch_of, evaluation_mode, input_size_of, on_device_of
 from diffkd.features.layers import Layer
 from diffkd.features.layout import Layout, select_tensor
@@ -36,6 +37,7 @@ def probe(
 def _layouts(layers: Sequence[Layer]) -> dict[str, Layout]:
     """Return how layers and the elements of their outputs are read, by name, as far as that was found out."""
     found = [(layer.name, layer.layout) for layer in layers]
+    found += [(f"{layer.name}{PRE}", layer.layout) for layer in layers if layer.before is not None]
     for layer in layers:
         found += [(name, one) for (name, _), one in zip(layer.elements, layer.element_layouts, strict=True)]
     return {name: layout for name, layout in found if layout is not None}

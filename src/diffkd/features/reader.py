@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from diffkd.features.layout import Layout, fitting_layouts, infer_layout
-from diffkd.features.shape import FeatureShape, Role
+from diffkd.features.shape import FeatureShape, Resizing, Role
 
 SideName = Literal["student", "teacher"]
 
@@ -106,8 +106,8 @@ def reader_for(
     return Reader(tuple(names), tuple(read), tuple(shapes), tuple(shapes), several)
 
 
-def agree(student: Reader, teacher: Reader) -> tuple[Reader, Reader]:
-    """Bring both sides of a pair to one kind and size: maps of the teacher's size, or vectors if either is one.
+def agree(student: Reader, teacher: Reader, resizes: Resizing = "student") -> tuple[Reader, Reader]:
+    """Bring both sides of a pair to one kind, and to the size that `resizes` says: maps, or vectors if either is one.
 
     Logits of a single position (B, K, 1, 1), as classifiers without a flattening return them, are vectors too.
     """
@@ -116,8 +116,20 @@ def agree(student: Reader, teacher: Reader) -> tuple[Reader, Reader]:
     ours, theirs = student.shapes[0], teacher.shapes[0]
     single = all(one.role == "logits" and one.size == (1, 1) for one in (ours, theirs))
     if ours.is_map and theirs.is_map and not single:
-        return replace(student, shapes=(replace(ours, size=theirs.size),)), teacher
+        size = compared_size(ours.size, theirs.size, resizes)
+        if size is None:
+            return student, teacher
+        return replace(student, shapes=(replace(ours, size=size),)), replace(
+            teacher, shapes=(replace(theirs, size=size),)
+        )
     return _pooled(student), _pooled(teacher)
+
+
+def compared_size(student: tuple[int, ...], teacher: tuple[int, ...], resizes: Resizing) -> tuple[int, ...] | None:
+    """Return the (H, W) at which two maps are compared, None if each keeps its own."""
+    if resizes == "student":
+        return teacher
+    return min(student, teacher, key=lambda size: size[0] * size[1]) if resizes == "larger" else None
 
 
 def _pooled(reader: Reader) -> Reader:

@@ -1,7 +1,9 @@
 """Recording of the outputs of chosen layers by hooks."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from diffkd.features.activations import Activation, CalledActivations, before_activation
 from diffkd.features.calling import run
 from diffkd.features.layout import select_tensor
 from diffkd.features.trace import OUTPUT, version_of
@@ -44,13 +47,16 @@ class Recorder:
     deep copy of the model gets a recorder of its own, at rest.
 
     Args:
-        names: the layers: "layer4", "output" for what the model returns, or "fpn[0]", "backbone[out]" for one element
-            of an output that is a sequence or mapping.
+        names: the layers: "layer4", "output" for what the model returns, "fpn[0]", "backbone[out]" for one element of
+            an output that is a sequence or mapping, or "layer4@pre" for what its activation is applied to.
         watched: layers of which the whole call is wanted, whatever its type.
+        activations: the activation of each layer that has one, by name, as the probe found them out; those of the
+            names "layer4@pre" are needed.
     """
 
     names: Sequence[str]
     watched: Sequence[str] = ()
+    activations: Mapping[str, Activation] = field(default_factory=dict)
     active: bool = False
     stops: bool = False
     stopped: bool = False
@@ -58,6 +64,8 @@ class Recorder:
     versions: dict[str, int] = field(default_factory=dict)
     calls: dict[str, Call] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
+    module_calls: Counter[str] = field(default_factory=Counter)
+    function_taps: list["_FunctionTap"] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(self, model: nn.Module) -> None:
@@ -71,6 +79,11 @@ class Recorder:
             path, key = split_selector(name)
             if path == OUTPUT:
                 continue  # what the model returns needs no hook
+            layer, is_before = before_activation(path)
+            activation = self.activations.get(layer) if is_before else None
+            if is_before and activation is None:
+                raise ValueError(f"layer '{layer}' of {type(unwrap(model)).__name__} has no activation to tap")
+            path = path if activation is None else activation.module
             module = modules.get(path)
             if module is None:
                 raise ValueError(f"layer '{path}' is not in {type(unwrap(model)).__name__}")
@@ -80,6 +93,15 @@ class Recorder:
                     f"{type(unwrap(model)).__name__} is compiled already, as a whole or around its layer '{path}', and "
                     "ignores hooks there; give the model as it was, and compile the distiller"
                 )
+            if activation is not None and activation.is_function:
+                tap = _FunctionTap(self, name, activation.call)
+                self.function_taps.append(tap)
+                self.handles.append(module.register_forward_pre_hook(_Entrance(tap)))
+                self.handles.append(module.register_forward_hook(_Exit(tap)))
+                continue
+            if activation is not None:
+                self.handles.append(module.register_forward_pre_hook(_InputTap(self, name, activation.call)))
+                continue
             watches = name in self.watched
             self.handles.append(module.register_forward_hook(_Tap(self, name, None if watches else key, watches)))
 
@@ -88,6 +110,7 @@ class Recorder:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.function_taps.clear()
 
     def record(self, model: nn.Module, inputs: Any, *, whole: bool = True) -> Recording:
         """Run `model` and return what it returns, and what was recorded.
@@ -104,9 +127,13 @@ class Recorder:
         wants_output = any(split_selector(name)[0] == OUTPUT for name in self.names)
         self.stops = not (whole or wants_output or unwrap(model) is not model)
         self.active, self.stopped = True, False
+        self.module_calls.clear()
+        for tap in self.function_taps:
+            tap.inside, tap.count = False, 0
         output = None
         try:
-            output = run(model, inputs)
+            with CalledActivations(self) if self.function_taps else nullcontext():
+                output = run(model, inputs)
         except Exception:
             # By the flag and not by the type: a model may turn what passes through it into an exception of its own.
             if not self.stopped:
@@ -143,6 +170,18 @@ class Recorder:
             "part of it is compiled already, compile the distiller instead"
         )
 
+    def called(self, given: Tensor, in_place: bool) -> None:
+        """Take in that an activation function is being called; called by the mode that sees them."""
+        if self.active:
+            for tap in self.function_taps:
+                tap.called(given, in_place)
+
+    def keep(self, name: str, tensor: Tensor, in_place: bool) -> None:
+        """Record the value before an activation, a copy of it where the activation overwrites it."""
+        kept = tensor.clone() if in_place else tensor
+        self.outputs[name] = kept
+        self.versions[name] = version_of(kept)
+
     def stop_if_complete(self) -> None:
         """End the model's forward, if that is allowed and all layers have been recorded; called by the hooks."""
         if torch.compiler.is_compiling():
@@ -152,11 +191,8 @@ class Recorder:
             raise _Enough
 
 
-class _Tap:
-    """A forward hook; a class rather than a closure so that copying and pickling a model works."""
-
-    def __init__(self, recorder: Recorder, name: str, key: str | None, watches: bool) -> None:
-        self.recorder, self.name, self.key, self.watches = recorder, name, key, watches
+class _Hook:
+    """A hook; a class rather than a closure so that copying and pickling a model works."""
 
     @property
     def __name__(self) -> str:
@@ -166,6 +202,62 @@ class _Tap:
             "first, which ends it, or script a new model that has loaded the student's state_dict(); torch.export "
             "needs neither"
         )
+
+
+class _InputTap(_Hook):
+    """Records the argument of one call of an activation module; for :meth:`register_forward_pre_hook`."""
+
+    def __init__(self, recorder: Recorder, name: str, call: int) -> None:
+        self.recorder, self.name, self.call = recorder, name, call
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.recorder.active:
+            if self.recorder.module_calls[self.name] == self.call:
+                self.recorder.keep(self.name, args[0], bool(getattr(module, "inplace", False)))
+            self.recorder.module_calls[self.name] += 1
+            self.recorder.stop_if_complete()
+
+
+class _FunctionTap:
+    """Counts the activations that are called while one module runs, and records what one of them is applied to."""
+
+    def __init__(self, recorder: Recorder, name: str, call: int) -> None:
+        self.recorder, self.name, self.call = recorder, name, call
+        self.inside, self.count = False, 0
+
+    def called(self, given: Tensor, in_place: bool) -> None:
+        if self.inside:
+            if self.count == self.call:
+                self.recorder.keep(self.name, given, in_place)
+            self.count += 1
+
+
+class _Entrance(_Hook):
+    """Tells a tap that its module runs."""
+
+    def __init__(self, tap: _FunctionTap) -> None:
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.tap.inside = True
+
+
+class _Exit(_Hook):
+    """Tells a tap that its module has run."""
+
+    def __init__(self, tap: _FunctionTap) -> None:
+        self.tap = tap
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.tap.inside = False
+        self.tap.recorder.stop_if_complete()
+
+
+class _Tap(_Hook):
+    """Records what a layer returns, or its whole call."""
+
+    def __init__(self, recorder: Recorder, name: str, key: str | None, watches: bool) -> None:
+        self.recorder, self.name, self.key, self.watches = recorder, name, key, watches
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.recorder.active:
@@ -192,6 +284,9 @@ def _is_compiled(path: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def split_selector(name: str) -> tuple[str, str | None]:
-    """Split "fpn[0]" into the layer's name and the key, ("fpn", "0"); the key is None where there is none."""
+    """Split "fpn[0]" into the layer's name and the key, ("fpn", "0"); the key is None where there is none.
+
+    "layer3@pre" has none: :func:`~diffkd.features.activations.before_activation` splits that.
+    """
     match = re.fullmatch(r"(.+)\[([^\[\]]+)\]", name)
     return (match[1], match[2]) if match else (name, None)

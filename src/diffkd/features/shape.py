@@ -3,14 +3,23 @@
 Also the words for what a method wants from automatic pairing: "feature" (the last map before pooling), "logits",
 "stages" (the last map of every resolution, each pair with a method of its own), "levels" (the same maps, all given to
 one method as lists), or "class map" (the scores by position of a model for dense prediction, and the last feature of
-any other), or "box outputs" (a detector's class scores and box regression, given to one method as a list of two).
+any other), "box outputs" (a detector's class scores and box regression, given to one method as a list of two),
+"last stage" (the last of the stages, which is not the head's convolution), "second stage" (the second of the stages
+that both models have in common), or "pooled" (beside "levels": the last map before pooling as one more level).
+
+And the words for what is done about maps of different size before a method gets them: "student", the student's is
+brought to the teacher's (averaged where it shrinks, bilinearly interpolated where it grows); "larger", the larger one
+is averaged to the smaller; "none", the method gets them as they are.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["feature", "logits"]
-Want = Literal["feature", "logits", "stages", "levels", "class map", "box outputs"]
+Want = Literal[
+    "feature", "logits", "stages", "levels", "class map", "box outputs", "last stage", "second stage", "pooled"
+]
+Resizing = Literal["student", "larger", "none"]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffkd.features.activations import Activation, ActivationTrace
 from diffkd.features.calling import evaluation_mode, run, shapes_of
 from diffkd.features.layout import select_tensor
 
@@ -31,6 +32,8 @@ class Seen:
         may_score: whether it has a matrix of weights, or makes probabilities of scores.
         keeps_shape: whether it is a normalisation or activation: a single layer, not one of these, that returns another
             tensor of the shape that it was given.
+        position: how many layers had finished by then.
+        before: the activation whose input stands for the output before its activation; None if there is none.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Seen:
     grid: tuple[int, int] | None
     may_score: bool
     keeps_shape: bool
+    position: int = 0
+    before: Activation | None = None
 
     @property
     def intact(self) -> bool:
@@ -58,15 +63,19 @@ def run_watched(model: nn.Module, example: Any) -> tuple[Any, list[Seen]]:
         ValueError: if the model cannot take the example.
     """
     seen: list[Seen] = []
-    handles = [
-        module.register_forward_hook(_probe_hook(name, seen))
-        for name, module in model.named_modules()
-        if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule)  # which take no hooks
-    ]
+    trace = ActivationTrace()
+    handles = []
+    for name, module in model.named_modules():
+        if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule):  # which take no hooks
+            handles.append(module.register_forward_pre_hook(_entry_hook(name, trace)))
+            handles.append(module.register_forward_hook(_probe_hook(name, seen, trace)))
     try:
         # What is compiled runs as it is written: a graph from before knows nothing of these hooks.
-        with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return run(model, example), seen
+        with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), trace:
+            output = run(model, example)
+        for one in seen:
+            one.before = trace.before(one.tensor, one.version, one.position)
+        return output, seen
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(
@@ -78,8 +87,17 @@ def run_watched(model: nn.Module, example: Any) -> tuple[Any, list[Seen]]:
             handle.remove()
 
 
-def _probe_hook(name: str, seen: list[Seen]) -> Any:
+def _entry_hook(name: str, trace: ActivationTrace) -> Any:
+    def hook(module: nn.Module, args: Any) -> None:
+        trace.enter(name, module, args)
+
+    return hook
+
+
+def _probe_hook(name: str, seen: list[Seen], trace: ActivationTrace) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
+        position = trace.position
+        trace.leave(name, module, output)
         tensor = select_tensor(output)
         if tensor is not None:
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.inplace:
@@ -91,7 +109,7 @@ def _probe_hook(name: str, seen: list[Seen]) -> Any:
             single = not may_score and next(module.children(), None) is None
             keeps_shape = single and changed and given is not None and given.shape == tensor.shape
             kind, elements = type(module).__name__, elements_of(name, output)
-            seen.append(Seen(name, kind, tensor, version_of(tensor), elements, grid, may_score, keeps_shape))
+            seen.append(Seen(name, kind, tensor, version_of(tensor), elements, grid, may_score, keeps_shape, position))
 
     return hook
 

@@ -5,6 +5,12 @@ A method is an `nn.Module` built as `Method(student_shape, teacher_shape, **opti
 losses, or a tuple with a field `losses` as :class:`DiffKD` does. Class attributes say what it wants:
 
 - `wants`: what automatic pairing gives it, a set of the words in :mod:`diffkd.features.shape`;
+- `before_activation` (may be missing): for which sides of stages and levels automatic pairing takes the map before its
+  activation, a set of "student" and "teacher";
+- `resizes` (may be missing): what is done about two maps of different size before the method gets them: "student", the
+  student's is brought to the teacher's (the default), "larger", the larger is averaged to the smaller, or "none";
+- `take_norms` (may be missing): is called once with the BatchNorm right before the teacher's activation for each layer
+  that is tapped there, None for others;
 - `least_classes` (may be missing): the fewest classes of logits that it can learn from, which automatic pairing then
   heeds;
 - `least_batch` (may be missing): the fewest images of a batch that it can learn from, as it relates them;

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from diffkd.diffusion.distances import at_least_float32, mse
-from diffkd.features.shape import FeatureShape, Want
+from diffkd.features.shape import FeatureShape, Resizing, Want
 from diffkd.methods.inputs import check_same_grid, require_maps, unit
 
 
@@ -14,7 +14,7 @@ class AT(nn.Module):
 
     `mean((Q_s / |Q_s| - Q_t / |Q_t|)^2)` over images and positions, where Q sums `|F|^p` over the channels. The paper's
     factor `beta / 2 * sum` becomes the mean, as in the authors' code; their beta of 1000 is the default weight, also in
-    RepDistiller and mdistiller, on every resolution of the network.
+    RepDistiller and mdistiller, on every stage of the network. Of maps of different size the larger is averaged.
 
     Args:
         student: the student's shape, a map.
@@ -27,6 +27,7 @@ class AT(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"stages"})
+    resizes: ClassVar[Resizing] = "larger"
 
     def __init__(
         self, student: FeatureShape, teacher: FeatureShape, *, power: float = 2.0, weight: float = 1000.0

@@ -1,5 +1,6 @@
 """CRD: tell the teacher's embedding of the same image from those of other images, kept in a memory."""
 
+from collections.abc import Sequence
 from math import log, sqrt
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.diffusion.distances import at_least_float32
-from diffkd.features.shape import FeatureShape, Want
+from diffkd.features.shape import FeatureShape, Resizing, Want
 from diffkd.methods.counter_random import random_integers
 from diffkd.methods.inputs import check_labels, embed, full_precision, gathered, like_parameters, rank, unit
 
@@ -21,10 +22,13 @@ class CRD(nn.Module):
     so that P averages 1 / n. A memory holds a running average of every sample's embedding, and is updated after the
     loss.
 
-    Negatives are drawn among the samples of other classes, as in the authors' default. The classes are learned from the
-    batches; a sample not seen yet counts as one of another class. The memories, classes, Z and the step are buffers,
-    and draws follow from the step, so that a resumed run goes on as it would have. In distributed training, every
-    process sees the batches of all (of equal size) and holds the same memories; they need not be broadcast.
+    Negatives are drawn without replacement among the samples of other classes, as in the authors' default: a stretch of
+    one random order of all samples for each step, from a random place for each image. Where there are fewer than M,
+    they are repeated, as there. `diffkd fit` tells the classes of the samples; in a loop of one's own that does not,
+    they are learned from the batches, and a sample not seen yet counts as one of another class. The memories, classes,
+    Z and the step are buffers, and draws follow from the step, so that a resumed run goes on as it would have. In
+    distributed training, every process sees the batches of all (of equal size) and holds the same memories; they need
+    not be broadcast.
 
     All defaults are those of the authors' code (RepDistiller) for CIFAR-100.
 
@@ -33,6 +37,7 @@ class CRD(nn.Module):
         teacher: the teacher's shape.
         samples: n, number of training samples, whose indices are 0..n-1; None: as many as the data have, which
             `diffkd fit` tells, and 50000, those of CIFAR-100, in a loop of one's own.
+        sample_labels: the class of each training sample, (n,), as `diffkd fit` tells; None: learned from the batches.
         negatives: M.
         dim: length of the projected embeddings.
         temperature: tau > 0.
@@ -44,6 +49,7 @@ class CRD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    resizes: ClassVar[Resizing] = "none"
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     needs: ClassVar[tuple[str, ...]] = ("indices", "labels")
     student_memory: Tensor
@@ -58,6 +64,7 @@ class CRD(nn.Module):
         teacher: FeatureShape,
         *,
         samples: int | None = None,
+        sample_labels: Sequence[int] | Tensor | None = None,
         negatives: int = 16_384,
         dim: int = 128,
         temperature: float = 0.07,
@@ -65,12 +72,18 @@ class CRD(nn.Module):
         weight: float = 0.8,
     ) -> None:
         super().__init__()
-        samples = 50_000 if samples is None else samples
+        known = None if sample_labels is None else torch.as_tensor(sample_labels, dtype=torch.int64)
+        if samples is None:
+            samples = 50_000 if known is None else len(known)
         if samples < 2 or negatives < 1 or temperature <= 0:
             raise ValueError(
                 f"samples must be 2 or more, negatives 1 or more and temperature above 0, got {samples}, {negatives}, "
                 f"{temperature}"
             )
+        if known is not None and known.shape != (samples,):
+            raise ValueError(f"CRD has {samples} samples, but got labels of {tuple(known.shape)}; give one for each")
+        # Among so many samples in a row there are as many as are wanted of other classes.
+        self.spare = negatives if known is None else int(known.bincount().max())
         self.samples, self.negatives, self.temperature = samples, negatives, temperature
         self.momentum, self.weight = momentum, weight
         self.student_projection = nn.Linear(student.channels, dim)
@@ -80,7 +93,7 @@ class CRD(nn.Module):
         bound = sqrt(3 / dim)
         for name in ("student_memory", "teacher_memory"):
             self.register_buffer(name, (2 * torch.rand(samples, dim, generator=generator) - 1) * bound)
-        self.register_buffer("classes", torch.full((samples,), -1))
+        self.register_buffer("classes", torch.full((samples,), -1) if known is None else known.clone())
         self.register_buffer("log_normalizers", torch.zeros(2))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -106,7 +119,7 @@ class CRD(nn.Module):
         theirs = self._project(self.teacher_projection, teacher.detach())
         if self.training:
             _write(self.classes, gathered(indices), gathered(labels))
-        drawn = other_class_samples(self.classes, labels, self.negatives, self.step, rank())
+        drawn = other_class_samples(self.classes, labels, self.negatives, self.step, rank(), self.spare)
         candidates = torch.cat([indices[:, None], drawn], dim=1)  # (B, 1 + M), the positive first
         with full_precision(student):
             loss = self._contrast(ours, self.teacher_memory, candidates, 0)
@@ -147,27 +160,33 @@ class CRD(nn.Module):
         _write(memory, indices, unit(self.momentum * old + (1 - self.momentum) * embeddings))
 
 
-def other_class_samples(classes: Tensor, labels: Tensor, count: int, step: Tensor, stream: int = 0) -> Tensor:
-    """Draw samples of other classes, uniformly and with replacement.
+def other_class_samples(
+    classes: Tensor, labels: Tensor, count: int, step: Tensor, stream: int = 0, spare: int | None = None
+) -> Tensor:
+    """Draw different samples of other classes, uniformly.
 
     Args:
         classes: (n,) class of every sample, -1 if unknown.
         labels: (B,) classes to avoid.
-        count: number of draws for each of them.
+        count: number of draws for each of them. Where fewer are of other classes, they are repeated.
         step: scalar int64; the draws follow from it (:func:`~diffkd.methods.counter_random.random_integers`).
         stream: which of several independent sequences.
+        spare: how many more are looked at, so that enough of them are of other classes: the size of the largest class
+            does. None: all samples.
 
     Returns:
         (B, count) indices into `classes`. If all samples are of the class, so are those drawn.
     """
     total = len(classes)
-    order = classes.argsort(stable=True)
-    ordered = classes[order]
-    begin = torch.searchsorted(ordered, labels)[:, None]
-    members = torch.searchsorted(ordered, labels, right=True)[:, None] - begin
-    place = random_integers(step, (len(labels), count), (total - members).clamp_min(1), stream)
-    place = place + members * (place >= begin)  # past the class's own samples, which lie together
-    return order[place.clamp_max(total - 1)]
+    width = total if spare is None else min(total, count + spare)
+    order = random_integers(step, (total,), 2**31 - 1, 2 * stream).argsort(stable=True)
+    start = random_integers(step, (len(labels), 1), total, 2 * stream + 1)
+    drawn = order[(start + torch.arange(width, device=classes.device)) % total]  # (B, width), all different
+    other = classes[drawn] != labels[:, None]
+    first = other.int().argsort(dim=1, descending=True, stable=True)
+    enough = other.sum(dim=1, keepdim=True)
+    place = torch.arange(count, device=classes.device) % enough.masked_fill(enough == 0, width)
+    return drawn.gather(1, first.gather(1, place))
 
 
 def _write(memory: Tensor, indices: Tensor, values: Tensor) -> None:

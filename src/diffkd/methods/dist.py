@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion.distances import dist
 from diffkd.features.shape import FeatureShape, Want
-from diffkd.methods.kd import check_classes, standardize
+from diffkd.methods.kd import check_logits, standardize
 
 
 class DIST(nn.Module):
@@ -44,9 +44,7 @@ class DIST(nn.Module):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_classes("DIST", student, teacher)
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        check_logits("DIST", student, teacher, temperature)
         self.standardize, self.pool_positions = standardize, pool_positions
         self.beta, self.gamma, self.temperature, self.weight = beta, gamma, temperature, weight
 

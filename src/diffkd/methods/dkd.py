@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from diffkd.diffusion.distances import at_least_float32
 from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import check_label_maps, check_labels, labels_on_grid
-from diffkd.methods.kd import check_classes, standardize
+from diffkd.methods.kd import check_logits, standardize
 
 
 class DKD(nn.Module):
@@ -49,9 +49,7 @@ class DKD(nn.Module):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_classes("DKD", student, teacher)
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        check_logits("DKD", student, teacher, temperature)
         self.alpha, self.beta, self.temperature, self.weight = alpha, beta, temperature, weight
         self.standardize = standardize
 

@@ -12,9 +12,8 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """Return the Z-scores of logits over the classes: mean 0, standard deviation 1 for each sample or position.
 
     `Z(z) = (z - mean(z)) / (std(z) + eps)`, to be taken of both sides before the temperature. Sun, Ren, Li, Wang, Cao,
-    *Logit Standardization in Knowledge Distillation*, CVPR 2024. The standard deviation is the population's;
-    the authors' code divides by K - 1 instead of K, half a percent at 100 classes. They train with temperature 2 and a
-    loss weight of 9 on CIFAR-100.
+    *Logit Standardization in Knowledge Distillation*, CVPR 2024. The standard deviation is that of a sample, divided by
+    K - 1, as in the authors' code. They train with temperature 2 and a loss weight of 9 on CIFAR-100.
 
     Args:
         logits: (B, K) or (B, K, H, W).
@@ -25,7 +24,7 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """
     logits = at_least_float32(logits)
     centred = logits - logits.mean(dim=1, keepdim=True)
-    return centred / (logits.std(dim=1, correction=0, keepdim=True) + eps)
+    return centred / (logits.std(dim=1, correction=1, keepdim=True) + eps)
 
 
 class KD(nn.Module):
@@ -60,9 +59,7 @@ class KD(nn.Module):
         weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_classes("KD", student, teacher)
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        check_logits("KD", student, teacher, temperature)
         self.temperature, self.weight = temperature, weight
         self.standardize, self.average_positions = standardize, average_positions
 
@@ -74,8 +71,19 @@ class KD(nn.Module):
         return {"kd": self.weight * divergence(student, teacher, self.temperature)}
 
 
-def check_classes(who: str, student: int | FeatureShape | None, teacher: int | FeatureShape | None) -> None:
-    """Raise ValueError unless both logits have the same number of classes, 2 or more, where they are known."""
+def check_logits(
+    who: str, student: int | FeatureShape | None, teacher: int | FeatureShape | None, temperature: float
+) -> None:
+    """Raise ValueError unless both logits have the same number of classes, 2 or more, and the temperature is above 0.
+
+    Args:
+        who: the method, for messages.
+        student: the student's classes or shape; None: not known.
+        teacher: the teacher's.
+        temperature: tau.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
     for side in (student, teacher):
         if side is not None:
             check_several_classes(who, channels_of(side))

@@ -136,9 +136,12 @@ def dice(masks: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of logits (B, K) or (B, K, H, W), resized to the labels, over known labels."""
+    """Return the mean cross-entropy of logits (B, K) or (B, K, H, W), resized to the labels, over known labels.
+
+    Resized with aligned corners, as in the authors' code for segmentation.
+    """
     if logits.ndim == 4 and logits.shape[2:] != labels.shape[1:]:
-        logits = F.interpolate(at_least_float32(logits), labels.shape[1:], mode="bilinear", align_corners=False)
+        logits = F.interpolate(at_least_float32(logits), labels.shape[1:], mode="bilinear", align_corners=True)
     known = (labels >= 0) & (labels < logits.shape[1])
     total = F.cross_entropy(at_least_float32(logits), labels.where(known, -100), ignore_index=-100, reduction="sum")
     return total / known.sum().clamp_min(1)

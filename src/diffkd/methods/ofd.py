@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion.distances import at_least_float32
 from diffkd.diffusion.modules import BatchNorm
+from diffkd.features.reader import SideName
 from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import averaged, like_parameters, require_maps
 
@@ -20,14 +21,15 @@ class OFD(nn.Module):
     `sum_l 2^(l - L) / B * sum d(max(t, m), r(s))`: the teacher's values are cut below a margin m for each channel, the
     mean of its negative values; r is a 1x1 convolution with batch normalisation; d is the squared difference, but 0
     where `s <= max(t, m) <= 0`, as both are switched off by the ReLU. The deepest level weighs 1, each shallower one
-    half of that. Give it maps before their ReLU; after it there are no negative values, and m is 0.
-
-    Where the margins are not given, running averages over the training batches (and processes) stand in for them.
+    half of that. Automatic pairing gives it maps before their ReLU ("layer3@pre") on both sides, with the margins of
+    the teacher's BatchNorms right before (:func:`margin_of`); after a ReLU there are no negative values, and m is 0.
+    Where there is no such BatchNorm and no margins are given, running averages over the training batches (and
+    processes) stand in for them. The convolutions start as in the authors' code: normal, with the variance 2 / outputs.
 
     Args:
         student: shapes of the student's maps, from shallow to deep.
         teacher: shapes of the teacher's maps, as many.
-        margins: m of every level, (C,) each, such as :func:`margin_of` a batch normalisation; None: estimate them.
+        margins: m of every level, (C,) each; None: those of the teacher's BatchNorms, or estimates.
         momentum: share of the newest batch in the estimate, as in batch normalisation.
         weight: factor of the loss; 1e-3 in the authors' code and mdistiller for CIFAR-100, 1e-4 for ImageNet.
 
@@ -36,6 +38,7 @@ class OFD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"levels"})
+    before_activation: ClassVar[frozenset[SideName]] = frozenset({"student", "teacher"})
 
     def __init__(
         self,
@@ -60,7 +63,15 @@ class OFD(nn.Module):
         self.margins = nn.ModuleList(
             Margin(shape.channels, margin, momentum) for shape, margin in zip(teacher, given, strict=True)
         )
+        for connector in self.connectors:
+            nn.init.kaiming_normal_(connector.get_parameter("0.weight"), mode="fan_out", nonlinearity="relu")
         self.weight = weight
+
+    def take_norms(self, norms: Sequence[nn.Module | None]) -> None:
+        """Take the margins that were not given from the teacher's BatchNorms right before its activations."""
+        for margin, norm in zip(self.margins, norms, strict=True):
+            if norm is not None and isinstance(margin, Margin) and margin.estimates:
+                margin.fix(margin_of(norm))
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return {"kd": loss} for maps (B, Cs, H, W) and (B, Ct, H', W') of every level, from shallow to deep.
@@ -101,6 +112,11 @@ class Margin(nn.Module):
         known = torch.zeros(2, channels) if margin is None else torch.stack([margin, torch.ones_like(margin)])
         self.register_buffer("negative", known)
 
+    def fix(self, margin: Tensor) -> None:
+        """Cut at these values, (C,), from now on, and estimate nothing."""
+        self.estimates = False
+        self.negative.copy_(torch.stack([margin, torch.ones_like(margin)]))
+
     def forward(self, x: Tensor) -> Tensor:
         """Return max(x, m) for x, (B, C, H, W)."""
         if self.estimates and self.training:
@@ -118,7 +134,7 @@ def partial_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return ((student - teacher).square() * counts).sum() / len(student)
 
 
-def margin_of(norm: nn.BatchNorm2d) -> Tensor:
+def margin_of(norm: nn.Module) -> Tensor:
     """Return the mean negative value of every channel after a batch normalisation, (C,), by its scale and shift.
 
     For a Gaussian of mean mu and deviation sigma, `mu - sigma * pdf(mu / sigma) / cdf(-mu / sigma)`; where
@@ -127,10 +143,11 @@ def margin_of(norm: nn.BatchNorm2d) -> Tensor:
     Raises:
         ValueError: if the normalisation has no scale and shift.
     """
-    if norm.weight is None or norm.bias is None:
+    scale, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if not isinstance(scale, Tensor) or not isinstance(shift, Tensor):
         raise ValueError("the batch normalisation has no scale and shift; let OFD estimate the margins")
-    sigma, mu = norm.weight.detach().abs().double().clamp_min(1e-12), norm.bias.detach().double()
+    sigma, mu = scale.detach().abs().double().clamp_min(1e-12), shift.detach().double()
     ratio = mu / sigma
     below = torch.special.ndtr(-ratio)
     mean = mu - sigma * (-(ratio**2) / 2).exp() / sqrt(2 * pi) / below
-    return torch.where(below > 0.001, mean, -3 * sigma).to(norm.weight.dtype)
+    return torch.where(below > 0.001, mean, -3 * sigma).to(scale.dtype)

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from diffkd.features.shape import FeatureShape, Want
+from diffkd.features.shape import FeatureShape, Resizing, Want
 from diffkd.methods.inputs import embed, full_precision, unit
 
 
@@ -23,6 +23,7 @@ class PKT(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    resizes: ClassVar[Resizing] = "none"
     least_batch: ClassVar[int] = 2
 
     def __init__(

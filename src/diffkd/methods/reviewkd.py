@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion.distances import mse
 from diffkd.diffusion.modules import BatchNorm
+from diffkd.features.reader import SideName
 from diffkd.features.shape import FeatureShape, Want
 from diffkd.methods.inputs import like_parameters, require_maps
 
@@ -20,22 +21,28 @@ class ReviewKD(nn.Module):
     position by position, and compared with the teacher's map by :func:`hierarchical_loss`; the losses are summed.
     Student and teacher may differ in channels and sizes.
 
-    The authors' code for CIFAR-100 takes a weight of 5 for most pairs (0.6 for ResNet-56 to ResNet-20, 1 for ResNet-110
-    to ResNet-32, 8 for ResNet-32x4 to ShuffleNetV2), warmed up linearly over 20 epochs, and takes maps before their
-    ReLU.
+    The authors' code takes the stages, the teacher's before their ReLU ("layer3@pre"; on ImageNet the student's too),
+    and the average of the last map before the classifier, after its ReLU, as one more level, the "pooled" one.
+    Automatic pairing gives that map as the last of the list: of the size of the level before it, which tells it apart.
+    Where the last two maps differ in size, the deepest is averaged for the pooled level.
+
+    Weights of that code for CIFAR-100: 5 for most pairs, 0.6 for ResNet-56 to ResNet-20, 1 for ResNet-110 to ResNet-32,
+    8 for ResNet-32x4 to ShuffleNetV2, warmed up linearly over 20 epochs; for ImageNet (mdistiller) 1 for ResNet-34 to
+    ResNet-18, 8 for ResNet-50 to MobileNetV1, whose fusion is 256 wide.
 
     Args:
         student: shapes of the student's maps, from shallow to deep.
         teacher: shapes of the teacher's maps, as many.
         hidden_channels: channels of the fusion; None: those of the student's deepest map, at most 512, as in that code.
-        pooled: take the average of the deepest maps over positions as one more level, as that code does.
+        pooled: compare an average over positions as the last level, as that code does.
         weight: factor of the loss.
 
     Raises:
         ValueError: if the levels are none, of different number, or vectors.
     """
 
-    wants: ClassVar[frozenset[Want]] = frozenset({"levels"})
+    wants: ClassVar[frozenset[Want]] = frozenset({"levels", "pooled"})
+    before_activation: ClassVar[frozenset[SideName]] = frozenset({"teacher"})
 
     def __init__(
         self,
@@ -51,7 +58,11 @@ class ReviewKD(nn.Module):
             raise ValueError(f"ReviewKD needs as many levels on both sides, got {len(student)} and {len(teacher)}")
         require_maps("ReviewKD", *student, *teacher)
         channels = [(ours.channels, theirs.channels) for ours, theirs in zip(student, teacher, strict=True)]
-        if pooled:
+        # The last of two maps of one size is what the classifier averages.
+        self.given_pooled = (
+            pooled and len(student) > 1 and all(one[-1].size == one[-2].size for one in (student, teacher))
+        )
+        if pooled and not self.given_pooled:
             channels.append(channels[-1])
         hidden = hidden_channels or min(512, student[-1].channels)
         deepest = len(channels) - 1
@@ -64,8 +75,9 @@ class ReviewKD(nn.Module):
         """Return {"kd": loss} for maps (B, Cs, H, W) and (B, Ct, H, W) of every level, from shallow to deep."""
         student, teacher = list(student), list(teacher)
         if self.pooled:
-            student.append(student[-1].mean(dim=(2, 3), keepdim=True))
-            teacher.append(teacher[-1].mean(dim=(2, 3), keepdim=True))
+            last = [side.pop() if self.given_pooled else side[-1] for side in (student, teacher)]
+            for side, feature in zip((student, teacher), last, strict=True):
+                side.append(feature.mean(dim=(2, 3), keepdim=True))
         deeper: Tensor | None = None
         losses = []
         for fusion, ours, theirs in zip(reversed(self.fusions), reversed(student), reversed(teacher), strict=True):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.features.shape import FeatureShape, Want
+from diffkd.features.shape import FeatureShape, Resizing, Want
 from diffkd.methods.inputs import embed, full_precision, unit
 
 
@@ -27,6 +27,7 @@ class RKD(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    resizes: ClassVar[Resizing] = "none"
     least_batch: ClassVar[int] = 2
 
     def __init__(

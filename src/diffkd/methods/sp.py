@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from diffkd.diffusion.distances import at_least_float32
-from diffkd.features.shape import FeatureShape, Want
+from diffkd.features.shape import FeatureShape, Resizing, Want
 from diffkd.methods.inputs import full_precision, unit
 
 
@@ -13,7 +13,8 @@ class SP(nn.Module):
     """Similarity-preserving distillation (Tung, Mori, ICCV 2019).
 
     `1 / B^2 * |G_t - G_s|_F^2`, where G are the inner products of the images' features, each row over its norm.
-    Unchanged by orthogonal transformations and permutations of a feature's entries; for a batch of one it is 0.
+    On the last stage, as in RepDistiller. Unchanged by orthogonal transformations and permutations of a feature's
+    entries; for a batch of one it is 0.
 
     Args:
         student: the student's shape.
@@ -21,7 +22,8 @@ class SP(nn.Module):
         weight: factor of the loss; 3000 in paper, RepDistiller and mdistiller.
     """
 
-    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    wants: ClassVar[frozenset[Want]] = frozenset({"last stage"})
+    resizes: ClassVar[Resizing] = "none"
     least_batch: ClassVar[int] = 2
 
     def __init__(self, student: FeatureShape, teacher: FeatureShape, *, weight: float = 3000.0) -> None:

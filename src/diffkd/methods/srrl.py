@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion.distances import mse
 from diffkd.diffusion.modules import BatchNorm
-from diffkd.features.shape import FeatureShape, Want
+from diffkd.features.shape import FeatureShape, Resizing, Want
 from diffkd.methods.inputs import embed, like_parameters
 
 
@@ -17,7 +17,8 @@ class SRRL(nn.Module):
 
     The student's feature goes through a connector (1x1 convolution, batch normalisation, ReLU) to the teacher's
     channels. Two squared errors: "feature", between the averages over positions, and "kd", between what the teacher's
-    classifier makes of both. Mean squared errors with weights of 1, as in the authors' code.
+    classifier makes of both. Mean squared errors with weights of 1, and the connector's initial values (Kaiming normal,
+    fan-out), as in the authors' code.
 
     Args:
         student: the student's shape, the last feature before the classifier.
@@ -30,6 +31,7 @@ class SRRL(nn.Module):
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    resizes: ClassVar[Resizing] = "none"
     tasks: ClassVar[frozenset[str]] = frozenset({"classification"})
     needs: ClassVar[tuple[str, ...]] = ("teacher_head",)
 
@@ -41,6 +43,7 @@ class SRRL(nn.Module):
             raise ValueError(f"SRRL needs two maps or two vectors, got {student} and {teacher}; pool the map first")
         channels = student.channels, teacher.channels
         linear = nn.Conv2d(*channels, 1, bias=False) if teacher.is_map else nn.Linear(*channels, bias=False)
+        nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
         self.connector = nn.Sequential(linear, BatchNorm(teacher.channels), nn.ReLU())
         self.feature_weight, self.weight = feature_weight, weight
 

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffkd.diffusion.distances import at_least_float32
-from diffkd.diffusion.modules import pointwise
-from diffkd.features.shape import FeatureShape, Want
+from diffkd.features.shape import FeatureShape, Resizing, Want
 from diffkd.methods.inputs import like_parameters
 
 
@@ -17,7 +16,8 @@ class VID(nn.Module):
     """Variational information distillation (Ahn, Hu, Damianou, Lawrence, Dai, CVPR 2019), for one pair.
 
     `mean((t - mu(s))^2 / (2 sigma_c^2) + log(sigma_c))`: the teacher's feature is Gaussian around a regression of the
-    student's, three 1x1 convolutions with ReLUs, with one learned variance for each channel, `softplus(alpha_c) + eps`.
+    student's, three 1x1 convolutions without bias with ReLUs between, with one learned variance for each channel,
+    `softplus(alpha_c) + eps`.
     The loss falls below 0 once the regression is good.
 
     Args:
@@ -26,13 +26,15 @@ class VID(nn.Module):
         hidden_channels: width of the regression; None: the teacher's channels, as in RepDistiller.
         initial_variance: of all channels; 5 in RepDistiller and mdistiller.
         eps: least variance; 1e-5 there.
-        weight: factor of the loss; 1 there, on every resolution of the network.
+        weight: factor of the loss; 1 there, on every stage of the network. Of maps of different size the larger is
+            averaged.
 
     Raises:
         ValueError: if one is a map and the other a vector, or `initial_variance` is not above `eps`.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"stages"})
+    resizes: ClassVar[Resizing] = "larger"
 
     def __init__(
         self,
@@ -51,9 +53,9 @@ class VID(nn.Module):
             raise ValueError(f"initial_variance must be above eps >= 0, got {initial_variance} and {eps}")
         hidden = hidden_channels or teacher.channels
         self.regression = nn.Sequential(
-            *(pointwise(student.channels, hidden, teacher.is_map), nn.ReLU()),
-            *(pointwise(hidden, hidden, teacher.is_map), nn.ReLU()),
-            pointwise(hidden, teacher.channels, teacher.is_map),
+            *(_linear(student.channels, hidden, teacher.is_map), nn.ReLU()),
+            *(_linear(hidden, hidden, teacher.is_map), nn.ReLU()),
+            _linear(hidden, teacher.channels, teacher.is_map),
         )
         self.alpha = nn.Parameter(torch.full((teacher.channels,), log(expm1(initial_variance - eps))))
         self.eps, self.weight = eps, weight
@@ -65,3 +67,7 @@ class VID(nn.Module):
         variance = variance.reshape(-1, *[1] * (mean.ndim - 2))
         error = (at_least_float32(teacher.detach()) - mean).square()
         return {"kd": self.weight * 0.5 * (error / variance + variance.log()).mean()}
+
+
+def _linear(inputs: int, outputs: int, is_map: bool) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 1, bias=False) if is_map else nn.Linear(inputs, outputs, bias=False)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from diffkd.features.activations import before_activation
 from diffkd.features.memory_layout import try_channels_last
 from diffkd.features.recorder import split_selector
 from diffkd.teacher.folding import fold_batchnorm
@@ -71,7 +72,9 @@ def prepare_teacher(teacher: nn.Module, example: Any, keep: Collection[str], opt
     if not options.fold:
         made = copy.deepcopy(teacher)
     else:
-        made, _ = fold_batchnorm(teacher, example, keep={split_selector(name)[0] for name in keep})
+        made, _ = fold_batchnorm(
+            teacher, example, keep={split_selector(before_activation(name)[0])[0] for name in keep}
+        )
     if options.channels_last:
         try_channels_last(made, example)
     if options.lowers:

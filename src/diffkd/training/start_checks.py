@@ -154,7 +154,8 @@ def tell_data(method: Any, data: LightningDataModule) -> Any:
     """Return a method's factory with `samples` and `classes` set to the numbers of the data, if it wants that.
 
     Those that need "indices" and have an argument `samples` do, and those that need "labels" and have an argument
-    `classes`; None there asks for the data's number. So do methods inside of another, as of
+    `classes`; None there asks for the data's number. Those that need both and have an argument `sample_labels` are told
+    the class of every training image, where the data hold them. So do methods inside of another, as of
     :class:`~diffkd.Shared`.
 
     Args:
@@ -168,7 +169,13 @@ def tell_data(method: Any, data: LightningDataModule) -> Any:
         return method
     method = factory_of(method)
     inner = {name: tell_data(one, data) for name, one in inner_methods(method).items()}
-    told = {name: value for name, need in _TOLD.items() if (value := _value(method, name, need, data)) is not None}
+    told: dict[str, Any] = {
+        name: value for name, need in _TOLD.items() if (value := _value(method, name, need, data)) is not None
+    }
+    kind = method.func if isinstance(method, partial) else method
+    argument = inspect.signature(method).parameters.get("sample_labels")
+    if argument is not None and argument.default is None and {"indices", "labels"} <= set(getattr(kind, "needs", ())):
+        told["sample_labels"] = _labels_of(data)
     return partial(method, **inner, **told) if inner or told else method
 
 
@@ -192,6 +199,18 @@ def _value(method: Callable[..., Any], name: str, need: str, data: LightningData
         f"{kind.__name__} is told of {given} {what} by {name}, but the data have {count}: "
         f"leave --method.{name} out, or give {count}"
     )
+
+
+def _labels_of(data: LightningDataModule) -> Any:
+    """Return the class of every training image, (n,), None where the data do not hold them as whole numbers."""
+    loader = data.train_dataloader()
+    dataset = getattr(loader, "dataset", None)
+    for holder in (loader, dataset, getattr(dataset, "samples", None)):
+        for name in ("labels", "targets"):
+            labels = getattr(holder, name, None)
+            if labels is not None and torch.as_tensor(labels).ndim == 1:
+                return torch.as_tensor(labels).cpu().long()
+    return None
 
 
 def _classes(data: LightningDataModule) -> int | None:
