@@ -45,9 +45,12 @@ class DiffKD(nn.Module):
     | `latent_norm`       | True  | False | BatchNorm at the end of the autoencoder's encoder ("two convolutions only")|
     | `denoiser_norm`     | True  | False | BatchNorm at the end of the denoiser (maps)                                |
     | `activate`          | False | True  | ReLU after the residual sums of the bottlenecks (maps)                     |
-    | `error`             | "mean"| "sum" | Eq. 4 and 6 as mean over all entries, or squared norm averaged over batch  |
     | `start_timestep`    | -1    | 500   | first timestep of the reverse process; -1: as the code spaces them         |
     | `detach_target`     | False | True  | no gradient to the teacher's feature even without autoencoder              |
+
+    Eq. 4 and 6 are squared norms as they are written, and means over all entries in the authors' code. Both variants
+    take the mean: with Eq. 7 as a mean and all weights 1, the sums would outweigh it by the size of the feature, and
+    diverge at the learning rates of Table 1. `error="sum"` takes the squared norms, averaged over the batch.
 
     Args:
         student_channels: channels of the student's feature, or its :class:`~diffkd.FeatureShape`.
@@ -75,7 +78,8 @@ class DiffKD(nn.Module):
         checkpoint: keep no activations of the denoiser's passes and compute them again in the backward: less memory,
             more time, the same numbers to the last bit.
         variant: "code" or "paper", see above.
-        output_projection, latent_norm, denoiser_norm, activate, error, start_timestep, detach_target: see above.
+        error: "mean" or "sum", see above; None: "mean".
+        output_projection, latent_norm, denoiser_norm, activate, start_timestep, detach_target: see above.
 
     Raises:
         ValueError: if an option is out of its range, one feature is a map and the other a vector, or a distance of
@@ -137,7 +141,7 @@ class DiffKD(nn.Module):
         self.latent_channels = latent = self.teacher_channels if ae_channels is None else ae_channels
         self.num_train_timesteps = num_train_timesteps
         self.checkpoint = checkpoint
-        self.error = error or ("sum" if paper else "mean")
+        self.error = error or "mean"
         self.detach_target = paper if detach_target is None else detach_target
         self.weights = {"kd": kd_weight, "diffusion": diffusion_weight, "reconstruction": reconstruction_weight}
         if is_logits:
