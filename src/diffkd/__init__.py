@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffkd.distill.balance import Balance
     from diffkd.distill.distiller import Distiller
     from diffkd.distill.matching import Pair, match_layers
     from diffkd.distill.observation import Observation
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 _SUBPACKAGES = ("data", "methods", "models", "official")
 _HOMES = {
+    "diffkd.distill.balance": ("Balance",),
     "diffkd.distill.distiller": ("Distiller",),
     "diffkd.distill.matching": (
         "Pair",
@@ -111,6 +113,7 @@ __all__ = [
     "SP",
     "SRRL",
     "VID",
+    "Balance",
     "BoxKD",
     "DiffKD",
     "DiffKDOutput",

@@ -102,7 +102,6 @@ class TestOptions:
             latent_norm=False,
             denoiser_norm=False,
             activate=True,
-            error="sum",
             start_timestep=500,
             detach_target=True,
             **options,
@@ -114,10 +113,10 @@ class TestOptions:
         )
 
     def test_an_option_overrides_the_variant(self):
-        model = DiffKD(6, 8, variant="paper", output_projection=True, start_timestep=-1, error="mean")
+        model = DiffKD(6, 8, variant="paper", output_projection=True, start_timestep=-1, error="sum")
         assert isinstance(model.output_projection, nn.Sequential)
         assert "timesteps 400," in repr(model)
-        assert model.error == "mean"
+        assert model.error == "sum"
 
 
 def test_shapes_are_taken_for_channel_counts():

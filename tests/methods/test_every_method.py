@@ -70,6 +70,7 @@ CASES = [
     Case(DIST, (7, 7), options={"standardize": True}),
     Case(FitNet),
     Case(FitNet, sizes=VECTOR),
+    Case(FitNet, options={"standardize": True}),
     Case(DKD, (7, 7), VECTOR),
     Case(DKD, (7, 7), options={"standardize": True}),
     Case(SRRL),

@@ -5,7 +5,8 @@ products. The parameters keep the order and shapes of the authors' modules, so t
 (:mod:`diffkd.official`).
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -112,20 +113,7 @@ class Denoiser(nn.Module):
         super().__init__()
         # The authors' table has 1280 rows of which 1000 are used: with as many, their weights load as they are.
         self.time_embedding = nn.Embedding(max(1280, num_train_timesteps), channels)
-        if is_map:
-            self.pred = nn.Sequential(
-                Bottleneck(channels, activate=activate),
-                Bottleneck(channels, activate=activate),
-                PointwiseConv(channels, channels),
-                BatchNorm(channels) if output_norm else nn.Identity(),
-            )
-        else:
-            self.pred = nn.Sequential(
-                *(nn.Linear(channels, 4 * channels), BatchNorm(4 * channels), nn.ReLU(inplace=True)),
-                *(nn.Linear(4 * channels, channels), BatchNorm(channels)),
-                *(nn.Linear(channels, 4 * channels), BatchNorm(4 * channels), nn.ReLU(inplace=True)),
-                nn.Linear(4 * channels, channels),
-            )
+        self.pred = _denoiser_layers(channels, is_map, output_norm, activate)
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, linears: Sequence[Callable[[Tensor], Tensor]] = (), batches: int = 1
@@ -154,6 +142,93 @@ class Denoiser(nn.Module):
             run = instead.pop(0) if instead and isinstance(layer, nn.Linear) else layer
             x = run(x)
         return x
+
+
+def _denoiser_layers(channels: int, is_map: bool, output_norm: bool, activate: bool) -> nn.Sequential:
+    if is_map:
+        return nn.Sequential(
+            Bottleneck(channels, activate=activate),
+            Bottleneck(channels, activate=activate),
+            PointwiseConv(channels, channels),
+            BatchNorm(channels) if output_norm else nn.Identity(),
+        )
+    return nn.Sequential(
+        *(nn.Linear(channels, 4 * channels), BatchNorm(4 * channels), nn.ReLU(inplace=True)),
+        *(nn.Linear(4 * channels, channels), BatchNorm(channels)),
+        *(nn.Linear(channels, 4 * channels), BatchNorm(4 * channels), nn.ReLU(inplace=True)),
+        nn.Linear(4 * channels, channels),
+    )
+
+
+def sinusoids(timesteps: Tensor, width: int) -> Tensor:
+    """Return the sinusoidal embedding of timesteps: (B,) to (B, width), float32.
+
+    Sines and cosines of t / 10000^(k / h) for k = 0..h - 1, h = `width` / 2 (Vaswani et al., *Attention Is All You
+    Need*, NIPS 2017, Sec. 3.5, as Ho, Jain, Abbeel, *Denoising Diffusion Probabilistic Models*, NeurIPS 2020, use it).
+    """
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=timesteps.device) * (-math.log(10_000) / half))
+    angles = timesteps.float()[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class FilmDenoiser(nn.Module):
+    """The light :class:`Denoiser`, told the timestep by a scale and a shift after every batch normalisation.
+
+    After the k-th normalisation, h becomes (1 + a_k(t)) h + b_k(t), per channel, with (a, b) from a small network on
+    the :func:`sinusoids` of t (Perez et al., *FiLM*, AAAI 2018, Eq. 2; Dhariwal and Nichol, *Diffusion Models Beat
+    GANs on Image Synthesis*, NeurIPS 2021, Sec. 3.1). Its last layer starts at zero, so that the denoiser begins as one
+    without time. What is added to the input, as in :class:`Denoiser`, is the same for the whole batch in the student's
+    denoising, and batch normalisation takes it out again; this it does not.
+
+    Args:
+        channels: C of the latent.
+        is_map: (B, C, H, W) if true, (B, C) otherwise.
+        output_norm: end in a batch normalisation (maps only).
+        activate: ReLU after the bottlenecks' sums (maps only).
+        width: of the embedding.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        is_map: bool = True,
+        output_norm: bool = True,
+        activate: bool = False,
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        self.pred = _denoiser_layers(channels, is_map, output_norm, activate)
+        self.width = width
+        self.sizes = [2 * norm.num_features for norm in self.pred.modules() if isinstance(norm, BatchNorm)]
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, sum(self.sizes)))
+        last = self.time[-1]
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        """Predict from (B, C, H, W) or (B, C) and timesteps, (B,) or (1,) int64, what the denoiser is trained for."""
+        dtype = self.time.get_parameter("0.weight").dtype
+        every = self.time(sinusoids(timesteps, self.width).to(dtype))  # (B, sum of sizes)
+        films = iter(every.reshape(*every.shape, *[1] * (noisy.ndim - 2)).split(self.sizes, dim=1))
+        x = noisy.to(dtype)
+        for layer in self.pred:
+            if isinstance(layer, Bottleneck):
+                x = _filmed(layer.block, x, films) + x
+                x = F.relu(x) if layer.activate else x
+            else:
+                x = _filmed([layer], x, films)
+        return x
+
+
+def _filmed(layers: nn.Sequential | Sequence[nn.Module], x: Tensor, films: Iterator[Tensor]) -> Tensor:
+    """Run layers one after the other, with the next scale and shift after each batch normalisation."""
+    for layer in layers:
+        x = layer(x)
+        if isinstance(layer, BatchNorm):
+            scale, shift = next(films).chunk(2, dim=1)
+            x = x * (1 + scale) + shift
+    return x
 
 
 class NoiseAdapter(nn.Module):

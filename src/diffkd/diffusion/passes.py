@@ -121,17 +121,19 @@ class DenoiserPasses:
     Args:
         denoiser: predicts the noise from `(noisy, timesteps)`, with one timestep per sample. Any but a
             :class:`~diffkd.diffusion.modules.Denoiser` is called as it is, once for each pass.
-        chain: timesteps of the denoising steps, in their order, (n,) int64.
+        chain: timesteps of the denoising steps, in their order, (n,) int64, or (n, B) where each sample has its own.
         noisy: input of the pass beside, (B, C, H, W) or (B, C), as many samples as in the steps.
-        timesteps: its timesteps, (B,) int64.
+        timesteps: its timesteps, (B,) int64; None: there is no pass beside.
         checkpoint: keep none of a pass's activations, and compute them again in its backward. The results are equal to
             the last bit; the running statistics are updated once.
     """
 
     def __init__(
-        self, denoiser: nn.Module, chain: Tensor, noisy: Tensor, timesteps: Tensor, *, checkpoint: bool = False
+        self, denoiser: nn.Module, chain: Tensor, noisy: Tensor, timesteps: Tensor | None, *, checkpoint: bool = False
     ) -> None:
-        rows, planned = len(noisy), [*chain[:, None], timesteps]
+        alone = timesteps is None
+        rows, planned = len(noisy), [*(chain if chain.ndim == 2 else chain[:, None])]
+        planned += [planned[-1] if timesteps is None else timesteps]
         self.denoiser, self.checkpoint, self.noisy = denoiser, checkpoint, noisy
         self.light = isinstance(denoiser, Denoiser)
         layers: list[nn.Linear] = []
@@ -140,8 +142,8 @@ class DenoiserPasses:
             *self.times, self.time_beside = _looked_up(denoiser.time_embedding, planned)
         else:
             *self.times, self.time_beside = [one.expand(rows) for one in planned]
-        self.together = len(layers) > 0 and all(is_wide(layer, 2 * rows) for layer in layers)
-        counts = [rows] * (len(chain) - 1) + ([2 * rows] if self.together else [rows, rows])
+        self.together = not alone and len(layers) > 0 and all(is_wide(layer, 2 * rows) for layer in layers)
+        counts = [rows] * (len(chain) - 1) + ([2 * rows] if self.together else [rows] if alone else [rows, rows])
         per_layer = [linear_passes(layer, counts) for layer in layers]
         self.linears: list[tuple[LinearPass, ...]] = (
             list(zip(*per_layer, strict=True)) if layers else [()] * len(counts)

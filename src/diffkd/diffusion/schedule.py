@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 BetaSchedule = Literal["linear", "scaled_linear", "cosine"]
+Prediction = Literal["noise", "clean", "velocity"]
 
 
 class DDIMStep(NamedTuple):
-    """One reverse step `x <- x_scale * x + noise_scale * eps(x, timestep)`, folded into two coefficients."""
+    """One reverse step `x <- x_scale * x + noise_scale * eps(x, timestep)`, folded into two coefficients.
+
+    Of a network that predicts something else than the noise, `noise_scale` is the factor of that.
+    """
 
     timestep: int
     x_scale: float
@@ -51,7 +55,9 @@ def alphas_cumprod(num_train_timesteps: int = 1000, schedule: BetaSchedule = "li
     return torch.cumprod(1.0 - betas, dim=0)
 
 
-def ddim_steps(abar: Tensor, inference_steps: int, start_timestep: int | None = None) -> tuple[DDIMStep, ...]:
+def ddim_steps(
+    abar: Tensor, inference_steps: int, start_timestep: int | None = None, prediction: Prediction = "noise"
+) -> tuple[DDIMStep, ...]:
     """Plan the reverse process: which timesteps are visited, and each step's two coefficients.
 
     With `start_timestep=None` the timesteps are the authors' code's: the last `n` of `2n` evenly spaced ones, so that
@@ -63,6 +69,7 @@ def ddim_steps(abar: Tensor, inference_steps: int, start_timestep: int | None = 
         abar: (T,) as from :func:`alphas_cumprod`.
         inference_steps: number of denoiser evaluations n (NFE).
         start_timestep: first timestep in 1..T-1, or None.
+        prediction: what the network predicts.
 
     Returns:
         n steps, in the order in which they are taken. The last arrives at the clean feature (abar = 1).
@@ -90,21 +97,26 @@ def ddim_steps(abar: Tensor, inference_steps: int, start_timestep: int | None = 
         clean_from = 0
     levels = abar.double().tolist()
     return tuple(
-        DDIMStep(t, *ddim_coefficients(levels[t], levels[before] if before > clean_from else 1.0))
+        DDIMStep(t, *ddim_coefficients(levels[t], levels[before] if before > clean_from else 1.0, prediction))
         for t, before in zip(timesteps, previous, strict=True)
     )
 
 
-def ddim_coefficients(abar_t: float, abar_previous: float) -> tuple[float, float]:
+def ddim_coefficients(abar_t: float, abar_previous: float, prediction: Prediction = "noise") -> tuple[float, float]:
     """Fold one deterministic DDIM step into `x_previous = x_scale * x_t + noise_scale * eps`.
 
     Args:
         abar_t: signal power at the current timestep, in (0, 1).
         abar_previous: signal power to arrive at, in (0, 1].
+        prediction: what the network predicts; `noise_scale` is then its factor.
 
     Returns:
         `(x_scale, noise_scale)`.
     """
+    if prediction != "noise":
+        level = torch.tensor(abar_t, dtype=torch.float64)
+        scales = ddim_scales(level, torch.tensor(abar_previous, dtype=torch.float64), prediction)
+        return scales[0].item(), scales[1].item()
     x_scale = math.sqrt(abar_previous / abar_t)
     return x_scale, math.sqrt(1 - abar_previous) - x_scale * math.sqrt(1 - abar_t)
 
@@ -124,6 +136,89 @@ def ddim_denoise(denoiser: Callable[[Tensor, int], Tensor], x: Tensor, steps: Se
         noise = denoiser(x, step.timestep).to(x.dtype)
         x = (step.x_scale * x).add_(noise, alpha=step.noise_scale)
     return x
+
+
+def clean_scales(abar: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """Return `(x_scale, scale)` of the estimate `z_0 = x_scale * z_t + scale * f` from what a network predicts, f.
+
+    | prediction | f             | z_0                                  |
+    | ---------- | ------------- | ------------------------------------ |
+    | noise      | eps           | (z_t - sqrt(1 - abar) f) / sqrt(abar) |
+    | clean      | z_0           | f                                    |
+    | velocity   | :func:`learned` | sqrt(abar) z_t - sqrt(1 - abar) f  |
+
+    Salimans and Ho, *Progressive Distillation for Fast Sampling of Diffusion Models*, ICLR 2022, Sec. 4 and App. D.
+
+    Args:
+        abar: signal power of any shape, in (0, 1).
+        prediction: what f is.
+
+    Returns:
+        Two tensors of that shape.
+    """
+    signal, noise = abar.sqrt(), (1 - abar).sqrt()
+    if prediction == "noise":
+        return 1 / signal, -noise / signal
+    return (signal, -noise) if prediction == "velocity" else (torch.zeros_like(abar), torch.ones_like(abar))
+
+
+def ddim_scales(abar: Tensor, previous: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
+    """Fold a DDIM step into `z_previous = x_scale * z_t + scale * f`, as :func:`ddim_coefficients` does for tensors.
+
+    With the estimate z_0 of :func:`clean_scales`, eps = (z_t - sqrt(abar) z_0) / sqrt(1 - abar), and
+    z_previous = sqrt(previous) z_0 + sqrt(1 - previous) eps (Eq. 5).
+
+    Args:
+        abar: signal power now, in (0, 1).
+        previous: signal power to arrive at, in (0, 1]; where it is `abar`, nothing changes.
+        prediction: what the network predicts.
+
+    Returns:
+        Two tensors of their shape.
+    """
+    kept = ((1 - previous) / (1 - abar)).sqrt()  # of the noise
+    x_scale, scale = clean_scales(abar, prediction)
+    added = previous.sqrt() - abar.sqrt() * kept
+    return kept + added * x_scale, added * scale
+
+
+def learned(clean: Tensor, noise: Tensor, abar: Tensor, prediction: Prediction) -> Tensor:
+    """Return what a network that makes that prediction is trained to return for the noisy z_t of :func:`add_noise`.
+
+    The noise eps (Eq. 4), the clean z_0, or the velocity sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho, 2022).
+
+    Args:
+        clean: (B, C, ...) z_0.
+        noise: eps, same shape.
+        abar: (B,) signal power of each sample's timestep.
+        prediction: which of the three.
+    """
+    if prediction == "noise":
+        return noise
+    if prediction == "clean":
+        return clean
+    abar = abar.reshape(-1, *[1] * (clean.ndim - 1))
+    return abar.sqrt() * noise - (1 - abar).sqrt() * clean
+
+
+def timesteps_of_level(abar: Tensor, gamma: Tensor, inference_steps: int) -> Tensor:
+    """Plan the reverse process of `gamma z + (1 - gamma) eps` (Eq. 8) from the timestep that is as noisy.
+
+    There, noise and signal are as (1 - gamma) : gamma, so abar = gamma^2 / (gamma^2 + (1 - gamma)^2); the first
+    timestep with no more signal than that is where a sample starts. From there the steps are spaced evenly down to 0.
+
+    Args:
+        abar: (T,) as from :func:`alphas_cumprod`.
+        gamma: (B,) in (0, 1).
+        inference_steps: n.
+
+    Returns:
+        (n, B) int64 timesteps in 0..T-1, falling or staying from one row to the next.
+    """
+    wanted = gamma.detach().square() / (gamma.detach().square() + (1 - gamma.detach()).square())
+    start = torch.searchsorted(-abar, -wanted.to(abar.dtype).contiguous()).clamp(max=len(abar) - 1)
+    left = torch.arange(inference_steps, 0, -1, device=start.device)[:, None]
+    return (2 * start * left + inference_steps) // (2 * inference_steps)  # rounded
 
 
 def add_noise(clean: Tensor, noise: Tensor, abar: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffkd.distill.balance import Balance, Balancer, Measurable
 from diffkd.distill.checks import GradientFlow, check_models
 from diffkd.distill.matching import Pair, as_text, attribute_of, pair_layers, pair_rows, unique_names
 from diffkd.distill.observation import Observation, as_constant, handed_to, read_pair
@@ -184,6 +185,10 @@ class Distiller(nn.Module):
         device = None if parameter is None else parameter.device
         self.register_buffer("ramp_factors", torch.ones(len(self.pairs), device=device), persistent=False)
         self.set_epoch(0.0)
+        balanced = any(isinstance(pair.weight, Balance) for pair in self.pairs)
+        self.balancer = Balancer([pair.weight for pair in self.pairs], self.names).to(device) if balanced else None
+        self.watched = False
+        self._measurable: Measurable | None = None
         self.gammas: dict[str, Tensor] = {}
         self._flow = GradientFlow(self.names, self.pairs)
 
@@ -214,19 +219,120 @@ class Distiller(nn.Module):
         Raises:
             TypeError: if something that a method needs is missing.
         """
-        output, results = self._distil(inputs, teacher_features, context)
+        output, results, features = self._distil(inputs, teacher_features, context)
         losses: dict[str, Tensor] = {}
+        every: list[dict[str, Tensor]] = []
+        factors: list[Tensor | float] = []
         gammas: dict[str, Tensor] = {}
         for index, (name, pair, (_, _, result)) in enumerate(zip(self.names, self.pairs, results, strict=True)):
             terms = result if isinstance(result, dict) else result.losses
-            factor: Tensor | float = pair.weight
-            if not pair.ramp.is_constant:
-                factor = pair.weight * self.ramp_factors[index]
+            factor: Tensor | float = 1.0 if pair.ramp.is_constant else self.ramp_factors[index]
+            every.append(terms)
+            factors.append(factor)
+            if not isinstance(pair.weight, Balance):
+                factor = pair.weight if pair.ramp.is_constant else pair.weight * factor
+            elif self.balancer is not None:
+                factor = factor * self.balancer.weight(index)
             losses.update({f"{name}/{term}": factor * loss for term, loss in terms.items()})
             if (gamma := getattr(result, "gamma", None)) is not None:
                 gammas[name] = gamma.detach()
         self.gammas = gammas
+        if not torch.compiler.is_compiling():
+            self._keep(features, every, factors)
         return output, losses
+
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`balance` measures on the next batch, which must then not run in a compiled graph."""
+        return self.balancer is not None and len(self.balancer.due) > 0
+
+    def balance(self, losses: Mapping[str, Tensor], task: Tensor) -> dict[str, Tensor]:
+        """Let the weights of pairs with a :class:`~diffkd.Balance` follow the gradients; between forward and backward.
+
+        Without such pairs nothing happens. With them it is to be called after every forward in training:
+
+            output, losses = distiller(images)
+            task = F.cross_entropy(output, labels)
+            losses = distiller.balance(losses, task)
+            (task + sum(losses.values())).backward()
+
+        Args:
+            losses: what the forward returned.
+            task: the task's loss, a scalar, as it is added to them.
+
+        Returns:
+            The losses, on a batch on which weights were measured with the new ones.
+
+        Raises:
+            RuntimeError: if weights are to be measured, and the forward ran in a compiled graph.
+            ValueError: if the task's loss does not depend on the student's feature of a balanced pair.
+        """
+        measurable, self._measurable = self._measurable, None
+        if self.balancer is None:
+            return dict(losses)
+        result = dict(losses)
+        if due := self.balancer.due:
+            if measurable is None:
+                raise RuntimeError(
+                    "there are no gradients to balance by: call the distiller in training mode before, and itself, not "
+                    "what torch.compile made of it, where distiller.due is true"
+                )
+            self.balancer.update(measurable, task)
+            for index in due:
+                factor = measurable.factors[index] * self.balancer.weight(index)
+                for term, loss in measurable.terms[index].items():
+                    result[f"{self.names[index]}/{term}"] = factor * loss
+        self.balancer.advance()
+        return result
+
+    def pulls(self, task: Tensor) -> dict[str, tuple[float, float]] | None:
+        """Return the gradient norms of method and task at the student's features, by pair; waits for the device.
+
+        To be called between a forward with :attr:`watched` set and its backward, before :meth:`balance`.
+
+        Args:
+            task: the task's loss.
+
+        Returns:
+            The norms of the gradients of each pair's losses without the pair's weight, and of the task's, 0 where one
+            does not depend on the feature; of this process alone. None if nothing was kept.
+        """
+        if self._measurable is None:
+            return None
+        norms = self._measurable.norms(task, range(len(self.pairs)))
+        roots = [(float(m.sqrt()), 0.0 if t is None else float(t.sqrt())) for m, t in norms]
+        return dict(zip(self.names, roots, strict=True))
+
+    def weights(self) -> dict[str, float | Tensor]:
+        """Return the weight of each pair; of one with a :class:`~diffkd.Balance` a scalar tensor, of now."""
+        return {
+            name: self.balancer.weight(index)
+            if isinstance(pair.weight, Balance) and self.balancer is not None
+            else float(pair.weight)  # type: ignore[arg-type]
+            for index, (name, pair) in enumerate(zip(self.names, self.pairs, strict=True))
+        }
+
+    def _keep(
+        self,
+        features: Mapping[str, Tensor],
+        terms: list[dict[str, Tensor]],
+        factors: list[Tensor | float],
+    ) -> None:
+        """Keep what a measurement of gradients needs, until :meth:`balance` takes it or the next batch comes."""
+        kept = self.training and torch.is_grad_enabled()
+        if kept and self.due and self._measurable is not None and not self.watched:
+            raise RuntimeError(
+                "a pair has a Balance, and its weight was not asked for: call losses = distiller.balance(losses, "
+                "task_loss) after every forward in training"
+            )
+        self._measurable = None
+        if kept and (self.watched or self.due):
+            self._measurable = Measurable(
+                [[features[layer] for layer in pair.student_names] for pair in self.pairs],
+                [torch.stack(list(one.values())).sum() for one in terms],
+                list(terms),
+                factors,
+            )
 
     def observe(self, inputs: Any, **context: Any) -> dict[str, Observation]:
         """Return the features of each pair for a batch, and what its method makes of them.
@@ -300,7 +406,7 @@ class Distiller(nn.Module):
 
     def _distil(
         self, inputs: Any, teacher_features: Mapping[str, Tensor] | None, context: dict[str, Any]
-    ) -> tuple[Any, list[Observation]]:
+    ) -> tuple[Any, list[Observation], dict[str, Tensor]]:
         output, ours, calls = self._student_recorder.record(self.student, inputs)
         if self.training and torch.is_grad_enabled():
             self._flow.look(ours)
@@ -320,7 +426,7 @@ class Distiller(nn.Module):
                 context = {**context, "teacher_head": pooled_classifier(self.teacher, teacher.shape[1])}
             result = method(student, teacher, **handed_to(method, name, context))
             results.append(Observation(student, teacher, result))
-        return output, results
+        return output, results, ours
 
     def _teach(self, inputs: Any, calls: dict[str, Call]) -> dict[str, Tensor]:
         if self.teacher.training and not torch.compiler.is_compiling():

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from diffkd.distill.balance import Balance
 from diffkd.distill.ramp import ALWAYS, Ramp
 from diffkd.distill.stages import box_outputs, class_map, common_levels, last_feature, stages, vector_classes
 from diffkd.features.activations import PRE
@@ -34,7 +35,7 @@ class Pair:
         teacher: the same for the teacher; None: the student's name(s).
         method: a method, or a factory `(student_shape, teacher_shape) -> method` such as a method's class. None: the
             distiller's default.
-        weight: factor of all of the pair's losses.
+        weight: factor of all of the pair's losses, or a :class:`~diffkd.Balance` that finds it.
         ramp: when in the training they count, on top of `weight`.
         name: prefix of the losses' names; None: the student's layer.
         student_layout: how to read the student's output, where it is not found out right.
@@ -47,14 +48,14 @@ class Pair:
     student: str | Sequence[str]
     teacher: str | Sequence[str] | None = None
     method: nn.Module | MethodFactory | None = None
-    weight: float = 1.0
+    weight: float | Balance = 1.0
     ramp: Ramp = ALWAYS
     name: str | None = None
     student_layout: Layout | None = None
     teacher_layout: Layout | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight < math.inf:
+        if not isinstance(self.weight, Balance) and not 0 <= self.weight < math.inf:
             raise ValueError(
                 f"weight={self.weight} of pair '{self.name or self.student}' is no factor of a loss: give 0 or more"
             )
@@ -202,7 +203,9 @@ def _box_output_pair(student: Sequence[Layer], teacher: Sequence[Layer], method:
 def wants_of(factory: Any) -> frozenset[Want]:
     """Return what a method's factory wants of automatic pairing: its own `wants`, or that of the class it wraps."""
     wants: frozenset[Want] = attribute_of(factory, "wants", DEFAULT_WANTS)
-    return wants
+    # A method whose option says so takes no logits.
+    told = getattr(factory, "keywords", {}).get("on", "everything")
+    return wants - {"logits", "class map"} if told == "features" else wants
 
 
 def least_classes_of(factory: Any) -> int:

@@ -1,16 +1,29 @@
 """DiffKD: denoise the student's feature with a diffusion model trained on the teacher's, then match the two."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffkd.diffusion.distances import Distance, at_least_float32, check_several_classes, distance_by_name, mse
-from diffkd.diffusion.modules import BatchNorm, Denoiser, LinearAutoencoder, NoiseAdapter, pointwise
+from diffkd.diffusion.modules import BatchNorm, Denoiser, FilmDenoiser, LinearAutoencoder, NoiseAdapter, pointwise
 from diffkd.diffusion.passes import DenoiserPasses
-from diffkd.diffusion.schedule import BetaSchedule, add_noise, alphas_cumprod, ddim_denoise, ddim_steps
+from diffkd.diffusion.schedule import (
+    BetaSchedule,
+    DDIMStep,
+    Prediction,
+    add_noise,
+    alphas_cumprod,
+    clean_scales,
+    ddim_denoise,
+    ddim_scales,
+    ddim_steps,
+    learned,
+    timesteps_of_level,
+)
+from diffkd.diffusion.standardization import Standardization
 from diffkd.features.memory_layout import drawn, fast_layout
 from diffkd.features.shape import FeatureShape, Want, channels_of
 
@@ -23,7 +36,8 @@ class DiffKDOutput(NamedTuple):
     Attributes:
         denoised: the student's denoised feature, (B, C, H, W) or (B, C), C the latent channels.
         target: the teacher's latent of the same shape, which `denoised` was compared with.
-        losses: scalars "kd", "diffusion" and, with an autoencoder, "reconstruction", each times its weight.
+        losses: scalars "kd", "diffusion" (not on the path of a flow) and, with an autoencoder, "reconstruction", each
+            times its weight.
         gamma: (B,) weight of the student's feature against the added noise, in (0, 1); ones without noise adapter.
     """
 
@@ -45,9 +59,34 @@ class DiffKD(nn.Module):
     | `latent_norm`       | True  | False | BatchNorm at the end of the autoencoder's encoder ("two convolutions only")|
     | `denoiser_norm`     | True  | False | BatchNorm at the end of the denoiser (maps)                                |
     | `activate`          | False | True  | ReLU after the residual sums of the bottlenecks (maps)                     |
-    | `error`             | "mean"| "sum" | Eq. 4 and 6 as mean over all entries, or squared norm averaged over batch  |
     | `start_timestep`    | -1    | 500   | first timestep of the reverse process; -1: as the code spaces them         |
     | `detach_target`     | False | True  | no gradient to the teacher's feature even without autoencoder              |
+
+    Eq. 4 and 6 are squared norms as they are written, and means over all entries in the authors' code. Both variants
+    take the mean: with Eq. 7 as a mean and all weights 1, the sums would outweigh it by the size of the feature, and
+    diverge at the learning rates of Table 1. `error="sum"` takes the squared norms, averaged over the batch.
+
+    What follows is in neither, and off by default; each option stands on its own:
+
+    - `standardize`: the teacher's feature, and with autoencoder the latent too, per channel by running statistics
+      (:class:`~diffkd.diffusion.standardization.Standardization`), so that noise level, losses and weights mean the
+      same on every teacher. Distances of distributions ("kl", "dist") compare what is denoised in units of the logits.
+    - `time="film"`: the timestep by scale and shift after every batch normalisation
+      (:class:`~diffkd.diffusion.modules.FilmDenoiser`) in place of a constant added to the input, which batch
+      normalisation takes out of the student's denoising while training.
+    - `prediction`: the denoiser predicts, and Eq. 4 trains it on, the "noise" eps, the "clean" feature z_0, or the
+      "velocity" sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho, ICLR 2022); see
+      :func:`~diffkd.diffusion.schedule.clean_scales`. With few steps the noise is the hardest to divide out.
+    - `every_step`: Eq. 7 as the mean over the estimates z_0 of all steps, not of the last alone.
+    - `start_timestep="gamma"`: each sample starts at the timestep that is as noisy as the noise adapter made it,
+      from (gamma z + (1 - gamma) eps) / sqrt(gamma^2 + (1 - gamma)^2), which Eq. 3 gives for
+      abar = gamma^2 / (gamma^2 + (1 - gamma)^2); see :func:`~diffkd.diffusion.schedule.timesteps_of_level`.
+    - `path="flow"`: flow matching (Shao et al., *FM-KT*, arXiv 2402.02012, Eq. 5 to 9). No Gaussian noise and no
+      gamma: from the projected student's feature S, for i = N..1 and t = i / N, v_i = Phi(Z, t), Z <- Z - v_i / N;
+      the loss is (1 / N) sum_i d(S - v_i, target), and `denoised` is the last Z. There is no Eq. 4, and neither
+      `output_projection` nor `denoiser_norm` unless asked for. N is `inference_steps`, or drawn from it for every
+      batch in training (the paper's {1, 2, 4, 8}) and its largest in evaluation. A compiled module keeps the last N
+      drawn: `diffkd fit` calls :meth:`draw` before every batch, and so does the eager forward.
 
     Args:
         student_channels: channels of the student's feature, or its :class:`~diffkd.FeatureShape`.
@@ -57,7 +96,7 @@ class DiffKD(nn.Module):
             autoencoder, the latent is the teacher's feature.
         logits_autoencoder: whether logits get one too, where one DiffKD is made for several pairs; the paper gives them
             none (Sec. 4.1).
-        inference_steps: denoiser evaluations per forward (NFE).
+        inference_steps: denoiser evaluations per forward (NFE); with `path="flow"` also several, to draw from.
         num_train_timesteps: number of timesteps T of the diffusion process.
         beta_schedule: "linear", "scaled_linear" or "cosine".
         noise_adapter: adaptive noise matching (Eq. 8). Off: the projected student feature is denoised as it is.
@@ -75,11 +114,15 @@ class DiffKD(nn.Module):
         checkpoint: keep no activations of the denoiser's passes and compute them again in the backward: less memory,
             more time, the same numbers to the last bit.
         variant: "code" or "paper", see above.
-        output_projection, latent_norm, denoiser_norm, activate, error, start_timestep, detach_target: see above.
+        error: "mean" or "sum", see above; None: "mean".
+        output_projection, latent_norm, denoiser_norm, activate, start_timestep, detach_target: see above.
+        standardize, time, prediction, every_step, path: see above.
+        on: what automatic pairing gives it: features and logits, or "features" alone, where another method has the
+            logits.
 
     Raises:
-        ValueError: if an option is out of its range, one feature is a map and the other a vector, or a distance of
-            distributions gets a single channel.
+        ValueError: if an option is out of its range or does not go with another, one feature is a map and the other a
+            vector, or a distance of distributions gets a single channel.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature", "logits"})
@@ -95,7 +138,7 @@ class DiffKD(nn.Module):
         kind: Literal["map", "vector"] | None = None,
         ae_channels: int | None = None,
         logits_autoencoder: bool = True,
-        inference_steps: int = 5,
+        inference_steps: int | Sequence[int] = 5,
         num_train_timesteps: int = 1000,
         beta_schedule: BetaSchedule = "linear",
         noise_adapter: bool = True,
@@ -113,8 +156,14 @@ class DiffKD(nn.Module):
         denoiser_norm: bool | None = None,
         activate: bool | None = None,
         error: Literal["mean", "sum"] | None = None,
-        start_timestep: int | None = None,
+        start_timestep: int | Literal["gamma"] | None = None,
         detach_target: bool | None = None,
+        standardize: bool = False,
+        time: Literal["embedding", "film"] = "embedding",
+        prediction: Prediction = "noise",
+        every_step: bool = False,
+        path: Literal["diffusion", "flow"] = "diffusion",
+        on: Literal["everything", "features"] = "everything",
     ) -> None:
         super().__init__()
         if variant not in ("code", "paper"):
@@ -125,9 +174,36 @@ class DiffKD(nn.Module):
             raise ValueError(f"temperature must be finite and above 0, got {temperature}")
         if error not in (None, "mean", "sum"):
             raise ValueError(f"error must be 'mean' or 'sum', got {error!r}")
+        for name, value, known in (
+            ("time", time, ("embedding", "film")),
+            ("prediction", prediction, ("noise", "clean", "velocity")),
+            ("path", path, ("diffusion", "flow")),
+            ("on", on, ("everything", "features")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        if time == "film" and denoiser is not None:
+            raise ValueError("time='film' is of the light denoiser: leave it out, or the denoiser of your own")
+        self.flows = path == "flow"
+        several = (inference_steps,) if isinstance(inference_steps, int) else tuple(inference_steps)
+        if self.flows:
+            _check_flow(several, num_train_timesteps, prediction, every_step, start_timestep)
+            noise_adapter = False
+        elif len(several) != 1:
+            raise ValueError(
+                f"inference_steps={list(several)} is drawn from on path='flow' alone: give one number of steps, or that"
+            )
+        self.from_gamma = start_timestep == "gamma"
+        if self.from_gamma and not noise_adapter:
+            raise ValueError(
+                "start_timestep='gamma' takes gamma from the noise adapter, which is off: switch it on, or give a "
+                "number as start_timestep"
+            )
         paper = variant == "paper"
+        plain = not paper and not self.flows
         activate = paper if activate is None else activate
         start_timestep = (500 if paper else -1) if start_timestep is None else start_timestep
+        first = None if start_timestep in (-1, "gamma") else int(start_timestep)
 
         is_logits = isinstance(teacher_channels, FeatureShape) and teacher_channels.role == "logits"
         if is_logits and not logits_autoencoder:
@@ -137,7 +213,7 @@ class DiffKD(nn.Module):
         self.latent_channels = latent = self.teacher_channels if ae_channels is None else ae_channels
         self.num_train_timesteps = num_train_timesteps
         self.checkpoint = checkpoint
-        self.error = error or ("sum" if paper else "mean")
+        self.error = error or "mean"
         self.detach_target = paper if detach_target is None else detach_target
         self.weights = {"kd": kd_weight, "diffusion": diffusion_weight, "reconstruction": reconstruction_weight}
         if is_logits:
@@ -145,6 +221,7 @@ class DiffKD(nn.Module):
         if distance in ("kl", "dist"):
             check_several_classes(f"DiffKD(distance={distance!r})", latent)
         distance = distance or "mse"
+        self.restores = distance in ("kl", "dist")
         self.distance = (
             distance_by_name(distance, temperature, class_map=is_logits and self.is_map)
             if isinstance(distance, str)
@@ -157,19 +234,27 @@ class DiffKD(nn.Module):
             if ae_channels is not None
             else None
         )
-        self.denoiser = (
-            Denoiser(latent, self.is_map, num_train_timesteps, _or(denoiser_norm, not paper), activate=activate)
-            if denoiser is None
-            else denoiser(latent, self.is_map)
-        )
+        self.denoiser: nn.Module
+        if denoiser is not None:
+            self.denoiser = denoiser(latent, self.is_map)
+        elif time == "film":
+            self.denoiser = FilmDenoiser(latent, self.is_map, _or(denoiser_norm, plain), activate)
+        else:
+            self.denoiser = Denoiser(latent, self.is_map, num_train_timesteps, _or(denoiser_norm, plain), activate)
         self.noise_adapter = NoiseAdapter(latent, self.is_map, activate) if noise_adapter else None
         self.output_projection = (
             nn.Sequential(pointwise(latent, latent, self.is_map), BatchNorm(latent))
-            if _or(output_projection, not paper)
+            if _or(output_projection, plain)
             else nn.Identity()
         )
+        self.standardization = Standardization(self.teacher_channels) if standardize else None
+        both = standardize and self.autoencoder is not None
+        self.latent_standardization = Standardization(latent) if both else None
         abar = alphas_cumprod(num_train_timesteps, beta_schedule)
-        self.steps = ddim_steps(abar, inference_steps, None if start_timestep == -1 else start_timestep)
+        self.prediction: Prediction = prediction
+        self.every_step = every_step
+        self.inference_steps, self.passes = several, max(several)
+        self.steps: tuple[DDIMStep, ...] = () if self.flows else ddim_steps(abar, several[0], first, prediction)
         self.register_buffer("visited", torch.tensor([step.timestep for step in self.steps]), persistent=False)
         # Kept as the bits of float32 numbers: `.half()` and `.bfloat16()` round floating-point buffers, and a rounded
         # schedule divides by zero. Not in the state dict: it follows from the arguments.
@@ -211,46 +296,66 @@ class DiffKD(nn.Module):
         layout = fast_layout(student)
         student, teacher = student.to(memory_format=layout), teacher.to(memory_format=layout)
         projected = self.student_projection(student.to(self.dtype))  # (B, C, H, W) or (B, C), here and below
-        reconstruction = None
-        if self.autoencoder is not None:
-            target, reconstruction = self.autoencoder(teacher.to(self.dtype))
-            target = target.detach()
-        else:
-            target = teacher.detach() if self.detach_target else teacher
+        target, unscaled, reconstruction, reconstructed = self._encoded(teacher)
         latent = at_least_float32(projected)
         shape = latent.shape
-        noise = drawn(latent) if noise is None else _shaped("noise", noise, shape)
-        noise = noise.to(memory_format=layout)
-        if self.noise_adapter is None:
-            gamma, noisy_student = latent.new_ones(shape[0]), latent
+        gamma, predicted = latent.new_ones(shape[0]), None
+        if self.flows:
+            estimates, clean_student = self._flow(latent)
         else:
-            gamma = self.noise_adapter(projected)
-            share = gamma.reshape(-1, *[1] * (latent.ndim - 1))
-            noisy_student = share * latent + (1 - share) * noise  # Eq. 8
-        diffusion_noise = drawn(latent) if diffusion_noise is None else diffusion_noise
-        diffusion_noise = _shaped("diffusion_noise", diffusion_noise, shape).to(memory_format=layout)
-        if timesteps is None:
-            timesteps = torch.randint(self.num_train_timesteps, (shape[0],), device=latent.device)
-        timesteps = _shaped("timesteps", timesteps, shape[:1])
-        target = at_least_float32(target)
-        abar = self.alphas_cumprod_bits.view(torch.float32)[timesteps].to(latent.dtype)
-        noisy_target = add_noise(target, diffusion_noise, abar)
+            noise = drawn(latent) if noise is None else _shaped("noise", noise, shape)
+            noise = noise.to(memory_format=layout)
+            noisy_student = latent
+            if self.noise_adapter is not None:
+                gamma = self.noise_adapter(projected)
+                share = gamma.reshape(-1, *[1] * (latent.ndim - 1))
+                noisy_student = share * latent + (1 - share) * noise  # Eq. 8
+                if self.from_gamma:
+                    noisy_student = noisy_student / (share.square() + (1 - share).square()).sqrt()
+            diffusion_noise = drawn(latent) if diffusion_noise is None else diffusion_noise
+            diffusion_noise = _shaped("diffusion_noise", diffusion_noise, shape).to(memory_format=layout)
+            if timesteps is None:
+                timesteps = torch.randint(self.num_train_timesteps, (shape[0],), device=latent.device)
+            timesteps = _shaped("timesteps", timesteps, shape[:1])
+            levels = self.alphas_cumprod_bits.view(torch.float32)
+            abar = levels[timesteps].to(latent.dtype)
+            noisy_target = add_noise(target, diffusion_noise, abar)
 
-        passes = DenoiserPasses(self.denoiser, self.visited, noisy_target, timesteps, checkpoint=self.checkpoint)
-        clean_student = ddim_denoise(lambda x, _: passes.step(x), noisy_student, self.steps)
-        denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
-        predicted = passes.beside()
+            chain = timesteps_of_level(levels, gamma, len(self.steps)) if self.from_gamma else self.visited
+            passes = DenoiserPasses(self.denoiser, chain, noisy_target, timesteps, checkpoint=self.checkpoint)
+            estimates, clean_student = self._denoised(passes, noisy_student, chain, levels)
+            predicted = passes.beside()
 
-        losses = {
-            "kd": self.distance(denoised, target),  # Eq. 7
-            "diffusion": self._squared_error(predicted, diffusion_noise),  # Eq. 4
-        }
+        projections = [at_least_float32(self.output_projection(one.to(self.dtype))) for one in estimates]
+        denoised = projections[-1]
+        if clean_student is not estimates[-1]:
+            denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
+        scale = self.latent_standardization or self.standardization
+        if self.restores and scale is not None:
+            projections, denoised, compared = (
+                [scale.restore(one) for one in projections],
+                scale.restore(denoised),
+                unscaled,
+            )
+        else:
+            compared = target
+        distances = [self.distance(one, compared) for one in projections]
+        losses = {"kd": distances[0] if len(distances) == 1 else torch.stack(distances).mean()}  # Eq. 7
+        if predicted is not None and diffusion_noise is not None:
+            wanted = learned(target, diffusion_noise, abar, self.prediction)
+            losses["diffusion"] = self._squared_error(predicted, wanted)  # Eq. 4
         if reconstruction is not None:
-            losses["reconstruction"] = self._squared_error(reconstruction, teacher)  # Eq. 6
+            losses["reconstruction"] = self._squared_error(reconstruction, reconstructed)  # Eq. 6
         losses = {term: self.weights[term] * loss for term, loss in losses.items()}
         if unit:
-            denoised, target = denoised[..., None, None], target[..., None, None]
-        return DiffKDOutput(denoised, target, losses, gamma)
+            denoised, compared = denoised[..., None, None], compared[..., None, None]
+        return DiffKDOutput(denoised, compared, losses, gamma)
+
+    def draw(self) -> None:
+        """Draw how many steps the next batch takes, where there are several numbers to draw from."""
+        if len(self.inference_steps) > 1 and self.training:
+            index = int(torch.randint(len(self.inference_steps), ()))  # on the CPU: nothing waits for the device
+            self.passes = self.inference_steps[index]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -259,8 +364,64 @@ class DiffKD(nn.Module):
 
     def extra_repr(self) -> str:
         """Say what the submodules do not."""
-        visited = ", ".join(str(step.timestep) for step in self.steps)
-        return f"{self.student_channels} -> {self.latent_channels} <- {self.teacher_channels}, timesteps {visited}"
+        visited = "timesteps " + ", ".join(str(step.timestep) for step in self.steps)
+        if self.flows:
+            visited = f"flow in {' or '.join(map(str, self.inference_steps))} steps"
+        elif self.from_gamma:
+            visited = f"{len(self.steps)} timesteps from gamma"
+        return f"{self.student_channels} -> {self.latent_channels} <- {self.teacher_channels}, {visited}"
+
+    def _encoded(self, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return the target, the same before it was standardised, the reconstruction, and what was reconstructed."""
+        reconstruction = None
+        reconstructed = teacher if self.standardization is None else self.standardization(teacher)
+        if self.autoencoder is not None:
+            latent, reconstruction = self.autoencoder(reconstructed.to(self.dtype))
+            target = unscaled = latent.detach()
+            if self.latent_standardization is not None:
+                target = self.latent_standardization(unscaled)
+        else:
+            unscaled = teacher.detach() if self.detach_target else teacher
+            target = reconstructed.detach() if self.detach_target else reconstructed
+        return at_least_float32(target), at_least_float32(unscaled), reconstruction, reconstructed
+
+    def _denoised(
+        self, passes: DenoiserPasses, x: Tensor, chain: Tensor, levels: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """Run the reverse process; return the estimates of the clean feature to compare, and what it arrives at."""
+        if not self.every_step and not self.from_gamma:
+            x = ddim_denoise(lambda x, _: passes.step(x), x, self.steps)
+            return [x], x
+        now = levels[chain].to(x.dtype)  # (n,) or (n, B)
+        now = now.reshape(*now.shape, *[1] * (x.ndim - 1 if now.ndim == 2 else 0))
+        estimates = []
+        for index, step in enumerate(self.steps):
+            predicted = passes.step(x).to(x.dtype)
+            x_scale, scale = clean_scales(now[index], self.prediction)
+            estimates.append(x_scale * x + scale * predicted)
+            if index + 1 == len(self.steps):
+                break  # the last step arrives at the clean feature
+            if self.from_gamma:
+                x_scale, scale = ddim_scales(now[index], now[index + 1], self.prediction)
+                x = x_scale * x + scale * predicted
+            else:
+                x = step.x_scale * x + step.noise_scale * predicted
+        return (estimates if self.every_step else estimates[-1:]), estimates[-1]
+
+    def _flow(self, source: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Follow the flow from the student's latent; return the estimate of every step, and where it ends."""
+        if not torch.compiler.is_compiling():
+            self.draw()
+        n = self.passes if self.training else max(self.inference_steps)
+        total = self.num_train_timesteps
+        chain = torch.tensor([round(total * i / n) - 1 for i in range(n, 0, -1)], device=source.device)
+        passes = DenoiserPasses(self.denoiser, chain, source, None, checkpoint=self.checkpoint)
+        estimates, x = [], source
+        for _ in range(n):
+            velocity = passes.step(x).to(x.dtype)
+            estimates.append(source - velocity)
+            x = x - velocity / n
+        return estimates, estimates[-1] if n == 1 else x
 
     def _checked(self, feature: Tensor, side: Literal["student", "teacher"]) -> Tensor:
         channels = self.student_channels if side == "student" else self.teacher_channels
@@ -277,6 +438,24 @@ class DiffKD(nn.Module):
     def _squared_error(self, prediction: Tensor, target: Tensor) -> Tensor:
         error = mse(prediction, target)
         return error if self.error == "mean" else error * target[0].numel()
+
+
+def _check_flow(
+    steps: tuple[int, ...], timesteps: int, prediction: str, every_step: bool, start_timestep: object
+) -> None:
+    """Raise ValueError if an option has no meaning for a flow, or a number of steps is none."""
+    if not steps or not all(1 <= n <= timesteps for n in steps):
+        raise ValueError(f"inference_steps must be in 1..{timesteps} each, got {list(steps)}")
+    idle = {
+        f"prediction={prediction!r}": prediction != "noise",
+        f"every_step={every_step}": every_step,
+        f"start_timestep={start_timestep!r}": start_timestep is not None,
+    }
+    if given := [name for name, is_given in idle.items() if is_given]:
+        raise ValueError(
+            f"{', '.join(given)} has no meaning on path='flow', which predicts the velocity, compares every step and "
+            "starts at the student's feature: leave it out, or take path='diffusion'"
+        )
 
 
 def _shaped(name: str, given: Tensor, shape: torch.Size) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion.distances import mse
 from diffkd.diffusion.modules import pointwise
+from diffkd.diffusion.standardization import Standardization
 from diffkd.features.shape import FeatureShape, Want, channels_of
 from diffkd.methods.inputs import like_parameters
 
@@ -19,6 +20,8 @@ class FitNet(nn.Module):
         student_channels: channels of the student's feature, or its shape.
         teacher_channels: channels of the teacher's feature, or its shape. Vectors need shapes.
         weight: factor of the loss.
+        standardize: standardise the teacher's feature per channel by running statistics, so that the loss means the
+            same on every teacher (:class:`~diffkd.diffusion.standardization.Standardization`).
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
@@ -29,13 +32,18 @@ class FitNet(nn.Module):
         teacher_channels: int | FeatureShape,
         *,
         weight: float = 1.0,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         is_map = teacher_channels.is_map if isinstance(teacher_channels, FeatureShape) else True
         self.student_projection = pointwise(channels_of(student_channels), channels_of(teacher_channels), is_map)
+        self.standardization = Standardization(channels_of(teacher_channels)) if standardize else None
         self.weight = weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Return {"kd": loss} for features (B, Cs, H, W), (B, Ct, H, W), or (B, Cs), (B, Ct)."""
         projected = self.student_projection(like_parameters(student, self))
-        return {"kd": self.weight * mse(projected, teacher.detach())}
+        target = teacher.detach()
+        if self.standardization is not None:
+            target = self.standardization(target)
+        return {"kd": self.weight * mse(projected, target)}

@@ -110,6 +110,8 @@ class Training(LightningModule):
         self.card: dict[str, Any] = {}
         self._samples: dict[str, Any] = {}
         self.cached_teacher: CachedTeacher | None = None
+        self.measures_pulls = False
+        self.pulls: dict[str, float] | None = None
         self._meters: dict[str, Meter] = {}
         self._measured: Row = {}
         self._seconds, self._since = 0.0, time.monotonic()
@@ -138,6 +140,11 @@ class Training(LightningModule):
 
     def configure_model(self) -> None:
         """Spread the parameters over the processes, if that is the trainer's strategy."""
+        if self.distiller is not None and self.distiller.balancer is not None and shards(self.trainer):
+            raise ValueError(
+                "a Balance measures gradients at whole features, which strategy fsdp does not give: take ddp, or a "
+                "number as the pair's weight"
+            )
         if self._whole is None and shards(self.trainer):
             self.trainer.precision_plugin.convert_module(self.model)
             self._whole = WholeStudent(self.student)
@@ -180,10 +187,7 @@ class Training(LightningModule):
         if self.distiller is not None and self.global_step == 0:
             self.distiller.check_gradients()
         total = torch.stack(list(terms.values())).sum()
-        gammas = {} if self.distiller is None else self.distiller.gammas
-        self.ledger.record(
-            self.global_step, {**terms, **{f"gamma/{pair}": gamma for pair, gamma in gammas.items()}}, step.images
-        )
+        self.ledger.record(self.global_step, terms | self._beside(), step.images)
         if total.device.type == "cpu":
             self.ledger.check()  # costs nothing here, and the broken step is not taken
         if (accumulated := self.trainer.accumulate_grad_batches) > 1:
@@ -199,9 +203,44 @@ class Training(LightningModule):
             context = dict(step.context)
             if self.cached_teacher is not None:
                 context["teacher_features"] = self.cached_teacher.features(self.distiller, step, self.current_epoch)
-            output, losses = self.model(step.inputs, **context)
+            compiled = self.model._compiled_call_impl is not None
+            looks = self.measures_pulls and not compiled and self.pulls is None
+            self.distiller.watched = looks
+            # A graph does not show gradients at what is inside: there, a batch that is measured runs without it.
+            call = self.model.forward if compiled and self.distiller.due else self.model
+            output, losses = call(step.inputs, **context)
         terms = {name: self.task_weight * loss for name, loss in self.task.losses(output, step).items()}
+        if self.distiller is not None and (looks or self.distiller.balancer is not None):
+            task = torch.stack(list(terms.values())).sum()
+            norms = self._norms(task) if looks else None
+            if self.distiller.training:
+                losses = self.distiller.balance(losses, task)
+            if norms is not None:
+                weights = self.distiller.weights()
+                self.pulls = {
+                    name: self._method_factor * float(weights[name]) * method / of_task if of_task else math.inf
+                    for name, (method, of_task) in norms.items()
+                    if method or of_task
+                }
         return terms | {name: self._method_factor * loss for name, loss in losses.items()}
+
+    def _norms(self, task: Tensor) -> dict[str, tuple[float, float]] | None:
+        """Return the gradient norms of method and task at the pairs' features; None where a model does not give any."""
+        if self.distiller is None:
+            return None
+        self.distiller.watched = self.measures_pulls = False
+        try:
+            return self.distiller.pulls(task)
+        except RuntimeError:  # such as checkpointing that allows of one backward alone
+            return None
+
+    def _beside(self) -> dict[str, Tensor]:
+        """Return what is logged beside the losses: gammas, and weights that follow the gradients."""
+        if self.distiller is None:
+            return {}
+        gammas = {f"gamma/{pair}": gamma for pair, gamma in self.distiller.gammas.items()}
+        weights = {f"weight/{pair}": w for pair, w in self.distiller.weights().items() if isinstance(w, Tensor)}
+        return gammas | weights
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then average."""
@@ -246,7 +285,7 @@ class Training(LightningModule):
         return dict(self._measured)
 
     def on_train_epoch_end(self) -> None:
-        """Close the epoch's row: mean losses, mean gamma, measurements."""
+        """Close the epoch's row: mean losses, gammas and weights, measurements."""
         self.ledger.check()
         now = time.monotonic()
         self._seconds, self._since = self._seconds + now - self._since, now
@@ -255,7 +294,7 @@ class Training(LightningModule):
             "step": self.global_step,
             **self._measured,
             **{
-                name if name.startswith("gamma/") else f"train/{name}": mean
+                name if name.startswith(("gamma/", "weight/")) else f"train/{name}": mean
                 for name, mean in self.ledger.means().items()
             },
             "lr": float(self._optimizer().param_groups[0]["lr"]),

@@ -3,7 +3,7 @@
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from diffkd.diffusion.modules import NoiseAdapter
 from diffkd.tasks.task import TASK
 from diffkd.training.lightning_module import Training, steps_per_epoch
 
@@ -88,6 +89,16 @@ class TrainingProgress(Callback):
             soft_wrap=True,
         )
 
+        for pair in stuck_gammas(pl_module, means):
+            self.console.print(
+                f"gamma of {pair} was {means[f'gamma/{pair}']:.4f} on average: hardly any noise is added to the "
+                "student's feature, which is not denoised then; noise_adapter: false saves the adapter, "
+                "start_timestep: gamma ties the steps to it",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the bar."""
         self._close()
@@ -100,6 +111,17 @@ class TrainingProgress(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def stuck_gammas(training: Training, means: Mapping[str, float]) -> list[str]:
+    """Return the pairs whose noise adapter has kept gamma above 0.99 on average over an epoch."""
+    if training.distiller is None:
+        return []
+    return [
+        name
+        for name, method in zip(training.distiller.names, training.distiller.methods, strict=True)
+        if means.get(f"gamma/{name}", 0.0) > 0.99 and any(isinstance(part, NoiseAdapter) for part in method.modules())
+    ]
 
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")

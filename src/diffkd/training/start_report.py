@@ -1,5 +1,6 @@
 """The report at the start of a training: pairs, parameters, first losses, the teacher's accuracy."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from diffkd.diffusion.standardization import Standardization
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.ramp import ALWAYS
+from diffkd.tasks.distributed import shards
 from diffkd.training.lightning_module import Training, ends_step
 from diffkd.training.start_checks import never_reached
 
@@ -26,6 +29,11 @@ class StartReport(Callback):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the first step of a training measure how hard the pairs pull, on all processes alike."""
+        if isinstance(pl_module, Training) and trainer.global_step == 0 and not shards(trainer):
+            pl_module.measures_pulls = pl_module.distiller is not None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,13 +53,17 @@ def report(training: Training, batch: Any, console: Console) -> None:
     )
     if training.distiller is not None:
         console.print(pairs_table(training.distiller))
-    losses = {name: value for name, value in training.ledger.latest().items() if not name.startswith("gamma/")}
+    beside = ("gamma/", "weight/")
+    losses = {name: value for name, value in training.ledger.latest().items() if not name.startswith(beside)}
     console.print(
         "first batch: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+    for line, is_warning in _pulls(training.pulls or {}) + _targets(training.distiller):
+        style = "bold red" if is_warning else None
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
     ramp = ALWAYS if training.distiller is None else training.method_ramp
     for beyond in never_reached(training.schedule, ramp, training.epochs):
         console.print(f"warning: {beyond}", style="bold red", markup=False, soft_wrap=True)
@@ -97,6 +109,40 @@ def pairs_table(distiller: Distiller) -> Table:
     for row in distiller.rows():
         table.add_row(*(escape(cell) for cell in row))  # "fpn[0]" is a name here, no style
     return table
+
+
+def _pulls(pulls: dict[str, float]) -> list[tuple[str, bool]]:
+    """Return lines that say how hard the pairs pull against the task, and whether each is a warning."""
+    if not pulls:
+        return []
+    told = ", ".join(f"{pair} {pull:.3g}" if pull < math.inf else f"{pair} alone" for pair, pull in pulls.items())
+    lines = [(f"pull of each pair, in that of the task (gradient norms at the student's layer): {told}", False)]
+    for pair, pull in pulls.items():
+        if _TOO_HARD < pull < math.inf or pull < _TOO_SOFT:
+            how, mend = ("drowns the task", "lower") if pull > 1 else ("hardly counts", "raise")
+            lines.append(
+                (
+                    f"warning: pair {pair} pulls {pull:.3g} times as hard as the task and {how}: {mend} its weight, or "
+                    "give weight: {balance: 1.0}, which finds one",
+                    True,
+                )
+            )
+    return lines
+
+
+def _targets(distiller: Distiller | None) -> list[tuple[str, bool]]:
+    """Return a line for each target that is standardised."""
+    if distiller is None:
+        return []
+    return [
+        (f"target of {name} standardised ({part or 'method'}): {module.summary()}", False)
+        for name, method in zip(distiller.names, distiller.methods, strict=True)
+        for part, module in method.named_modules()
+        if isinstance(module, Standardization)
+    ]
+
+
+_TOO_HARD, _TOO_SOFT = 50.0, 0.01
 
 
 def _trainable(model: nn.Module) -> str:
