@@ -23,7 +23,7 @@ from diffkd.training.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.training.lightning_module import Training
 from diffkd.training.models import build_distiller, build_student, build_teacher, check_teaching, lay_out
 from diffkd.training.optimization import OptimizerFactory, Schedule, takes_channels_last
-from diffkd.training.start_checks import check_classes, check_teacher_classes, check_type, tell_data
+from diffkd.training.start_checks import check_classes, check_teacher_classes, check_teacher_head, check_type, tell_data
 
 Compile = bool | Literal["reduce-overhead", "max-autotune"]
 
@@ -38,12 +38,14 @@ def build_training(
     *,
     teacher: str | None = None,
     teacher_weights: str | None = None,
+    teacher_weights_key: str | None = None,
     teacher_pretrained: bool = False,
     teacher_options: TeacherOptions = FOLDED,
     teacher_cache: str | Path | None = None,
     teacher_views: int | None = None,
     teacher_cache_storage: Storage = "float16",
     student_weights: str | None = None,
+    student_weights_key: str | None = None,
     student_pretrained: bool = False,
     pretrained_backbone: bool = False,
     method: Sequence[MethodFactory] | MethodFactory | None = None,
@@ -84,6 +86,7 @@ def build_training(
         student,
         facts,
         weights=student_weights,
+        weights_key=student_weights_key,
         pretrained=student_pretrained,
         pretrained_backbone=pretrained_backbone,
         auxiliary=segmentation.auxiliary,
@@ -96,7 +99,12 @@ def build_training(
     teaching, whole, cached = [], None, None
     if teacher is not None:
         whole, view = build_teacher(
-            teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
+            teacher,
+            facts,
+            weights=teacher_weights,
+            pretrained=teacher_pretrained,
+            detection=detection,
+            weights_key=teacher_weights_key,
         )
         teaching = [whole]
         if teacher_cache is not None or teacher_views is not None:
@@ -122,6 +130,7 @@ def build_training(
             seed=seed,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
+        check_teacher_head(trained, whole)
         if teacher_weights is not None:
             check_teacher_classes(trained, teacher_weights, facts)
         if channels_last:
