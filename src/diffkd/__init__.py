@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from diffkd.features.layers import Layer, list_layers
     from diffkd.features.layout import Layout
     from diffkd.features.shape import FeatureShape
-    from diffkd.files.weights import load_weights, read_weights, save_student
+    from diffkd.files.fitting import load_weights
+    from diffkd.files.weights import read_weights, save_student
     from diffkd.methods import (
         AT,
         CIRKD,
@@ -62,8 +63,8 @@ _HOMES = {
     ),
     "diffkd.features.layout": ("Layout",),
     "diffkd.features.shape": ("FeatureShape",),
+    "diffkd.files.fitting": ("load_weights",),
     "diffkd.files.weights": (
-        "load_weights",
         "read_weights",
         "save_student",
     ),

@@ -1,16 +1,21 @@
+import argparse
 import json
 import os
 import pickle
 import subprocess
 import sys
 import textwrap
+import warnings
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_nets import ConvNet
+from small_nets import ConvNet, Wrapped
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from diffkd import load_weights, read_weights, save_student
 from diffkd.files.weights import unwrap, write_whole
@@ -72,7 +77,7 @@ class TestBrokenFiles:
         with pytest.raises(ValueError, match=name):
             read_weights(tmp_path / name)
 
-    @pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {"a": 1}, {"a": {"b": torch.ones(1)}}])
+    @pytest.mark.parametrize("content", [torch.ones(3), [torch.ones(3)], {"a": 1}, {"a": {"b": 1}}])
     def test_no_state_dict(self, tmp_path, content):
         torch.save(content, tmp_path / "model.pt")
         with pytest.raises(ValueError, match="holds no state dict"):
@@ -140,7 +145,7 @@ class TestLoading:
 
     def test_lists_no_more_than_a_few_problems(self, tmp_path):
         torch.save({"w": torch.ones(1)}, tmp_path / "net.pt")
-        with pytest.raises(ValueError, match="and 13 more") as error:
+        with pytest.raises(ValueError, match="and 11 more") as error:
             load_weights(ConvNet(), tmp_path / "net.pt")
         assert len(str(error.value)) < 600
 
@@ -151,7 +156,7 @@ class TestLoading:
         load_weights(other, tmp_path / "net.ckpt")
         assert equal_states(net.state_dict(), other.state_dict())
         torch.save(state | {"model.extra": torch.ones(1)}, tmp_path / "net.ckpt")
-        with pytest.raises(ValueError, match=r"missing .*; unexpected model\."):
+        with pytest.raises(ValueError, match=r"unexpected model\.extra"):
             load_weights(other, tmp_path / "net.ckpt")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -246,3 +251,229 @@ class TestWritingWhole:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == ["net.json", "net.safetensors"]
+
+
+def held(folder, content, name="weights.pt", **options):
+    torch.save(content, folder / name, **options)
+    return folder / name
+
+
+class TestCheckpointsOfTrainers:
+    """The weights of one network, as the programs of many authors save them."""
+
+    @pytest.fixture
+    def net(self):
+        return ConvNet()
+
+    @pytest.fixture
+    def state(self, net):
+        return net.state_dict()
+
+    def prefixed(self, prefix, state):
+        return {f"{prefix}{name}": value for name, value in state.items()}
+
+    def other(self, state):
+        return {name: value + 1 for name, value in state.items()}
+
+    def taken(self, path, state, **options):
+        net = ConvNet()
+        report = load_weights(net, path, **options)
+        assert equal_states(net.state_dict(), state)
+        return report
+
+    def test_exactly_its_own_entries_need_no_word(self, tmp_path, state):
+        assert self.taken(held(tmp_path, state), state).plain
+
+    def test_batch_counters_may_be_missing(self, tmp_path, state):
+        older = {name: value for name, value in state.items() if "num_batches_tracked" not in name}
+        assert "2 num_batches_tracked, which it lacks, stay 0" in str(self.taken(held(tmp_path, older), state))
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_objects_beside_the_tensors_are_skipped_and_named(self, tmp_path, state, legacy):
+        content = {
+            "model": state,
+            "args": argparse.Namespace(lr=0.1),
+            "best": np.float64(0.9),
+            "path": Path("somewhere"),
+            "optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9).state_dict(),
+        }
+        path = held(tmp_path, content, _use_new_zipfile_serialization=not legacy)
+        report = str(self.taken(path, state))
+        for named in ("args (argparse.Namespace)", "best (numpy", "path (pathlib."):
+            assert named in report
+
+    def test_averaged_models(self, tmp_path, net, state):
+        averaged = AveragedModel(net).state_dict()
+        assert "left out: n_averaged" in str(self.taken(held(tmp_path, averaged), state))
+
+    def test_losses_with_weights_of_their_own_are_left_out(self, tmp_path, state):
+        entries = {**self.prefixed("model.", state), "criterion.weight": torch.ones(3)}
+        report = str(self.taken(held(tmp_path, {"state_dict": entries, "epoch": 3}), state))
+        assert "under 'state_dict.model'; left out: state_dict.criterion.weight" in report
+        self.taken(held(tmp_path, {**state, "criterion.weight": torch.ones(3)}), state)
+
+    @pytest.mark.parametrize(
+        "prefix", ["model._orig_mod.", "net.module.", "trainer.algorithm.model.module.", "_fsdp_wrapped_module."]
+    )
+    def test_prefixes_of_several_levels(self, tmp_path, state, prefix):
+        self.taken(held(tmp_path, {"state_dict": self.prefixed(prefix, state)}), state)
+
+    def test_wrappers_in_the_middle(self, tmp_path, state):
+        compiled = {name.replace("stage.", "stage._orig_mod."): value for name, value in state.items()}
+        self.taken(held(tmp_path, compiled), state)
+
+    @pytest.mark.parametrize("key", ["net", "state_dict_ema", "ema", "params", "anything"])
+    def test_the_only_weights_are_taken_whatever_their_key(self, tmp_path, state, key):
+        assert self.taken(held(tmp_path, {key: state, "epoch": 2}), state).key == key
+        assert equal_states(read_weights(tmp_path / "weights.pt"), state)
+
+    def test_of_several_one_is_chosen_by_its_key(self, tmp_path, state):
+        path = held(tmp_path, {"student": self.other(state), "teacher": state})
+        with pytest.raises(ValueError, match=r"several weights that fit.*teacher_weights_key.*'student', 'teacher'"):
+            load_weights(ConvNet(), path)
+        with pytest.raises(ValueError, match=r"several state dicts.*'student', 'teacher'"):
+            read_weights(path)
+        with pytest.raises(ValueError, match=r"no weights under the key 'best'; there are 'student', 'teacher'"):
+            load_weights(ConvNet(), path, key="best")
+        self.taken(path, state, key="teacher")
+        assert equal_states(read_weights(path, key="teacher"), state)
+        inside = {**self.prefixed("student.", self.other(state)), **self.prefixed("teacher.", state)}
+        self.taken(held(tmp_path, {"state_dict": inside}), state, key="teacher")
+
+    @pytest.mark.parametrize("keys", [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("net", "ema")])
+    def test_of_weights_and_their_average_the_average(self, tmp_path, state, keys):
+        raw, averaged = keys
+        path = held(tmp_path, {raw: self.other(state), averaged: self.prefixed("module.", state)})
+        report = self.taken(path, state)
+        assert f"under '{averaged}', the average; not taken: '{raw}'" in str(report)
+        self.taken(path, self.other(state), key=raw)
+        assert equal_states(read_weights(path), state)
+
+    def test_the_same_weights_twice_are_no_choice(self, tmp_path, state):
+        self.taken(held(tmp_path, {"model": state, "state_dict": dict(state)}), state)
+
+    def test_networks_that_are_wrapped_themselves(self, tmp_path, state):
+        path = held(tmp_path, state)
+        for wrapped in (nn.DataParallel(ConvNet()), torch.compile(ConvNet(), backend="eager")):
+            load_weights(wrapped, path)
+            assert equal_states(unwrap(wrapped).state_dict(), state)
+        inside = Wrapped(ConvNet())
+        load_weights(inside, path)
+        assert equal_states(inside.net[0][0].state_dict(), state)
+
+    def test_tied_and_lazy_entries(self, tmp_path):
+        tied = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+        tied["b"].weight = tied["a"].weight
+        state = {name: value + 1 for name, value in tied.state_dict().items() if name != "b.weight"}
+        load_weights(tied, held(tmp_path, state))
+        assert torch.equal(tied["b"].weight, state["a.weight"])
+        lazy, used = (nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(2)) for _ in range(2))
+        used(torch.ones(1, 3, 8, 8))
+        load_weights(lazy, held(tmp_path, used.state_dict()))
+        assert equal_states(lazy.state_dict(), used.state_dict())
+
+    def test_half_precision_is_said_and_integers_are_refused(self, tmp_path, state):
+        half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+        assert "converted from float16" in str(load_weights(ConvNet(), held(tmp_path, half)))
+        whole = {name: value.to(torch.int8) for name, value in state.items()}
+        with pytest.raises(ValueError, match=r"stem\.0\.weight is of torch\.int8 there, torch\.float32 here"):
+            load_weights(ConvNet(), held(tmp_path, whole))
+
+    def test_a_larger_network_of_the_same_names_is_refused(self, tmp_path):
+        smaller, larger = (nn.Sequential(*(nn.Linear(3, 3) for _ in range(count))) for count in (2, 3))
+        with pytest.raises(ValueError, match=r"unexpected 2\.weight"):
+            load_weights(smaller, held(tmp_path, larger.state_dict()))
+
+    @pytest.mark.parametrize(
+        "change", [lambda s: s.pop("fc.weight"), lambda s: s.update({"fc.weight": torch.ones(7, 8)})]
+    )
+    def test_only_the_classifier_may_stay_random_and_only_with_a_warning(self, tmp_path, state, change):
+        change(state)
+        path = held(tmp_path, state)
+        with pytest.warns(UserWarning, match=r"fc\.weight of ConvNet start from random weights"):
+            report = load_weights(ConvNet(), path, head=lambda: frozenset({"fc.weight"}))
+        assert report.random == ("fc.weight",)
+        state.pop("stem.1.running_mean")
+        with pytest.raises(ValueError, match=r"missing stem\.1\.running_mean"):
+            load_weights(ConvNet(), held(tmp_path, state), head=lambda: frozenset({"fc.weight"}))
+
+
+class TestKindsOfFiles:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "is empty"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "pointer of Git LFS.*git lfs pull"),
+            (b"<!DOCTYPE html><html></html>", "is a web page"),
+            (b"\x1f\x8b\x08\x00", "compressed by gzip"),
+            (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        ],
+    )
+    def test_others_are_called_by_their_names(self, tmp_path, content, message):
+        for name in ("model.pt", "model.safetensors"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=message):
+                read_weights(tmp_path / name)
+
+    def test_the_content_counts_not_the_name(self, tmp_path):
+        save_file({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+        held(tmp_path, {"w": torch.ones(2)}, "model.safetensors")
+        for name in ("pytorch_model.bin", "model.safetensors"):
+            assert torch.equal(read_weights(tmp_path / name)["w"], torch.ones(2))
+
+    def test_programs_of_torchscript(self, tmp_path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "model.pt")
+        with pytest.raises(ValueError, match="TorchScript program"):
+            read_weights(tmp_path / "model.pt")
+
+    def test_a_model_in_several_files(self, tmp_path):
+        net, other = ConvNet(), ConvNet()
+        parts = [{}, {}]
+        for index, (name, value) in enumerate(net.state_dict().items()):
+            parts[index % 2][name] = value
+        names = [f"model-0000{index}-of-00002.safetensors" for index in (1, 2)]
+        for name, part in zip(names, parts, strict=True):
+            save_file(part, tmp_path / name)
+        index = tmp_path / "model.safetensors.index.json"
+        lies = {name: file for file, part in zip(names, parts, strict=True) for name in part}
+        index.write_text(json.dumps({"weight_map": lies}))
+        load_weights(other, index)
+        assert equal_states(net.state_dict(), other.state_dict())
+        with pytest.raises(ValueError, match=rf"one of several files of a model: give their folder, {tmp_path}"):
+            load_weights(ConvNet(), tmp_path / names[0])
+        index.write_text(json.dumps({"weight_map": {"a": "../secret"}}))
+        with pytest.raises(ValueError, match="which is not beside it"):
+            read_weights(index)
+
+    def test_compressed_parts_are_not_unpacked(self, tmp_path):
+        plain = held(tmp_path, {"w": torch.zeros(10_000)})
+        with zipfile.ZipFile(plain) as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+            for name in source.namelist():
+                bomb.writestr(name, source.read(name))
+        with pytest.raises(ValueError, match="its parts are compressed"):
+            read_weights(tmp_path / "bomb.pt")
+
+    @pytest.mark.parametrize(
+        "stream",
+        [
+            b"\x80\x04r\xff\xff\xff\x7fN.",  # a memo of two thousand million entries
+            b"\x80\x05\x96\x00\x00\x00\x00\xff\x00\x00\x00.",  # a bytearray of a terabyte
+            b"\x80\x04B\xff\xff\xff\x7f.",
+            b"\x80\x04" + b"]" * 100_000 + b".",
+            b"cbuiltins\neval\n(V1+1\ntR.",
+            b"cos\nsystem\n(Vtouch ran\ntR.",
+            b"c__builtin__\ngetattr\n.",
+        ],
+    )
+    def test_hostile_streams_cost_neither_memory_nor_safety(self, tmp_path, stream):
+        (tmp_path / "model.pt").write_bytes(stream)
+        with pytest.raises(ValueError, match=r"model\.pt"):
+            read_weights(tmp_path / "model.pt")
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_tensor_larger_than_its_numbers(self, tmp_path):
+        held(tmp_path, {"w": torch.zeros(1).expand(10**9)})
+        with pytest.raises(ValueError, match="larger than its numbers"):
+            read_weights(tmp_path / "weights.pt")

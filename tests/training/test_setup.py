@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from diffkd import KD, FitNet, TeacherInput, save_student
+from diffkd import KD, FitNet, TeacherInput, read_weights, save_student
 from diffkd.export.student_file import find_weights
 from diffkd.models import load_model
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.training.models import build_distiller, build_student, build_teacher
+from diffkd.training.start_checks import check_teacher_head
 
 FACTS = DataFacts(5, 1, (32, 32), (0.5,), (0.25,), tuple("abcde"), torch.zeros(2, 1, 32, 32))
 NAME = "cifar/compact_resnet8"
@@ -145,3 +146,34 @@ def test_functions_without_arguments_build_students(tmp_path):
         build_student(f"{file}:named", FACTS, weights=None, pretrained=False, seed=0)
     with pytest.raises(ValueError, match="cannot take an example of shape"):
         build_student(f"{file}:colour", FACTS, weights=None, pretrained=False, seed=0)
+
+
+def test_a_teacher_without_a_classifier_teaches_features_alone(weights):
+    state = {name: value for name, value in read_weights(weights).items() if not name.startswith("fc.")}
+    file = weights.with_name("body.pt")
+    torch.save({"state_dict": state}, file)
+    with pytest.warns(UserWarning, match=r"fc\.weight, fc\.bias .* random"):
+        teacher, view = build_teacher(NAME, FACTS, weights=str(file), pretrained=False)
+    student = build_student(NAME, FACTS, weights=None, pretrained=False, seed=0)
+    options = {"data": FACTS, "pairs": "auto", "seed": 0}
+    check_teacher_head(build_distiller(student, teacher, view, method=FitNet, **options), teacher)
+    distiller = build_distiller(student, teacher, view, method=KD, **options)
+    with pytest.raises(ValueError, match=r"holds no classifier \(fc\.weight, fc\.bias\)"):
+        check_teacher_head(distiller, teacher)
+
+
+def test_a_student_starts_from_weights_of_other_classes(weights):
+    with pytest.warns(UserWarning, match=r"fc\.weight, fc\.bias .* random"):
+        student = build_student(NAME, FACTS, weights=str(weights), pretrained=False, seed=0)
+    assert torch.equal(student.state_dict()["conv1.weight"], read_weights(weights)["conv1.weight"])
+
+
+def test_the_key_of_the_weights_reaches_teacher_and_student(weights):
+    state = read_weights(weights)
+    other = {name: value + 1 if value.is_floating_point() else value for name, value in state.items()}
+    file = weights.with_name("both.pt")
+    torch.save({"student": other, "teacher": state}, file)
+    with pytest.raises(ValueError, match=r"several weights .*'student', 'teacher'"):
+        build_teacher(NAME, FACTS, weights=str(file), pretrained=False)
+    teacher, _ = build_teacher(NAME, FACTS, weights=str(file), pretrained=False, weights_key="teacher")
+    assert torch.equal(teacher.state_dict()["fc.weight"], state["fc.weight"])

@@ -183,7 +183,7 @@ def _recipes(words: list[str]) -> None:
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
     """Let warnings of this package be written without the line of code that they come from."""
-    usual, package = warnings.formatwarning, Path(__file__).parent
+    usual, package = warnings.formatwarning, Path(__file__).parents[1]
 
     def plain(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None

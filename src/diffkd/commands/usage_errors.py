@@ -128,6 +128,7 @@ def _classes(module: str, base: str) -> list[str]:
 
 _OF_A_TEACHER = (
     "teacher_weights",
+    "teacher_weights_key",
     "teacher_pretrained",
     "teacher_options",
     "teacher_cache",

@@ -11,6 +11,7 @@ import torch
 
 from diffkd.files.history import Row, measurements
 from diffkd.files.run_folder import RunFolder
+from diffkd.files.weights import WHOLE_FILES
 from diffkd.tasks.data_facts import DataFacts
 
 Which = Literal["last", "best"]
@@ -49,12 +50,14 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
 def find_weights(weights: str | Path) -> Path:
     """Return the file meant by `weights`: a file, a run folder (its student), or one that comes with the package.
 
+    Of a folder of transformers it is the file of the whole model, or the index of its parts.
+
     Raises:
         FileNotFoundError: if there is none of these.
     """
     path = Path(weights)
     packaged = Path(str(files("diffkd"))) / "assets" / path
-    for candidate in (path, path / "student.safetensors", packaged):
+    for candidate in (path, path / "student.safetensors", packaged, *(path / name for name in WHOLE_FILES)):
         if candidate.is_file():
             return candidate
     raise FileNotFoundError(f"there are no weights at {path}: give a file, or the folder of a finished run")

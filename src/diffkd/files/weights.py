@@ -1,9 +1,11 @@
-"""Weights as files: read as data, never as code; loaded strictly; written whole or not at all."""
+"""Weights as files: read as data, never as code; written whole or not at all."""
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,85 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+from diffkd.files.pickles import CodeError, Skipped, looks_like_pickle, read_pickle
+
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+WHOLE_FILES = ("model.safetensors", *_INDEXES, "pytorch_model.bin")
+"""Names of the weights in a folder of transformers, the preferred first."""
+# Parts of a checkpoint in which no weights of a network lie.
+_NO_WEIGHTS = re.compile(
+    r"optim|sched|scaler|rng|random_state|hyper_param|hparams|callbacks|^loops$|^config$|^args$|^opt$"
+)
+_USUAL = re.compile(
+    r"^(state_dict|model|model_state_dict|model_state|net|network|params|weights|module|teacher_model)$"
+)
+_AVERAGED = re.compile(r"(^|_|\.)(ema|averaged?|swa|shadow)\d*(_|\.|$)", re.IGNORECASE)
+_DEPTH = 6
+_STARTS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the weights: fetch them with `git lfs pull`",
+    b"<!DOCTYPE": "is a web page, not weights: fetch the file itself",
+    b"<html": "is a web page, not weights: fetch the file itself",
+    b"\x1f\x8b": "is compressed by gzip: unpack it first",
+    b"BZh": "is compressed by bzip2: unpack it first",
+    b"\xfd7zXZ": "is compressed by xz: unpack it first",
+    b"7z\xbc\xaf": "is an archive of 7-zip: unpack it first",
+    b"\x89HDF": "is HDF5, as Keras writes it: convert it to safetensors with the library that it comes from",
+    b"\x93NUMPY": "is an array of NumPy, not a state dict: save the weights by name as safetensors",
+}
 
 
-def read_weights(path: str | Path, *, as_saved: bool = False) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Contents:
+    """The tensors of a file, and what else it holds.
+
+    Attributes:
+        tensors: by their names, those inside of mappings with the mappings' keys in front: "state_dict.conv.weight".
+        keys: of the mappings that hold tensors themselves, "" for the file as a whole.
+        skipped: "args (argparse.Namespace)" for each object that was not read.
+    """
+
+    tensors: dict[str, Tensor]
+    keys: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+    def under(self, key: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin with a key, without it."""
+        prefix = f"{key}." if key else ""
+        return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+
+def read_weights(path: str | Path, *, as_saved: bool = False, key: str | None = None) -> dict[str, Tensor]:
     """Read a file of tensors: safetensors, or a PyTorch file without running any code in it.
 
     Args:
-        path: `.safetensors`, or anything `torch.load(weights_only=True)` reads: a state dict, bare or under one of the
-            keys "state_dict", "model", "model_state_dict". The prefixes "module." (DistributedDataParallel) and
+        path: safetensors, or what `torch.save` or pickle wrote: a state dict, bare or inside of other mappings, as
+            trainers save them. Objects beside the tensors are skipped. Or the index of several files of transformers.
+        as_saved: leave the names as they are. Otherwise the prefixes "module." (DistributedDataParallel) and
             "_orig_mod." (`torch.compile`) are taken off if every name has them.
-        as_saved: leave the names as they are.
+        key: of the mapping to take, such as "state_dict_ema", where there are several. None: the only one; of those of
+            a training and their average, the average.
 
     Returns:
         Tensors by name, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, of another kind, or would run code, or holds several state dicts; the
+            message lists their keys.
+    """
+    contents = read_contents(path)
+    if not contents.keys:
+        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); save model.state_dict()")
+    weights = contents.under(choose_key(path, contents.keys, key))
+    return weights if as_saved else without_wrappers(weights)
+
+
+def read_contents(path: str | Path) -> Contents:
+    """Read all tensors of a file, whatever mappings they lie in, and name what else it holds.
+
+    Args:
+        path: as for :func:`read_weights`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -34,71 +101,142 @@ def read_weights(path: str | Path, *, as_saved: bool = False) -> dict[str, Tenso
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give the path of a .safetensors or .pt file")
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
-    except Exception as error:  # torch.load raises whatever the broken or hostile bytes lead it to
-        raise ValueError(
-            f"{path} cannot be read as plain weights: it is damaged, of another kind, or holds Python objects, which "
-            "are never run; save its state dict with torch.save(model.state_dict(), ...) or as safetensors"
-        ) from error
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); save model.state_dict()")
-    weights = {str(name): value for name, value in content.items()}
-    return weights if as_saved else _without_wrappers(weights)
+    if path.name in _INDEXES:
+        return _read_shards(path)
+    content = _read_file(path)
+    if not isinstance(content, Mapping):
+        kind = f"a whole object of class {content.path}" if isinstance(content, Skipped) else "no mapping"
+        raise ValueError(f"{path} holds no state dict (it is {kind}); save its state dict: model.state_dict()")
+    tensors: dict[str, Tensor] = {}
+    keys: list[str] = []
+    skipped: list[str] = []
+    seen: set[int] = set()
+
+    def walk(mapping: Mapping[Any, Any], key: str, depth: int) -> None:
+        if id(mapping) in seen:
+            return
+        seen.add(id(mapping))
+        own = False
+        for name, value in mapping.items():
+            whole = f"{key}.{name}" if key else f"{name}"
+            if isinstance(value, Tensor) and isinstance(name, str):
+                own = True
+                tensors.setdefault(whole, value)
+            elif isinstance(value, Skipped) and depth < 2:
+                skipped.append(f"{_short(whole)} ({value.path})")
+            elif isinstance(value, Mapping) and depth < _DEPTH and not _NO_WEIGHTS.search(f"{name}"[:80].lower()):
+                walk(value, whole, depth + 1)
+        if own:
+            keys.append(key)
+
+    walk(content, "", 0)
+    return Contents(tensors, tuple(sorted(keys)), tuple(skipped))
 
 
-def _without_wrappers(weights: dict[str, Tensor], own: Collection[str] = ()) -> dict[str, Tensor]:
-    """Take the wrappers' prefixes off, until a name is one of the model's own: those may begin with "module." too."""
-    for prefix in ("module.", "_orig_mod.", "module."):
-        if weights and all(name.startswith(prefix) and name not in own for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a file of tensors into `model`, strictly: every entry fits, or nothing is changed.
-
-    Args:
-        model: receives the weights in place.
-        path: as for :func:`read_weights`. One prefix more, such as the "model." of a trainer, is taken off if what is
-            left are the model's own names, all of them.
+def choose_key(path: str | Path, keys: Collection[str], key: str | None = None) -> str:
+    """Return the key of the mapping that holds the weights.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_weights`; ValueError also if entries are missing, unexpected or of
-            another shape, or parameters are not finite. The message lists them.
+        ValueError: if there is no such key, or there are several and none is given.
     """
-    own = model.state_dict()
-    weights = _without_wrappers(read_weights(path, as_saved=True), own)
-    prefix = next(iter(weights), "").partition(".")[0] + "."
-    if weights.keys() == {prefix + name for name in own}:
-        weights = {name: weights[prefix + name] for name in own}
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)} there, {tuple(own[name].shape)} here"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    missing = [f"missing {name}" for name in own if name not in weights]
-    unexpected = [f"unexpected {name}" for name in weights if name not in own]
-    problems = [*missing, *unexpected, *shapes]
-    if problems:
-        shown = [*missing[:3], *unexpected[:3], *shapes[:3]]  # of each kind, since another prefix is seen in pairs only
-        more = f" and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    if key is not None:
+        if key not in keys:
+            raise ValueError(f"{path} has no weights under the key {key!r}; there are {listed(keys)}")
+        return key
+    if len(keys) == 1 or "" in keys:
+        return "" if "" in keys else next(iter(keys))
+    usual = [one for one in keys if _USUAL.match(one.rpartition(".")[2])]
+    averaged = [one for one in keys if is_averaged(one)]
+    found = averaged if averaged else usual
+    if len(found) != 1 or len(usual) > 1:
+        raise ValueError(f"{path} holds several state dicts: give one of their keys, {listed(keys)}")
+    return found[0]
+
+
+def is_averaged(key: str) -> bool:
+    """Whether a key names the running average of weights.
+
+    >>> is_averaged("state_dict_ema"), is_averaged("schema")
+    (True, False)
+    """
+    return _AVERAGED.search(key) is not None
+
+
+def listed(names: Collection[str], count: int = 8) -> str:
+    """Return names for a message, quoted, the first of many."""
+    shown = ", ".join(repr(_short(name)) for name in list(names)[:count])
+    return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
+
+
+def _short(name: str) -> str:
+    return "".join(one if one.isprintable() else "?" for one in name[:80])
+
+
+def _read_file(path: Path) -> Any:
+    """Return what a single file holds."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise ValueError(f"{path} is empty: fetch or save it again")
+    if found := next((what for mark, what in _STARTS.items() if start.startswith(mark)), None):
+        raise ValueError(f"{path} {found}")
+    if start[257:262] == b"ustar":
+        raise ValueError(f"{path} is a tar archive: unpack it first, and give the file of weights in it")
+    # A header of safetensors begins with its length, which may look like anything.
+    if start[8:9] == b"{" or (path.suffix == ".safetensors" and not looks_like_pickle(path)):
+        try:
+            return load_file(path)
+        except Exception as error:  # its own, and of the bytes in the header
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
+    return _read_pickle(path)
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return read_pickle(path)
+    except CodeError as error:
         raise ValueError(
-            f"{path} does not fit {type(model).__name__}: {'; '.join(shown)}{more}; "
-            "build the model that the file was saved from (same name, number of classes and input channels)"
-        )
-    if broken := [name for name, _ in model.named_parameters() if not weights[name].isfinite().all()]:
-        raise ValueError(f"{path} holds NaN or infinity in {', '.join(broken[:3])}: fetch or save it again")
-    model.load_state_dict(weights)
+            f"{path} cannot be read as plain weights: it would run {error}, and files are never run; take it from a "
+            "source that you trust, and save its state dict with torch.save(model.state_dict(), ...) or as safetensors"
+        ) from error
+    except Exception as error:  # whatever the broken or hostile bytes lead to
+        known = type(error) is ValueError and str(error).startswith(("it ", "its "))
+        reason = str(error) if known else "it is damaged"
+        raise ValueError(
+            f"{path} cannot be read as plain weights: {reason}, or of another kind; files are never run: save its "
+            "state dict with torch.save(model.state_dict(), ...) or as safetensors"
+        ) from error
+
+
+def _read_shards(index: Path) -> Contents:
+    """Read the files that an index of transformers lists, which lie beside it."""
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in entries.values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of weights ({error}); fetch it again") from error
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(f"{index} lists {_short(name)}, which is not beside it: fetch all files of the model")
+        tensors |= read_contents(index.parent / name).tensors
+    return Contents(tensors, ("",))
+
+
+def shard_hint(path: str | Path) -> str:
+    """Return what to do if a file is one of several of a model, "" if it is not."""
+    path = Path(path)
+    if not _SHARD.search(path.name):
+        return ""
+    return f"; it is one of several files of a model: give their folder, {path.parent}"
+
+
+def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the wrappers' prefixes "module." and "_orig_mod." off, if all names have them."""
+    for prefix in ("module.", "_orig_mod.", "module."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def save_student(student: nn.Module, path: str | Path, card: Mapping[str, Any] | None = None) -> Path:

@@ -1,17 +1,18 @@
 """Any model by name: networks for small images, timm, torchvision, transformers, or a function of the user's own."""
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
 
-from diffkd.files.weights import load_weights
 from diffkd.models.cifar import build_cifar, cifar_names
 from diffkd.models.extras import nearest
 from diffkd.models.from_function import build_from_function
 from diffkd.models.from_timm import build_timm, timm_names
 from diffkd.models.from_torchvision import build_torchvision, torchvision_names
 from diffkd.models.from_transformers import build_transformers
+from diffkd.models.weights import fill
 
 _FORMS = (
     "cifar/NAME, timm/NAME, torchvision/NAME, hf/NAME_OR_FOLDER, package.module:function or path/to/file.py:function"
@@ -25,6 +26,8 @@ def load_model(
     in_channels: int | None = None,
     weights: str | Path | None = None,
     pretrained: bool = False,
+    weights_key: str | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Build a model by name and fill it with weights.
 
@@ -34,8 +37,10 @@ def load_model(
             the user's own code.
         num_classes: length of the output; None for the model's own. Functions get it if they take it.
         in_channels: channels of the images; None for the model's own. Functions get it if they take it.
-        weights: local file to load strictly; None for random or pretrained weights.
+        weights: local file to load strictly (:func:`~diffkd.load_weights`); None for random or pretrained weights.
         pretrained: load the published weights, which may be fetched from the network.
+        weights_key: of the weights to take, where the file holds several that fit: what their names begin with.
+        new_head: let layers that depend on `num_classes` start from random weights where the file has none or others.
 
     Returns:
         The model, in training mode unless the user's own code chose otherwise. Models of transformers return an object
@@ -48,7 +53,8 @@ def load_model(
         TypeError: if the user's function returns no model.
 
     Warns:
-        UserWarning: if a layer of a pretrained model starts from random weights, since `num_classes` is not its own.
+        UserWarning: if a layer of a pretrained model, or with `new_head` one of a file, starts from random weights,
+            since `num_classes` is not its own.
 
     >>> load_model("cifar/resnet20", num_classes=10).fc.out_features
     10
@@ -64,7 +70,10 @@ def load_model(
         raise FileNotFoundError(f"there is no file {weights} with weights for model '{name}': correct the path")
     model = _build(name, num_classes, in_channels, pretrained)
     if weights is not None:
-        load_weights(model, weights)
+        wider = None
+        if new_head and num_classes is not None:
+            wider = partial(_build, name, num_classes + 1, in_channels, False)
+        fill(model, weights, key=weights_key, wider=wider)
     return model
 
 

@@ -66,6 +66,8 @@ def load(
     pretrained_backbone: bool = False,
     auxiliary: bool = False,
     detection: DetectionOptions = DEFAULT_DETECTION,
+    weights_key: str | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Build a model by name for the task of the data.
 
@@ -80,6 +82,8 @@ def load(
         pretrained_backbone: load the published weights of the backbone alone; not for classifiers, which have none.
         auxiliary: of a segmenter, with an auxiliary head.
         detection: how detectors are built.
+        weights_key: of the weights to take, where the file holds several that fit: what their names begin with.
+        new_head: let layers that depend on `num_classes` start from random weights where the file has none or others.
 
     Raises:
         ValueError: if the model is unknown, or an option does not fit the task.
@@ -94,7 +98,13 @@ def load(
                     "pretrained_backbone is for detectors and segmenters; give pretrained for a classifier"
                 )
             return load_model(
-                name, num_classes=num_classes, in_channels=in_channels, weights=weights, pretrained=pretrained
+                name,
+                num_classes=num_classes,
+                in_channels=in_channels,
+                weights=weights,
+                pretrained=pretrained,
+                weights_key=weights_key,
+                new_head=new_head,
             )
         case "segmentation":
             return load_segmenter(
@@ -105,6 +115,8 @@ def load(
                 auxiliary=auxiliary,
                 weights=weights,
                 pretrained=pretrained,
+                weights_key=weights_key,
+                new_head=new_head,
             )
         case "detection":
             return load_detector(
@@ -116,6 +128,8 @@ def load(
                 pretrained_backbone=pretrained_backbone,
                 weights=weights,
                 pretrained=pretrained,
+                weights_key=weights_key,
+                new_head=new_head,
             )
 
 

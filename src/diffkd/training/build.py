@@ -14,7 +14,7 @@ from diffkd.training.lightning_module import Training
 from diffkd.training.models import build_distiller, build_student, build_teacher, check_teaching, lay_out
 from diffkd.training.optimization import takes_channels_last
 from diffkd.training.options import FitOptions
-from diffkd.training.start_checks import check_classes, check_teacher_classes, check_type, tell_data
+from diffkd.training.start_checks import check_classes, check_teacher_classes, check_teacher_head, check_type, tell_data
 
 
 def build_training(options: FitOptions, data: LightningDataModule) -> Training:
@@ -34,6 +34,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
         options.student,
         facts,
         weights=options.student_weights,
+        weights_key=options.student_weights_key,
         pretrained=options.student_pretrained,
         pretrained_backbone=options.pretrained_backbone,
         auxiliary=options.segmentation.auxiliary,
@@ -53,6 +54,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             weights=options.teacher_weights,
             pretrained=options.teacher_pretrained,
             detection=options.detection,
+            weights_key=options.teacher_weights_key,
         )
         teaching = [teacher]
         teacher_options = options.teacher_options
@@ -82,6 +84,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             seed=options.seed,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
+        check_teacher_head(distiller, teacher)
         if options.teacher_weights is not None:
             check_teacher_classes(distiller, options.teacher_weights, facts)
         if channels_last:

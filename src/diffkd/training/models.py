@@ -17,10 +17,12 @@ from diffkd.features.layout import Layout
 from diffkd.features.memory_layout import try_channels_last
 from diffkd.features.trace import OUTPUT
 from diffkd.files.config import factory_of
-from diffkd.files.weights import check_savable, read_weights
+from diffkd.files.fitting import fit_contents, report_of
+from diffkd.files.weights import check_savable, read_contents
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
 from diffkd.models.detectors.teacher import DetectorTeacher
+from diffkd.models.weights import class_entries, library_names, same_draws
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.options import DEFAULT_DETECTION, DetectionOptions
 from diffkd.tasks.task_of_data import load, padded_example
@@ -48,18 +50,20 @@ def build_student(
     pretrained_backbone: bool = False,
     auxiliary: bool = False,
     detection: DetectionOptions = DEFAULT_DETECTION,
+    weights_key: str | None = None,
 ) -> nn.Module:
     """Build the student; its initial weights depend on the seed alone, not on what it is trained with.
 
     Args:
         name: as for :func:`~diffkd.models.load_model`.
         data: says how many classes and channels there are.
-        weights: file to start from, None for none.
+        weights: file to start from, None for none. Of other classes, all but the classifier is taken.
         pretrained: start from the published weights.
         seed: of the initial weights.
         pretrained_backbone: start the backbone alone from its published weights.
         auxiliary: of a segmenter, with an auxiliary head.
         detection: how a detector is built.
+        weights_key: of the weights in the file, where there are several.
 
     Raises:
         ValueError: if the model cannot take the images or be saved, or does not score as many classes as there are.
@@ -75,6 +79,8 @@ def build_student(
         pretrained_backbone=pretrained_backbone,
         auxiliary=auxiliary,
         detection=detection,
+        weights_key=weights_key,
+        new_head=True,
     )
     check_savable(student)
     if not student.training:
@@ -104,6 +110,7 @@ def build_teacher(
     weights: str | None,
     pretrained: bool,
     detection: DetectionOptions = DEFAULT_DETECTION,
+    weights_key: str | None = None,
 ) -> tuple[nn.Module, TeacherInput | None]:
     """Build the frozen teacher with the classes that its weights have, and what turns the data's images into its own.
 
@@ -116,6 +123,7 @@ def build_teacher(
         weights: file of the teacher's weights, None for published ones.
         pretrained: use the published weights.
         detection: how a detector is built.
+        weights_key: of the weights in the file, where there are several.
 
     Returns:
         The teacher, and its view of the images (None: the same as the student's).
@@ -135,7 +143,7 @@ def build_teacher(
     if classes is None and own_code:
         classes = data.num_classes
     elif classes is None and path is not None:
-        classes = _classes_in(path, name, data, channels, detection)
+        classes = _classes_in(path, name, data, channels, detection, weights_key)
     if card.get("task", data.task) != data.task:
         raise ValueError(f"teacher {path} is for {card['task']}, the data are for {data.task}; give another teacher")
     auxiliary = bool((card.get("segmentation") or {}).get("auxiliary"))
@@ -148,7 +156,10 @@ def build_teacher(
         pretrained=pretrained,
         auxiliary=auxiliary,
         detection=DetectionOptions(**card["detection"]) if card.get("detection") else detection,
+        weights_key=weights_key,
+        new_head=True,
     )
+    _check_head(name, teacher)
     if data.task == "detection":
         return teacher, None  # which normalises its images itself
     theirs = (card["mean"], card["std"]) if card.get("mean") else None
@@ -245,17 +256,33 @@ def _method(method: Any) -> Any:
     return method if isinstance(method, nn.Module) else factory_of(method)
 
 
-def _classes_in(weights: Path, name: str, data: DataFacts, channels: int | None, detection: DetectionOptions) -> int:
+def _check_head(name: str, teacher: nn.Module) -> None:
+    """Raise ValueError if a teacher's classifier was left random although its file holds one."""
+    report = report_of(teacher)
+    if report is not None and report.of_other_shape:
+        raise ValueError(
+            f"{report.path} does not fit teacher {name}: {', '.join(report.of_other_shape[:3])} are of another number "
+            "of classes than its card or its other layers say; correct the card"
+        )
+
+
+def _classes_in(
+    weights: Path, name: str, data: DataFacts, channels: int | None, detection: DetectionOptions, key: str | None
+) -> int:
     """Return how many classes the weights are for: the entries that grow with them are found by building two models."""
     classes = data.num_classes
-    ours, larger = (
-        load(name, data, num_classes=count, in_channels=channels, detection=detection).state_dict()
-        for count in (classes, classes + 1)
-    )
+    with same_draws():
+        ours, larger = (
+            load(name, data, num_classes=count, in_channels=channels, detection=detection)
+            for count in (classes, classes + 1)
+        )
+        fit = fit_contents(ours, weights, read_contents(weights), key, library_names)
+    own = ours.state_dict()
+    theirs = {**fit.filled, **fit.shapes}
     found = {
-        classes + (len(theirs) - len(ours[entry])) / growth
-        for entry, theirs in read_weights(weights).items()
-        if entry in ours and theirs.ndim and ours[entry].ndim and (growth := len(larger[entry]) - len(ours[entry]))
+        classes + (len(theirs[entry]) - len(own[entry])) / growth
+        for entry, growth in class_entries(ours, larger).items()
+        if entry in theirs and theirs[entry].ndim
     }
     count = found.pop() if len(found) == 1 else 0
     return int(count) if count >= 1 and count == int(count) else classes

@@ -30,13 +30,15 @@ class FitOptions:
         student: name of the model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., package.module:function.
         out: folder of the run; must be new or empty, unless `resume`.
         teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
-        teacher_weights: file of its weights, or the folder of the run that trained it.
+        teacher_weights: file of its weights, or the folder of the run that trained it, or one of transformers.
+        teacher_weights_key: where that file holds several, such as student and teacher: what their names begin with.
         teacher_pretrained: use its published weights.
         teacher_options: how it runs: BatchNorms folded, lower precision, channels last.
         teacher_cache: folder that keeps its features for all epochs and students.
         teacher_cache_storage: type of the numbers there.
         teacher_views: with augmentation: repeat the images of so many epochs.
         student_weights: file, or folder of a run, to start the student from.
+        student_weights_key: as teacher_weights_key, for the student.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
         method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, diffkd.FitNet, or one of your own; or a
@@ -78,12 +80,14 @@ class FitOptions:
     _: KW_ONLY
     teacher: str | None = None
     teacher_weights: str | None = None
+    teacher_weights_key: str | None = None
     teacher_pretrained: bool = False
     teacher_options: TeacherOptions = FOLDED
     teacher_cache: str | Path | None = None
     teacher_cache_storage: Storage = "float16"
     teacher_views: int | None = None
     student_weights: str | None = None
+    student_weights_key: str | None = None
     student_pretrained: bool = False
     pretrained_backbone: bool = False
     method: list[MethodFactory] | MethodFactory | None = None

@@ -17,6 +17,7 @@ from diffkd.distill.ramp import Ramp
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.features.calling import evaluation_mode, run
 from diffkd.files.config import factory_of
+from diffkd.files.fitting import report_of
 from diffkd.tasks.data_facts import DataFacts, TaskName, describe_samples, first_difference
 from diffkd.tasks.task_of_data import padded_example
 from diffkd.teacher.classifier import pooled_classifier
@@ -245,6 +246,21 @@ def check_teacher_classes(distiller: Distiller, weights: str | Path, data: DataF
         "order, its scores teach nonsense: pair features alone then",
         stacklevel=2,
     )
+
+
+def check_teacher_head(distiller: Distiller, teacher: nn.Module) -> None:
+    """Raise ValueError if the scores of a teacher are paired whose file held no classifier.
+
+    Args:
+        distiller: with its pairs.
+        teacher: as it was built.
+    """
+    report = report_of(teacher)
+    if report is not None and report.random and _pairs_scores(distiller):
+        raise ValueError(
+            f"the teacher's file {report.path} holds no classifier ({', '.join(report.random[:3])}), so its scores "
+            "are random: pair features alone, by a method such as diffkd.FitNet or --pairs, or give the whole teacher"
+        )
 
 
 def _pairs_scores(distiller: Distiller) -> bool:

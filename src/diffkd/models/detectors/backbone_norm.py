@@ -7,23 +7,29 @@ from typing import Literal
 import torch
 from torch import nn
 
-from diffkd.files.weights import read_weights
+from diffkd.files.weights import read_contents
 from diffkd.models.extras import require
 
 Norm = Literal["auto", "batch", "frozen", "group"]
 
 
-def norm_of_weights(path: str | Path) -> Norm:
+def norm_of_weights(path: str | Path, key: str | None = None) -> Norm:
     """Tell from a file of a detector's weights which normalisation its backbone had when it was saved.
 
     Args:
         path: as for `read_weights`.
+        key: of the weights in it, where there are several: only names with it count.
 
     Returns:
         "frozen" where there are running statistics but no count of batches, "batch" with both, "group" with neither,
         which is also right for a backbone that never had batch normalisation.
     """
-    names = {name.rpartition(".")[2] for name in read_weights(path) if name.startswith("backbone.body.")}
+    # Wherever trainers and wrappers have put the detector.
+    names = {
+        name.rpartition(".")[2]
+        for name in read_contents(path).tensors
+        if "backbone.body." in name and (key is None or key in name)
+    }
     if "running_mean" not in names:
         return "group"
     return "batch" if "num_batches_tracked" in names else "frozen"

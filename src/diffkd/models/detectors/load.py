@@ -1,11 +1,11 @@
 """Any detector by name: on a backbone with a feature pyramid, torchvision's, transformers', or the user's own."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from diffkd.files.weights import load_weights
 from diffkd.models.detectors.backbone_norm import Norm, norm_of_weights
 from diffkd.models.detectors.from_torchvision import build_torchvision_detector, torchvision_detector_names
 from diffkd.models.detectors.from_transformers import build_transformers_detector
@@ -13,6 +13,7 @@ from diffkd.models.detectors.pyramid import backbone_names
 from diffkd.models.detectors.pyramid_detectors import FAMILIES, REFERENCE, Family, build_pyramid_detector
 from diffkd.models.extras import nearest
 from diffkd.models.from_function import build_from_function
+from diffkd.models.weights import fill
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,6 +37,8 @@ def load_detector(
     anchor_scale: float | None = None,
     fpn_channels: int = 256,
     norm: Norm = "auto",
+    weights_key: str | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Build a detector by name and fill it with weights.
 
@@ -64,6 +67,8 @@ def load_detector(
             right with pretrained weights, as batches of detection are small) or "group" (GroupNorm; right for tiny
             batches from scratch). "auto": what the file of `weights` was saved with; else "frozen" for pretrained
             backbones and "batch" for others; torchvision's own choice for its detectors. Not for transformers.
+        weights_key: of the weights to take, where the file holds several that fit: what their names begin with.
+        new_head: let layers that depend on `num_classes` start from random weights where the file has none or others.
 
     Returns:
         The detector, in training mode unless the user's own code chose otherwise.
@@ -95,12 +100,12 @@ def load_detector(
         pretrained_backbone = False
         family = name.partition("/")[0]
         if norm == "auto" and family in (*FAMILIES, "torchvision"):
-            norm = norm_of_weights(weights)
-    detector = _build(
-        name, num_classes, sizes, max_size, mean, std, pretrained, pretrained_backbone, anchor_scale, fpn_channels, norm
-    )
+            norm = norm_of_weights(weights, weights_key)
+    rest = (sizes, max_size, mean, std, pretrained, pretrained_backbone, anchor_scale, fpn_channels, norm)
+    detector = _build(name, num_classes, *rest)
     if weights is not None:
-        load_weights(detector, weights)
+        wider = partial(_build, name, num_classes + 1, *rest) if new_head else None
+        fill(detector, weights, key=weights_key, wider=wider)
     return detector
 
 

@@ -1,16 +1,17 @@
 """Any segmenter by name: segmentation-models-pytorch, torchvision, transformers, or a function of the user's own."""
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
 
-from diffkd.files.weights import load_weights
 from diffkd.models.extras import nearest
 from diffkd.models.from_function import build_from_function
 from diffkd.models.from_transformers import build_transformers
 from diffkd.models.segmenters.from_smp import build_smp
 from diffkd.models.segmenters.from_torchvision import build_torchvision_segmenter, torchvision_segmenter_names
+from diffkd.models.weights import fill
 
 _FORMS = (
     "smp/ARCH/ENCODER (smp/DeepLabV3Plus/resnet18), torchvision/NAME (torchvision/deeplabv3_resnet50), "
@@ -27,6 +28,8 @@ def load_segmenter(
     pretrained: bool = False,
     pretrained_backbone: bool = False,
     auxiliary: bool = False,
+    weights_key: str | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Build a model for semantic segmentation by name and fill it with weights.
 
@@ -42,6 +45,8 @@ def load_segmenter(
             or `pretrained` fill the encoder anyway.
         auxiliary: with a second class map from an earlier layer, for a loss of its own; torchvision's and functions
             only.
+        weights_key: of the weights to take, where the file holds several that fit: what their names begin with.
+        new_head: let layers that depend on `num_classes` start from random weights where the file has none or others.
 
     Returns:
         The model, in training mode unless the user's own code chose otherwise. For images (B, in_channels, H, W), smp's
@@ -72,7 +77,8 @@ def load_segmenter(
         raise FileNotFoundError(f"there is no file {weights} with weights for model '{name}': correct the path")
     model = _build(name, num_classes, in_channels, pretrained, pretrained_backbone and weights is None, auxiliary)
     if weights is not None:
-        load_weights(model, weights)
+        wider = partial(_build, name, num_classes + 1, in_channels, False, False, auxiliary) if new_head else None
+        fill(model, weights, key=weights_key, wider=wider)
     return model
 
 

@@ -1,0 +1,433 @@
+"""PyTorch's pickle files as data: tensors and plain values are rebuilt, everything else is skipped and named.
+
+`torch.load(weights_only=True)` refuses a whole file for one object that it does not know, such as the
+`argparse.Namespace` beside the weights. Here nothing that a file names is imported or called: known names stand for the
+few functions of this module that build tensors, all others for a :class:`Skipped`.
+"""
+
+import io
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+import torch
+from torch import Tensor
+
+# The opcodes of a pickle become objects of up to 64 bytes each; the tensors lie outside of it.
+_LARGEST_PICKLE = 2**25
+# A view may repeat its storage, as `expand` does, up to this many bytes.
+_LARGEST_REPEAT = 2**24
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# What no file of weights holds: functions that a hostile one would have called.
+_CODE = re.compile(
+    r"(os|posix|nt|subprocess|sys|shutil|socket|runpy|ctypes|importlib|pty|code|codeop|commands|webbrowser|marshal|"
+    r"operator|_?pickle|asyncio|pip|pydoc|timeit|c?profile|pdb|bdb)(\..*)?",
+    re.IGNORECASE,
+)
+_CALLS = re.compile(
+    "eval|exec|execfile|compile|open|getattr|setattr|delattr|__import__|input|breakpoint|apply|globals|vars"
+)
+
+
+class CodeError(ValueError):
+    """A file names a function that would have been called."""
+
+
+class Skipped:
+    """Stands for an object of a file whose class is not known here; takes all that a pickle does with one.
+
+    Attributes:
+        path: its class, "package.module.Name".
+    """
+
+    path = ""
+
+    def __new__(cls, *args: object, **options: object) -> "Skipped":
+        """Make one, whatever the arguments are."""
+        return object.__new__(cls)
+
+    def __init__(self, *args: object, **options: object) -> None:
+        pass
+
+
+def looks_like_pickle(path: Path) -> bool:
+    """Whether a file begins as those of `torch.save` or of pickle do."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and len(start) > 1 and start[1] <= 5)
+
+
+def read_pickle(path: Path) -> Any:
+    """Return the content of a file of `torch.save`, of its format since 1.6 or of the one before.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What was saved: mappings, lists, numbers, texts, tensors on the CPU, and a :class:`Skipped` in the place of each
+        other object.
+
+    Raises:
+        CodeError: if a function would have been called, such as `os.system`.
+        ValueError: if it is a TorchScript program, or its parts are compressed.
+        Exception: of any kind, if the bytes are damaged.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            return _from_zip(path, archive, file)
+    with path.open("rb") as file:
+        return _from_stream(file)
+
+
+def _from_zip(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> Any:
+    entries = archive.infolist()
+    names = {entry.filename: entry for entry in entries}
+    main = next((name for name in names if name.count("/") <= 1 and name.rpartition("/")[2] == "data.pkl"), None)
+    if main is None:
+        raise ValueError("it is a zip archive without data.pkl, as torch.save writes it")
+    folder = main.removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in names or any(name.startswith(f"{folder}code/") for name in names):
+        raise ValueError(
+            "it is a TorchScript program; load it with torch.jit.load where you trust it, and save its state_dict()"
+        )
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its parts are compressed or overlap, as PyTorch never writes them")
+    order = names.get(f"{folder}byteorder")
+    if order is not None and archive.read(order) != b"little":
+        raise ValueError("its numbers are big-endian; save it again on the usual kind of machine")
+    if names[main].file_size > _LARGEST_PICKLE:
+        raise ValueError(f"it holds more than {_LARGEST_PICKLE // 2**20} MiB of objects beside its tensors")
+    known: dict[str, _Storage] = {}
+
+    def load(saved: Any) -> "_Storage":
+        kind, dtype, key, *_ = saved
+        if kind != "storage":
+            raise ValueError(f"it holds a {kind}, which is no tensor")
+        if key not in known:
+            content = bytearray(archive.read(f"{folder}data/{key}"))
+            known[key] = _Storage(content, dtype if isinstance(dtype, torch.dtype) else None)
+        return known[key]
+
+    return _Reader(io.BytesIO(archive.read(main)), load).load()
+
+
+def _from_stream(file: BinaryIO) -> Any:
+    """Read the format before PyTorch 1.6: five pickles, then the bytes of the storages, each after its length."""
+    storages: dict[str, _Storage] = {}
+
+    def load(saved: Any) -> "_Storage":
+        kind, dtype, key, _, _, *view = saved
+        if kind != "storage":
+            raise ValueError(f"it holds a {kind}, which is no tensor")
+        if key not in storages:
+            storages[key] = _Storage(None, dtype if isinstance(dtype, torch.dtype) else None)
+        if view and view[0] is not None:
+            part, offset, length = view[0]
+            return storages.setdefault(part, _Part(storages[key], int(offset), int(length)))
+        return storages[key]
+
+    limited = _Limited(file, _LARGEST_PICKLE)
+    first = _Reader(limited, load).load()
+    if first != _LEGACY_MAGIC:
+        return first  # a plain pickle, which may hold numbers but no tensors
+    _Reader(limited, load).load()  # the version of the format
+    system = _Reader(limited, load).load()
+    if isinstance(system, dict) and not system.get("little_endian", True):
+        raise ValueError("its numbers are big-endian; save it again on the usual kind of machine")
+    content = _Reader(limited, load).load()
+    keys = _Reader(limited, load).load()
+    for key in keys:
+        (count,) = struct.unpack("<q", file.read(8))
+        width = _width(storages[key].dtype)
+        left = _left(file)
+        if not 0 <= count * width <= left:
+            raise ValueError("it ends before its tensors do")
+        storages[key].content = bytearray(file.read(count * width))
+    return _built(content)
+
+
+def _left(file: BinaryIO) -> int:
+    here = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(here)
+    return end - here
+
+
+def _width(dtype: torch.dtype | None) -> int:
+    return 1 if dtype is None else torch.empty((), dtype=dtype).element_size()
+
+
+class _Storage:
+    """The numbers that tensors are views of; in the older format they come after the tensors."""
+
+    def __init__(self, content: bytearray | None, dtype: torch.dtype | None) -> None:
+        self.content, self.dtype = content, dtype
+
+    def numbers(self, dtype: torch.dtype | None) -> Tensor:
+        """Return all numbers, (n,)."""
+        dtype = dtype or self.dtype or torch.uint8
+        if not self.content:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self.content, dtype=torch.uint8).view(dtype)
+
+
+class _Part(_Storage):
+    """A range of the numbers of another storage."""
+
+    def __init__(self, whole: _Storage, offset: int, length: int) -> None:
+        super().__init__(None, whole.dtype)
+        self.whole, self.offset, self.length = whole, offset, length
+
+    def numbers(self, dtype: torch.dtype | None) -> Tensor:
+        """Return the numbers of the range, (length,)."""
+        return self.whole.numbers(dtype).narrow(0, self.offset, self.length)
+
+
+class _View:
+    """A tensor that is built when its storage has been read."""
+
+    def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None) -> None:
+        if not isinstance(storage, _Storage):
+            raise ValueError("it holds a tensor without a storage")
+        self.storage, self.offset, self.size, self.stride, self.dtype = storage, offset, size, stride, dtype
+
+    def tensor(self) -> Tensor:
+        """Return the tensor.
+
+        Raises:
+            ValueError: if it would repeat a small storage into a large one.
+        """
+        numbers = self.storage.numbers(self.dtype)
+        view = numbers.as_strided(tuple(self.size), tuple(self.stride), int(self.offset))
+        if view.numel() > max(numbers.numel(), _LARGEST_REPEAT // numbers.element_size()):
+            raise ValueError("it holds a tensor that is larger than its numbers")
+        return view
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
+    view = _View(storage, offset, size, stride)
+    return view.tensor() if storage.content is not None else view
+
+
+def _tensor_of_type(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any
+) -> Any:
+    view = _View(storage, offset, size, stride, dtype if isinstance(dtype, torch.dtype) else None)
+    return view.tensor() if storage.content is not None else view
+
+
+def _parameter(data: Any, *rest: Any) -> Any:
+    return data
+
+
+def _rebuilt(function: Any, kind: Any, arguments: Any, state: Any = None) -> Any:
+    if function not in (_tensor, _tensor_of_type, _parameter):
+        return Skipped()
+    return function(*arguments)
+
+
+def _mapping(*arguments: Any) -> dict[Any, Any]:
+    pairs = next((one for one in arguments if isinstance(one, (list, tuple, dict))), ())
+    return dict(pairs)
+
+
+def _text(text: Any, encoding: Any = "latin1", *rest: Any) -> Any:
+    return text.encode("latin1") if isinstance(text, str) and encoding in ("latin1", "latin-1") else b""
+
+
+_BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_type,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuilt,
+    ("collections", "OrderedDict"): _mapping,
+    ("collections", "defaultdict"): _mapping,
+    ("collections", "Counter"): _mapping,
+    ("torch", "Size"): lambda sizes=(), *rest: tuple(sizes),
+    ("_codecs", "encode"): _text,
+    **{
+        (module, name): lambda items=(), *rest: set(items)
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset")
+    },
+}
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+
+
+class _Limited:
+    """A stream of which a limited number of bytes can be read."""
+
+    def __init__(self, file: BinaryIO, limit: int) -> None:
+        self.file, self.left = file, limit
+
+    def read(self, count: int = -1) -> bytes:
+        """Read so many bytes."""
+        return self._taken(self.file.read(min(count, self.left + 1) if count >= 0 else self.left + 1))
+
+    def readline(self) -> bytes:
+        """Read to the end of the line."""
+        return self._taken(self.file.readline(self.left + 1))
+
+    def _taken(self, read: bytes) -> bytes:
+        self.left -= len(read)
+        if self.left < 0:
+            raise ValueError("it holds more objects than a file of weights does")
+        return read
+
+
+_Unpickler: Any = pickle._Unpickler
+
+
+class _Reader(_Unpickler):  # type: ignore[misc]
+    """Unpickles without importing or calling anything that the file names.
+
+    It is the reader written in Python, since the other one reserves memory for whatever number of entries a file
+    claims to have.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(_Unpickler.dispatch)
+
+    def __init__(self, file: Any, load: Callable[[Any], _Storage]) -> None:
+        super().__init__(file, encoding="utf-8", errors="replace")
+        self._load_storage = load
+        self._kinds: dict[tuple[str, str], type[Skipped]] = {}
+        self._budget = _LARGEST_PICKLE
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name."""
+        if (module, name) in _BUILDERS:
+            return _BUILDERS[module, name]
+        if module == "torch" and isinstance(found := torch.__dict__.get(name), torch.dtype):
+            return found
+        if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
+            return _STORAGES[name]
+        path = re.sub(r"[^\w.]", "?", f"{module}.{name}")[:80]
+        if _CODE.fullmatch(module) or (module in ("builtins", "__builtin__") and _CALLS.fullmatch(name)):
+            raise CodeError(path)
+        if (module, name) not in self._kinds:
+            self._kinds[module, name] = type("Skipped", (Skipped,), {"path": path})
+        return self._kinds[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """Return a storage of the file."""
+        return self._load_storage(pid)
+
+    def get_extension(self, code: int) -> None:
+        """Refuse what is registered on one machine alone."""
+        raise ValueError("it names an extension of pickle's registry")
+
+    def _made(self, kind: Any, arguments: Any, options: Any = None) -> Any:
+        if isinstance(kind, type) and issubclass(kind, Skipped):
+            return kind()
+        if kind not in _BUILDERS.values() or options:
+            raise ValueError("it calls what is no class")
+        # A large list may be named in a few bytes, so that building from it again and again would take long.
+        self._budget -= sum(len(one) for one in arguments if isinstance(one, (list, tuple, dict, set)))
+        if self._budget < 0:
+            raise ValueError("it holds more objects than a file of weights does")
+        return kind(*arguments)
+
+    def _instantiate(self, kind: Any, arguments: Any) -> None:
+        self.append(self._made(kind, arguments))
+
+    def _reduce(self) -> None:
+        arguments = self.stack.pop()
+        self.stack[-1] = self._made(self.stack[-1], arguments)
+
+    def _new(self) -> None:
+        arguments = self.stack.pop()
+        kind = self.stack.pop()
+        self.append(self._made(kind, arguments))
+
+    def _new_with_options(self) -> None:
+        self.stack.pop()
+        self._new()
+
+    def _build(self) -> None:
+        self.stack.pop()
+
+    def _append(self) -> None:
+        value = self.stack.pop()
+        if type(self.stack[-1]) is list:
+            self.stack[-1].append(value)
+
+    def _appends(self) -> None:
+        items = self.pop_mark()
+        if type(self.stack[-1]) is list:
+            self.stack[-1].extend(items)
+
+    def _add_items(self) -> None:
+        items = self.pop_mark()
+        if type(self.stack[-1]) is set:
+            self.stack[-1].update(one for one in items if isinstance(one, Hashable))
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        if type(self.stack[-1]) is dict:
+            self.stack[-1][key] = value
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        if type(self.stack[-1]) is dict:
+            self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _refused(self) -> None:
+        raise ValueError("it holds raw bytes, which are no weights")
+
+    for _code, _load in (
+        (pickle.REDUCE, _reduce),
+        (pickle.NEWOBJ, _new),
+        (pickle.NEWOBJ_EX, _new_with_options),
+        (pickle.BUILD, _build),
+        (pickle.APPEND, _append),
+        (pickle.APPENDS, _appends),
+        (pickle.ADDITEMS, _add_items),
+        (pickle.SETITEM, _set_item),
+        (pickle.SETITEMS, _set_items),
+        (pickle.BYTEARRAY8, _refused),
+        (pickle.NEXT_BUFFER, _refused),
+        (pickle.READONLY_BUFFER, _refused),
+    ):
+        dispatch[_code[0]] = _load
+
+
+def _built(content: Any) -> Any:
+    """Return the content with its views built, of mappings and sequences up to a depth where weights may lie."""
+    done: dict[int, Any] = {}
+
+    def build(value: Any, depth: int) -> Any:
+        if isinstance(value, _View):
+            if id(value) not in done:
+                done[id(value)] = value.tensor()
+            return done[id(value)]
+        if depth and type(value) is dict:
+            if id(value) not in done:
+                done[id(value)] = {key: build(one, depth - 1) for key, one in value.items()}
+            return done[id(value)]
+        if depth and type(value) in (list, tuple):
+            if id(value) not in done:
+                done[id(value)] = [build(one, depth - 1) for one in value]
+            return done[id(value)]
+        return value
+
+    return build(content, 8)

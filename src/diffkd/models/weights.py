@@ -1,0 +1,136 @@
+"""Files of weights into models of libraries, whose own converters read their older and other forms."""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffkd.files.fitting import Report, load_weights
+from diffkd.models.extras import require
+
+_AUXILIARY = re.compile(r"^(\w+\.)?(aux|AuxLogits|auxiliary)")
+# As torchvision renames the entries of its first DenseNets.
+_DENSE_LAYER = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
+
+
+def fill(
+    model: nn.Module,
+    weights: str | Path,
+    *,
+    key: str | None = None,
+    wider: Callable[[], nn.Module] | None = None,
+) -> Report:
+    """Load a file of weights into a model, as :func:`~diffkd.files.fitting.load_weights` does.
+
+    Args:
+        model: receives them in place.
+        weights: the file.
+        key: of the weights in it, where there are several.
+        wider: builds the same model for one class more, to tell which layers depend on the classes. These, and
+            auxiliary heads, may then stay as they are if the file has none or others. None: the file must have them.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_weights`.
+
+    Warns:
+        UserWarning: if layers stay as they are.
+    """
+
+    def head() -> frozenset[str]:
+        auxiliary = {name for name in model.state_dict() if _AUXILIARY.match(name)}
+        if wider is None:
+            return frozenset(auxiliary)
+        with same_draws():
+            return frozenset(auxiliary) | frozenset(class_entries(model, wider()))
+
+    return load_weights(model, weights, key=key, head=None if wider is None else head, convert=library_names)
+
+
+def class_entries(model: nn.Module, wider: nn.Module) -> dict[str, int]:
+    """Return the entries of a model that grow with the number of classes, and by how many rows for each.
+
+    Args:
+        model: for K classes.
+        wider: the same for K + 1.
+    """
+    theirs = wider.state_dict()
+    return {
+        name: len(theirs[name]) - len(value)
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor) and value.ndim and name in theirs and len(theirs[name]) > len(value)
+    }
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Within, build models for comparison alone: what is drawn for them is not missing afterwards."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def library_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return weights under the names that a model of a library has today, None if nothing is known of them.
+
+    Args:
+        model: of timm, torchvision or transformers, or of somebody's own, of which nothing is known.
+        weights: as they were saved.
+    """
+    module = type(model).__module__
+    inner = getattr(model, "model", None)
+    if module.startswith("timm.models."):
+        convert = getattr(sys.modules[module], "checkpoint_filter_fn", None)
+        return None if convert is None else _converted(lambda: convert(dict(weights), model))
+    if module == "torchvision.models.densenet":
+        return {_DENSE_LAYER.sub(r"\1\2", name): value for name, value in weights.items()}
+    if module.startswith("transformers."):
+        return _converted(lambda: _by_transformers(model, weights))
+    if isinstance(inner, nn.Module) and type(inner).__module__.startswith("transformers."):
+        found = _converted(lambda: _by_transformers(inner, weights))
+        return None if found is None else {f"model.{name}": value for name, value in found.items()}
+    return None
+
+
+def _converted(convert: Callable[[], Any]) -> dict[str, Tensor] | None:
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            found = convert()
+    except Exception:  # whatever a converter raises on the weights of another model
+        return None
+    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def _by_transformers(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Let transformers read its own names, older ones too, into a model of the same configuration."""
+    logging: Any = require("transformers.utils.logging", "hf", "a file of transformers")
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        made, report = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=dict(weights),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+        )
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+    mismatched = {one if isinstance(one, str) else one[0] for one in report["mismatched_keys"]}
+    unknown = {*report["missing_keys"], *mismatched}
+    found = {name: value for name, value in made.state_dict().items() if name not in unknown}
+    for name in mismatched:  # of which the shape is to be seen
+        if name in weights:
+            found[name] = weights[name]
+    return found | {name: weights[name] for name in report["unexpected_keys"] if name in weights}
