@@ -231,8 +231,15 @@ def stay_inside(path: Path, root: Path) -> None:
 
 
 def leaves(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> bool:
-    """Return whether a path leads out of a resolved folder, by a link that is not followed or by `..` in its name."""
-    followed = _FOLLOWS_LINKS.get() and ".." not in Path(named).parts
+    """Return whether a path leads out of a resolved folder: by its name, or by a link that is not followed.
+
+    Args:
+        path: the path.
+        root: the folder.
+        named: the name that the path comes from; where it is absolute or holds `..`, links are not followed either.
+    """
+    name = Path(named)
+    followed = _FOLLOWS_LINKS.get() and ".." not in name.parts and not name.is_absolute()
     return not followed and not path.resolve().is_relative_to(root)
 
 
