@@ -1,5 +1,6 @@
 import inspect
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -352,3 +353,36 @@ def test_a_category_without_boxes_can_be_left_out(root):
     with pytest.warns(UserWarning, match=r"'animals'.*leave the class out with categories=\[...\]"):
         assert module(root).classes == ("animals", "cat", "dog")
     assert module(root, categories=("cat", "dog")).classes == ("cat", "dog")
+
+
+def test_large_batches_need_few_open_files(root):
+    resource = pytest.importorskip("resource")
+    data = module(root)
+    dataset = data.train_dataloader()._loader.dataset
+    many = Repeated(dataset, 128)
+    options = {"batch_size": 64, "shuffle": False, "collate": collate_detection}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the loader hangs"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+    signal.alarm(60)
+    try:
+        batches = list(FolderLoader(many, num_workers=2, **options))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    same(batches, list(FolderLoader(many, **options)))
+
+
+class Repeated:
+    """Give the samples of a data set again and again."""
+
+    def __init__(self, dataset, count):
+        self.dataset, self.count = dataset, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, key):
+        image, target, _ = self.dataset[key[0], key[1] % len(self.dataset)]
+        return image, target, key[1]

@@ -15,7 +15,7 @@ from diffkd.data.detection.annotated_files import AnnotatedFiles
 from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection.dataset import DetectionDataset, collate_detection
 from diffkd.data.folders import FolderSamples, absent_classes, links_followed, quoted
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, train_or_val
 from diffkd.data.images import MEND, OnBadImage, check_on_bad_image, check_readable, upright_size
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
@@ -92,7 +92,7 @@ class DetectionData(ImageData):
         narrowest = _Narrowest(max_size, augmentation.min_crop)
         check = _Check(skip=skip, decode=verify or skip, threads=num_workers, narrowest=narrowest)
         with links_followed(follow_links):
-            train = read("train", None, skip)
+            train, trains = train_or_val(partial(read, "train", None, skip), partial(read, "val", None, skip))
             val = read("val", train, skip) if val_share is None else None
             test = read("test", train, skip)
         if train is not None and val_share is not None:
@@ -103,7 +103,7 @@ class DetectionData(ImageData):
         white = white_level_of(white_level, train.paths)
         train, val = replace(train, white=white), replace(val, white=white)
         test = None if test is None else replace(test, white=white)
-        train = _to_train(check(train), keep_empty, self.class_mend)
+        train = _to_train(check(train), keep_empty, self.class_mend) if trains else val
         training = DetectionDataset(train.annotations, train.read, augmentation, seed)
         evaluation = _evaluation(check(val))
         loaders = SplitLoaders(
