@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diffkd.data import ImageFolder, MaskFolder, YoloDetection
+from diffkd.data.image_data import measured_alone
 from diffkd.files.config import describe
 
 NOISE = np.random.default_rng(0)
@@ -145,4 +146,23 @@ def test_full_sixteen_bits_and_eight_are_no_matter(made):
         Image.fromarray(NOISE.integers(0, 65536, (8, 8)).astype(np.uint16)).save(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        module()
+
+
+def test_evaluation_images_alone_can_be_measured(made):
+    root, module = made
+    for path in images_of(root):
+        path.unlink()
+    for folder in sorted((path for path in root.rglob("*") if "train" in path.parts), reverse=True):
+        folder.rmdir() if folder.is_dir() else folder.unlink()
+    with pytest.raises(FileNotFoundError, match="train"):
+        module()
+    with measured_alone():
+        data = module()
+    assert data.val_dataloader().sampler.size == 9
+    assert len(data.example()) == 2
+    with pytest.raises(FileNotFoundError, match="train"):
+        module()
+    shutil.rmtree(root / "images" if (root / "images").is_dir() else root / "val")
+    with measured_alone(), pytest.raises(FileNotFoundError, match="train"):
         module()

@@ -128,8 +128,10 @@ def _test(words: list[str]) -> None:
     """Measure a trained student: diffkd test RUN_OR_FILE [OPTIONS]."""
     import diffkd.data  # noqa: F401
     from diffkd.commands.evaluate import evaluate
+    from diffkd.data.image_data import measured_alone
 
-    call(evaluate, _with_data_of_card(words), "test", positional="student")
+    with measured_alone():
+        call(evaluate, _with_data_of_card(words), "test", positional="student")
 
 
 def _with_data_of_card(words: list[str]) -> list[str]:

@@ -78,7 +78,7 @@ def evaluation_split(root: Path, folder: str = "{split}") -> str:
     return next((name for name in EVALUATION_SPLITS if (root / folder.replace("{split}", name)).is_dir()), "val")
 
 
-def scan_folder(root: str | os.PathLike[str], *, val: bool = True) -> FolderScan:
+def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool = True) -> FolderScan:
     """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
 
     Files are found by extension at any depth below a class folder; hidden ones are passed over, and with a warning
@@ -86,6 +86,7 @@ def scan_folder(root: str | os.PathLike[str], *, val: bool = True) -> FolderScan
 
     Args:
         root: the folder.
+        train: whether to look for training images; otherwise those of evaluation stand in.
         val: whether to look for evaluation images, too.
 
     Returns:
@@ -97,28 +98,29 @@ def scan_folder(root: str | os.PathLike[str], *, val: bool = True) -> FolderScan
             classes that `train` has not, or a symbolic link leaves the root; names the folder and the mend.
     """
     top = Path(root)
-    train, evaluated = top / "train", top / evaluation_split(top)
-    splits = (train, evaluated) if val else (train,)
+    evaluated = top / evaluation_split(top)
+    learned = top / "train" if train else evaluated
+    splits = tuple(dict.fromkeys((learned, evaluated) if val else (learned,)))
     for folder in splits:
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder}: no such folder; give a root with train/<class>/*.jpg and val/<class>/*.jpg (or "
                 f"{', '.join(f'{name}/' for name in EVALUATION_SPLITS[1:])})"
-                + ("." if folder == train else ", or set val_share=0.1 to hold some of train back.")
+                + ("." if folder == learned else ", or set val_share=0.1 to hold some of train back.")
             )
-    classes = _class_names(train)
+    classes = _class_names(learned)
     unknown = sorted(set(_class_names(evaluated)) - set(classes)) if val else []
     if unknown:
         raise ValueError(
-            f"{evaluated}: class(es) {quoted(unknown)} are not in {train}; add images to train or remove them."
+            f"{evaluated}: class(es) {quoted(unknown)} are not in {learned}; add images to train or remove them."
         )
     real = top.resolve()
     others: Counter[str] = Counter()
     held = _samples(evaluated, classes, real, others) if val else FolderSamples([], [])
-    scan = FolderScan(classes, _samples(train, classes, real, others), held)
+    scan = FolderScan(classes, _samples(learned, classes, real, others), held)
     empty = absent_classes(scan.train.labels, classes)
     if empty:
-        raise ValueError(f"{train}: no images of class(es) {quoted(empty)}, {_contents(train / empty[0])}")
+        raise ValueError(f"{learned}: no images of class(es) {quoted(empty)}, {_contents(learned / empty[0])}")
     if val and not scan.val.paths:
         raise ValueError(f"{evaluated}: no images, {_contents(evaluated)}")
     for split in splits:
@@ -231,8 +233,15 @@ def stay_inside(path: Path, root: Path) -> None:
 
 
 def leaves(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> bool:
-    """Return whether a path leads out of a resolved folder, by a link that is not followed or by `..` in its name."""
-    followed = _FOLLOWS_LINKS.get() and ".." not in Path(named).parts
+    """Return whether a path leads out of a resolved folder: by its name, or by a link that is not followed.
+
+    Args:
+        path: the path.
+        root: the folder.
+        named: the name that the path comes from; where it is absolute or holds `..`, links are not followed either.
+    """
+    name = Path(named)
+    followed = _FOLLOWS_LINKS.get() and ".." not in name.parts and not name.is_absolute()
     return not followed and not path.resolve().is_relative_to(root)
 
 

@@ -1,14 +1,18 @@
 """What all data modules share: loaders over their splits, and the facts that models are built from."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 
 from diffkd.data.sampler import EpochSampler
+
+_T = TypeVar("_T")
 
 
 class Loader(Protocol):
@@ -106,6 +110,40 @@ class ImageData(LightningDataModule):
         For detection a list of two (3, H, W) float32 in [0, 1], each of its own size.
         """
         return self._loaders.example()
+
+
+_MEASURES_ALONE = ContextVar("measures_alone", default=False)
+
+
+@contextmanager
+def measured_alone() -> Iterator[None]:
+    """Let data modules that are made within this context do without training images; those of evaluation stand in."""
+    token = _MEASURES_ALONE.set(True)
+    try:
+        yield
+    finally:
+        _MEASURES_ALONE.reset(token)
+
+
+def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bool]:
+    """Return what is read for training, or for evaluation where it is missing and nothing will be trained.
+
+    Args:
+        train: reads the training images.
+        val: reads the evaluation images.
+
+    Returns:
+        What was read, and whether it is of the training images.
+    """
+    try:
+        return train(), True
+    except FileNotFoundError as missing:
+        if not _MEASURES_ALONE.get():
+            raise
+        try:
+            return val(), False
+        except FileNotFoundError:
+            raise missing from None
 
 
 def _whole_signature(cls: type) -> inspect.Signature:

@@ -215,6 +215,26 @@ def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         raise _unreadable(path, error) from error
 
 
+class Turn(NamedTuple):
+    """Hold how a stored picture is turned to be upright.
+
+    Args:
+        orientation: 1 to 8, as EXIF numbers it; 1 leaves it as it is.
+        header: the sizes.
+    """
+
+    orientation: int
+    header: Header
+
+
+def turn_of(path: str | os.PathLike[str]) -> Turn:
+    """Return how an image file is turned, from its head; raise ValueError as `upright_size`."""
+    try:
+        return opened(path, lambda image: Turn(_orientation(image), header_of(image)))
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         orientation: int = image.getexif().get(_ORIENTATION, 1)

@@ -1,15 +1,83 @@
 """Loaders over samples that worker processes decode; order and augmentation do not depend on the workers."""
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from diffkd.data.image_data import placement
 from diffkd.data.sampler import EpochSampler, SizeBatches, drops_last
+
+
+class PackedBatch:
+    """Hold a batch whose tensors lie one after the other in one tensor for each kind of number.
+
+    A worker process sends a file descriptor for every tensor, and a process may hold about a thousand: a batch of a
+    hundred images with boxes, each in tensors of its own, would be more than that.
+
+    Args:
+        batch: tensors, and lists, tuples and mappings of them.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        parts: dict[torch.dtype, list[Tensor]] = {}
+        self._sizes: dict[torch.dtype, int] = {}
+        self._layout = self._packed(batch, parts)
+        self._buffers = {kind: torch.cat(tensors) for kind, tensors in parts.items()}
+
+    def pin_memory(self) -> "PackedBatch":
+        """Move the tensors to pinned memory; called by PyTorch's `DataLoader`."""
+        self._buffers = {kind: buffer.pin_memory() for kind, buffer in self._buffers.items()}
+        return self
+
+    def unpacked(self) -> Any:
+        """Return the batch; its tensors are views."""
+        return self._unpacked(self._layout)
+
+    def _packed(self, value: Any, parts: dict[torch.dtype, list[Tensor]]) -> Any:
+        if isinstance(value, Tensor):
+            start = self._sizes.get(value.dtype, 0)
+            self._sizes[value.dtype] = start + value.numel()
+            parts.setdefault(value.dtype, []).append(value.reshape(-1))
+            return _Place(value.dtype, start, tuple(value.shape))
+        if isinstance(value, dict):
+            return {key: self._packed(item, parts) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._packed(item, parts) for item in value]
+        return value
+
+    def _unpacked(self, value: Any) -> Any:
+        if isinstance(value, _Place):
+            end = value.start + math.prod(value.shape)
+            return self._buffers[value.dtype][value.start : end].view(value.shape)
+        if isinstance(value, dict):
+            return {key: self._unpacked(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._unpacked(item) for item in value]
+        return value
+
+
+class _Place(NamedTuple):
+    """Say where a tensor is in the one that holds all of its kind."""
+
+    dtype: torch.dtype
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Put a batch together, and pack it; a class, since worker processes may have to unpickle it."""
+
+    collate: Callable[[list[Any]], tuple[Any, Any, Any]]
+
+    def __call__(self, samples: list[Any]) -> PackedBatch:
+        return PackedBatch(self.collate(samples))
 
 
 class KeyedDataset(Protocol):
@@ -84,7 +152,7 @@ class FolderLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            collate_fn=collate,
+            collate_fn=_Packing(collate) if collate is not None and num_workers > 0 else collate,
             # Workers are seeded from this generator; without it each epoch would draw from the global one.
             generator=torch.Generator(),
         )
@@ -109,6 +177,8 @@ class FolderLoader:
         then have sent its workers the indices of epoch 0.
         """
         for batch in self._loader:
+            if isinstance(batch, PackedBatch):
+                batch = batch.unpacked()
             yield batch[0], batch[1], batch[2]
 
 

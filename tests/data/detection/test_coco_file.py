@@ -186,3 +186,91 @@ def test_every_box_is_either_kept_inside_or_dropped(corners, height, width):
     for box in inner:
         if box[2] <= width and box[3] <= height:
             assert list(box) in kept.boxes.tolist()
+
+
+@pytest.mark.parametrize("kind", [str, float])
+def test_ids_may_be_texts_or_floats_of_whole_numbers(read, kind):
+    content = copy.deepcopy(CONTENT)
+    for one in content["categories"] + content["images"]:
+        one["id"] = kind(one["id"])
+    content["annotations"][1]["category_id"] = kind(3)
+    for one in content["annotations"]:
+        one["image_id"] = kind(one["image_id"])
+    if kind is float:
+        content["annotations"][0]["image_id"] = "4"
+    files, plain = read(content), read(CONTENT)
+    assert files.category_ids == plain.category_ids
+    assert torch.equal(files.annotations.image_ids, plain.annotations.image_ids)
+    assert torch.equal(files.annotations.boxes.boxes, plain.annotations.boxes.boxes)
+
+
+def test_images_may_have_any_texts_as_ids(read):
+    content = copy.deepcopy(CONTENT)
+    for one in content["images"]:
+        one["id"] = f"image {one['id']}"
+    for one in content["annotations"]:
+        one["image_id"] = f"image {one['image_id']}"
+    assert [len(read(content).annotations.of(index).labels) for index in range(3)] == [1, 2, 0]
+    content["annotations"][0]["image_id"] = "image 7"
+    with pytest.raises(ValueError, match="annotation 0 is of image 'image 7', which is not among"):
+        read(content)
+    content["images"][1]["id"] = content["images"][0]["id"]
+    with pytest.raises(ValueError, match="of another one"):
+        read(content)
+
+
+@pytest.mark.parametrize("bbox", [[], None, "absent"])
+def test_a_polygon_stands_in_for_a_missing_box(read, bbox):
+    entry = {"id": 2, "image_id": 50, "category_id": 3, "bbox": bbox, "segmentation": [[1, 2, 9, 3, 5, 8], [0, 4]]}
+    if bbox == "absent":
+        del entry["bbox"]
+    assert read(changed("annotations", 1, to=entry)).annotations.of(0).boxes.tolist() == [[1, 2, 9, 8]]
+
+
+def test_an_annotation_of_nothing_is_left_out(read):
+    files = read(changed("annotations", 1, "bbox", to=[]))
+    assert len(files.annotations.of(0).labels) == 0
+    assert len(files.dropped) == 1
+    assert "annotation 1 has neither a box nor a polygon" in files.dropped[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("bbox", [1, 2, 3]), ("bbox", "x"), ("category_id", 1), ("image_id", None), ("iscrowd", "no")]
+)
+def test_a_bad_annotation_is_left_out_where_such_are_skipped(read, key, value):
+    files = read(changed("annotations", 0, key, to=value), skip_bad=True)
+    assert len(files.annotations.boxes.labels) == 2
+    assert len(files.dropped) == 1
+    assert "annotation 0" in files.dropped[0]
+
+
+def test_chosen_categories(read):
+    files = read(CONTENT, chosen=("dog", "cow"))
+    assert (files.classes, files.category_ids) == (("dog", "cow"), (7, 90))
+    assert [files.annotations.of(index).labels.tolist() for index in range(3)] == [[], [2, 1], []]
+    assert read(CONTENT, {7: "dog", 90: "cow"}, chosen=("dog", "cow")).classes == ("dog", "cow")
+    with pytest.raises(ValueError, match="no categories 'bird'; there are 'dog', 'cat', 'cow'"):
+        read(CONTENT, chosen=("dog", "bird"))
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_of_the_stored_picture_are_turned_along(read, tmp_path, orientation, stated):
+    image, exif = Image.new("L", (20, 10)), Image.Exif()
+    exif[0x0112] = orientation
+    image.paste(255, (3, 1, 8, 5))
+    image.save(tmp_path / "a.png", exif=exif)
+    entry = {"id": 50, "file_name": "a.png"} | ({"width": 20, "height": 10} if stated else {})
+    content = {
+        "images": [entry],
+        "categories": CONTENT["categories"],
+        "annotations": [{"id": 1, "image_id": 50, "category_id": 3, "bbox": [3, 1, 5, 4]}],
+    }
+    files = read(content, as_stored=True)
+    pixels = files.read(0)[0]
+    rows, columns = pixels.nonzero().unbind(1)
+    around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert files.annotations.of(0).boxes[0].tolist() == around
+    if stated and orientation > 4:
+        with pytest.raises(ValueError, match=r"set boxes_as_stored=true"):
+            read(content).read(0)

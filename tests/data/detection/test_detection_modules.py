@@ -1,5 +1,6 @@
 import inspect
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -319,3 +320,69 @@ def test_a_record_of_the_arguments_makes_the_same_data(root, convert):
 def test_yolo_needs_the_names_of_the_classes(root):
     with pytest.raises(ValueError, match="give the names of the classes"):
         YoloDetection(root)
+
+
+def strip(root):
+    """Make one training image a strip of 500x2 pixels."""
+    content = json.loads((root / "train.json").read_text())
+    first = content["images"][0]
+    Image.new("RGB", (500, 2)).save(next(root.rglob(first["file_name"])))
+    first |= {"width": 500, "height": 2}
+    content["annotations"][0]["bbox"] = [1, 0, 9, 2]
+    (root / "train.json").write_text(json.dumps(content))
+    return first["file_name"]
+
+
+def test_an_image_of_which_nothing_is_left_is_named_or_left_out(root):
+    before = module(root).train_dataloader().sampler.size
+    name = strip(root)
+    with pytest.raises(ValueError, match=rf"{name} is 500x2 pixels, of which nothing is left at max_size=200"):
+        module(root, min_size=160, max_size=200)
+    with pytest.warns(UserWarning, match="1 of"):
+        data = module(root, min_size=160, max_size=200, on_bad_image="skip")
+    assert data.train_dataloader().sampler.size == before - 1
+    assert "nothing is left" in data.skipped[0]
+    assert module(root, max_size=250).train_dataloader().sampler.size == before
+
+
+def test_a_category_without_boxes_can_be_left_out(root):
+    for file in ("train.json", "val.json"):
+        content = json.loads((root / file).read_text())
+        content["categories"].append({"id": 0, "name": "animals", "supercategory": "none"})
+        (root / file).write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"'animals'.*leave the class out with categories=\[...\]"):
+        assert module(root).classes == ("animals", "cat", "dog")
+    assert module(root, categories=("cat", "dog")).classes == ("cat", "dog")
+
+
+def test_large_batches_need_few_open_files(root):
+    resource = pytest.importorskip("resource")
+    data = module(root)
+    dataset = data.train_dataloader()._loader.dataset
+    many = Repeated(dataset, 128)
+    options = {"batch_size": 64, "shuffle": False, "collate": collate_detection}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the loader hangs"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+    signal.alarm(60)
+    try:
+        batches = list(FolderLoader(many, num_workers=2, **options))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    same(batches, list(FolderLoader(many, **options)))
+
+
+class Repeated:
+    """Give the samples of a data set again and again."""
+
+    def __init__(self, dataset, count):
+        self.dataset, self.count = dataset, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, key):
+        image, target, _ = self.dataset[key[0], key[1] % len(self.dataset)]
+        return image, target, key[1]

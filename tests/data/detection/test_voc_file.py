@@ -1,6 +1,7 @@
 import pytest
 from PIL import Image
 
+from diffkd.data import VocDetection
 from diffkd.data.detection.voc import find_voc_split, read_voc
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult>
@@ -146,3 +147,53 @@ def test_classes_must_come_from_somewhere(root):
     (root / "ImageSets/Main/train.txt").write_text("b\n")
     with pytest.raises(ValueError, match="no objects, hence no classes"):
         read(root)
+
+
+def test_the_folder_of_whoever_labelled_elsewhere_is_passed_over(root):
+    (root / "Annotations/a.xml").write_text(text(one("dog", 1, 2, 3, 4), filename="/home/u/pictures/a.jpg"))
+    assert read(root, classes=["cat", "dog"]).paths[0] == str(root / "JPEGImages/a.jpg")
+
+
+@pytest.mark.parametrize("encoding", ["utf8", "UTF-8", "gbk", "shift_jis", "euc-kr", "big5", "utf-16"])
+def test_declared_encodings(root, encoding):
+    name = {"shift_jis": "犬", "gbk": "狗", "big5": "狗", "euc-kr": "개"}.get(encoding, "chien à poil")
+    content = f"<?xml version='1.0' encoding='{encoding}'?>\n" + text(one(name, 1, 2, 3, 4), filename="a.jpg")
+    (root / "Annotations/a.xml").write_bytes(content.encode(encoding))
+    assert name in read(root).classes
+
+
+@pytest.mark.parametrize("encoding", ["utf8", "gbk", "rot13", "zlib", "nothing", "utf-16"])
+def test_a_declared_encoding_brings_no_entities(root, encoding):
+    bomb = BOMB.replace("&c;", "&c;" * 3)
+    (root / "Annotations/b.xml").write_text(f"<?xml version='1.0' encoding='{encoding}'?>{bomb}")
+    with pytest.raises(ValueError, match=r"b.xml: no XML of Pascal VOC"):
+        read(root)
+
+
+def test_lists_may_hold_the_extension_and_a_mark(root):
+    (root / "ImageSets/Main/train.txt").write_text("\ufeffa.jpg\nb.png\n", encoding="utf-8")
+    assert read(root).paths == tuple(str(root / "JPEGImages" / name) for name in ("a.jpg", "b.png"))
+
+
+def test_bad_files_and_objects_are_left_out(root):
+    for name in "de":
+        Image.new("RGB", (40, 30)).save(root / f"JPEGImages/{name}.jpg")
+    (root / "Annotations/d.xml").write_text("<annotation>")
+    (root / "Annotations/e.xml").write_text(text(one("dog", 1, 2, 9, 9), one("dog", 1, "x", 9, 9)))
+    (root / "Annotations/a.xml").write_text(text(one("dog", 1, 2, 9, 9), filename="a.jpg"))
+    (root / "ImageSets/Main/train.txt").write_text("a\nd\ne\ngone\n")
+    (root / "ImageSets/Main/val.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=r"d.xml: no XML"):
+        VocDetection(root)
+    with pytest.warns(UserWarning, match="2 of 4 images are left"), pytest.warns(UserWarning, match=r"1 box\(es\)"):
+        data = VocDetection(root, on_bad_image="skip", num_workers=0)
+    assert data.train_dataloader().sampler.size == 2
+    assert [message for message in data.dropped if "e.xml: object 1 has 'x'" in message]
+    assert len(data.skipped) == 2
+
+
+def test_evaluation_images_may_be_called_valid(root):
+    (root / "ImageSets/Main/valid.txt").write_text("a\n")
+    (root / "Annotations/a.xml").write_text(text(one("dog", 1, 2, 9, 9), filename="a.jpg"))
+    (root / "ImageSets/Main/train.txt").write_text("a\n")
+    assert VocDetection(root, num_workers=0).val_dataloader().sampler.size == 1

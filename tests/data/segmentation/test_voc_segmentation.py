@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from diffkd.data import VocSegmentation, palette
+from diffkd.files.config import describe
 
 IDS = np.array([[0, 1, 20], [255, 15, 15]], dtype=np.uint8)
 
@@ -71,3 +72,54 @@ def test_a_missing_list_is_named(root, tmp_path):
         VocSegmentation(root, train="train_aug")
     with pytest.raises(FileNotFoundError, match=r"no such list"):
         VocSegmentation(tmp_path / "elsewhere")
+
+
+def small_ids(root, high):
+    for path in (root / "SegmentationClass").iterdir():
+        Image.fromarray((np.arange(6) % high).reshape(2, 3).astype(np.uint8)).save(path)
+
+
+@pytest.mark.parametrize("given", ["names", "file"])
+def test_own_classes(root, given):
+    small_ids(root, 3)
+    names = ("background", "cell", "crack")
+    (root / "classes.txt").write_text("\n".join(names))
+    data = VocSegmentation(root, num_workers=0, classes=list(names) if given == "names" else "classes.txt")
+    assert (data.classes, data.num_classes) == (names, 3)
+    record = describe(data)["init_args"]
+    assert record["classes"] == (list(names) if given == "names" else "classes.txt")
+
+
+def test_masks_of_own_classes_are_suspected(root):
+    small_ids(root, 3)
+    with pytest.warns(UserWarning, match=r"ids 0 to 2 only, .*aeroplane.*classes=\.\.\., or use MaskFolder"):
+        assert describe(VocSegmentation(root))["init_args"]["classes"] is None
+
+
+@pytest.mark.parametrize(
+    "lines", ["\ufeff2007_000003\n2007_000001.jpg\n", "/JPEGImages/{0}.jpg /SegmentationClass/{0}.png\n"]
+)
+def test_lists_as_others_write_them(root, lines):
+    (root / "ImageSets/Segmentation/train.txt").write_text(lines.format("2007_000001"), encoding="utf-8")
+    data = VocSegmentation(root, num_workers=0, batch_size=1)
+    assert data.train_dataloader().sampler.size == lines.count("\n")
+
+
+@pytest.mark.parametrize(("image", "mask"), [("png", "png"), ("JPG", "PNG"), ("jpeg", "bmp")])
+def test_images_and_masks_of_other_extensions(root, image, mask):
+    for folder, extension in (("JPEGImages", image), ("SegmentationClass", mask)):
+        for path in (root / folder).iterdir():
+            with Image.open(path) as stored:
+                stored.copy().save(
+                    path.with_suffix(f".{extension}"), format={"JPG": "JPEG", "PNG": "PNG"}.get(extension)
+                )
+            if path.suffix != f".{extension}":
+                path.unlink()
+    assert VocSegmentation(root, num_workers=0).train_dataloader().sampler.size == 2
+
+
+@pytest.mark.parametrize("line", ["../../../outside", "/etc/hostname", "/../x/a.jpg /SegmentationClass/../../../b.png"])
+def test_followed_links_are_no_way_out_for_names(root, line):
+    (root / "ImageSets/Segmentation/val.txt").write_text(line)
+    with pytest.raises(ValueError, match="outside of"):
+        VocSegmentation(root, follow_links=True)

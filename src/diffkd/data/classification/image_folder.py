@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.folders import FolderSamples, links_followed, scan_folder
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, train_or_val
 from diffkd.data.images import (
     MEND,
     WHITE,
@@ -211,7 +211,8 @@ class ImageFolder(ImageData):
         check_statistics(mean, std)
         check_on_bad_image(on_bad_image)
         with links_followed(follow_links):
-            classes, train, val = scan_folder(root, val=val_share is None)
+            scan = partial(scan_folder, root, val=val_share is None)
+            (classes, train, val), _ = train_or_val(scan, partial(scan, train=False))
         if val_share is not None:
             train, val = (train.select(part) for part in held_back(train.labels, val_share, seed))
         white = white_level_of(white_level, train.paths)

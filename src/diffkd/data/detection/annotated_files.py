@@ -1,6 +1,6 @@
 """Image files and their boxes: what the readers of all formats return."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from diffkd.data.images import WHITE, read_rgb
+from diffkd.data.images import WHITE, read_rgb, turn_of
 
 # Narrower boxes, in pixels, would lose their extent to rounding when a detector scales them down, and stop it.
 SMALLEST = 0.01
@@ -170,6 +170,12 @@ class AnnotatedFiles:
             annotations=self.annotations.select(indices),
         )
 
+    def _as_stored(self, index: int) -> str:
+        turn = turn_of(self.paths[index])
+        if turn.orientation == 1 or tuple(self.sizes[index].tolist()) != turn.header.stored:
+            return ""
+        return "; or set boxes_as_stored=true, since this is its size before its EXIF turns it"
+
     def read(self, index: int) -> Tensor:
         """Return an image, (3, H, W) uint8.
 
@@ -183,10 +189,35 @@ class AnnotatedFiles:
         if image.size != (width, height):
             raise ValueError(
                 f"image {self.paths[index]} is {image.width}x{image.height} pixels, but its annotations are for "
-                f"{width}x{height}: write the size and boxes of the upright image, or scale it."
+                f"{width}x{height}: write the size and boxes of the upright image, or scale it{self._as_stored(index)}."
             )
         pixels: Tensor = pil_to_tensor(image)
         return pixels
+
+
+def turned_along(image: ReadImage) -> ReadImage:
+    """Return an image whose size and boxes are those of the stored picture with those of the upright one.
+
+    An image of any other size stays as it is; raises ValueError if the head of the file cannot be read.
+    """
+    turn = turn_of(image.path)
+    (height, width), orientation = image.size, turn.orientation
+    if orientation not in _TURNED or image.size != turn.header.stored:
+        return image
+    boxes = [box._replace(corners=_TURNED[orientation](*box.corners, width, height)) for box in image.boxes]
+    return image._replace(size=turn.header.size, boxes=boxes)
+
+
+# Left, top, right, bottom, width and height of the stored picture to the corners in the upright one, by orientation.
+_TURNED: dict[int, Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]] = {
+    2: lambda left, top, right, bottom, w, h: (w - right, top, w - left, bottom),
+    3: lambda left, top, right, bottom, w, h: (w - right, h - bottom, w - left, h - top),
+    4: lambda left, top, right, bottom, w, h: (left, h - bottom, right, h - top),
+    5: lambda left, top, right, bottom, w, h: (top, left, bottom, right),
+    6: lambda left, top, right, bottom, w, h: (h - bottom, left, h - top, right),
+    7: lambda left, top, right, bottom, w, h: (h - bottom, w - right, h - top, w - left),
+    8: lambda left, top, right, bottom, w, h: (top, w - right, bottom, w - left),
+}
 
 
 def flag(value: object, name: str, where: str) -> bool:

@@ -3,14 +3,21 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffkd.data.detection.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files, flag
+from diffkd.data.detection.annotated_files import (
+    AnnotatedFiles,
+    ReadBox,
+    ReadImage,
+    annotated_files,
+    flag,
+    turned_along,
+)
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import enclosed_files, enclosed_folder
-from diffkd.data.images import upright_size
+from diffkd.data.folders import enclosed_files, enclosed_folder, quoted
+from diffkd.data.images import turn_of, upright_size
 
 _UNKNOWN = (0, 0)  # height and width that a file does not state
 
@@ -21,11 +28,14 @@ def read_coco(
     categories: Mapping[int, str] | None = None,
     *,
     skip_bad: bool = False,
+    as_stored: bool = False,
+    chosen: Collection[str] | None = None,
 ) -> AnnotatedFiles:
-    """Read the boxes of a COCO file; segmentations and keypoints are passed over.
+    """Read the boxes of a COCO file; segmentations stand in for missing boxes, and keypoints are passed over.
 
     Category ids may have gaps: labels count from 1 in their order. Where neither height nor width of an image is
-    stated, or both are 0, its file says them.
+    stated, or both are 0, its file says them. Ids may be texts or floats of whole numbers; images may also have any
+    texts. An annotation with neither a box nor a polygon is left out.
 
     Args:
         file: the JSON file.
@@ -33,7 +43,9 @@ def read_coco(
         categories: id and name of the categories of the training file, which this one's must be among; None takes its
             own.
         skip_bad: whether images whose size cannot be read are let pass, with size 0 and without boxes. So are those
-            without a file, in any case.
+            without a file, in any case. Malformed annotations are left out.
+        as_stored: whether sizes and boxes are those of pictures before their EXIF turns them.
+        chosen: the names of the categories that are read, boxes of others being left out; None reads all.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -43,6 +55,13 @@ def read_coco(
     source = os.fspath(file)
     content = _load(source)
     own = _categories(source, _entries(content, "categories", source))
+    others = set()
+    if chosen is not None:
+        unknown = sorted(set(chosen) - set(own.values()) - set((categories or {}).values()))
+        if unknown:
+            raise ValueError(f"{source}: no categories {quoted(unknown)}; there are {quoted(list(own.values()))}.")
+        others = {number for number, name in own.items() if name not in chosen}
+        own = {number: name for number, name in own.items() if number not in others}
     if categories is None:
         categories = own
     for number, name in own.items():
@@ -53,28 +72,74 @@ def read_coco(
                 "write the same categories into all files."
             )
     ids = sorted(categories)
-    listed = _images(source, _entries(content, "images", source), images, skip_bad)
+    entries = _entries(content, "images", source)
+    texts = _numbered_texts(entries)
+    listed = _images(source, entries, texts, images, skip_bad, as_stored)
     by_id = {image.image_id: image for image in listed}
     labels = {number: label for label, number in enumerate(ids, start=1) if number in own}
+    malformed: list[str] = []
     for index, entry in enumerate(_entries(content, "annotations", source)):
         where = f"{source}: annotation {index}"
-        image_id, category = _value(entry, "image_id", where), _value(entry, "category_id", where)
-        if not _is_integer(image_id) or image_id not in by_id:
-            raise ValueError(f"{where} is of image {image_id!r}, which is not among its images; add or remove it.")
-        if not _is_integer(category) or category not in labels:
-            raise ValueError(f"{where} is of category {category!r}, which is not among its categories.")
-        left, top, width, height = _numbers(_value(entry, "bbox", where), where)
-        area: Any = entry.get("area")
-        box = ReadBox(
-            (left, top, left + width, top + height),
-            labels[category],
-            name=entry.get("id", index),
-            area=_float(area) if _is_number(area) else None,
-            crowd=flag(entry.get("iscrowd"), "iscrowd", where),
-        )
+        try:
+            image_id = _known_id(_value(entry, "image_id", where), by_id, texts)
+            category = _known_id(_value(entry, "category_id", where), own.keys() | others)
+            if image_id is None:
+                stated = entry["image_id"]
+                raise ValueError(f"{where} is of image {stated!r}, which is not among its images; add or remove it.")
+            if category is None:
+                raise ValueError(f"{where} is of category {entry['category_id']!r}, which is not among its categories.")
+            if category in others:
+                continue
+            corners = _corners(entry, where)
+            if corners is None:
+                malformed.append(f"{where} has neither a box nor a polygon.")
+                continue
+            area: Any = entry.get("area")
+            box = ReadBox(
+                corners,
+                labels[category],
+                name=entry.get("id", index),
+                area=_float(area) if _is_number(area) else None,
+                crowd=flag(entry.get("iscrowd"), "iscrowd", where),
+            )
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            malformed.append(str(error))
+            continue
         if by_id[image_id].size != _UNKNOWN:
             by_id[image_id].boxes.append(box)
-    return annotated_files(source, listed, [categories[number] for number in ids], ids)
+    if as_stored:
+        listed = [
+            turned_along(image) if image.size != _UNKNOWN and Path(image.path).is_file() else image for image in listed
+        ]
+    return annotated_files(source, listed, [categories[number] for number in ids], ids, malformed)
+
+
+def _corners(entry: Mapping[str, Any], where: str) -> tuple[float, float, float, float] | None:
+    """Return the box of an annotation or, where that is none, the one around its polygons; None without either."""
+    if entry.get("bbox") or ("bbox" not in entry and not _polygons(entry)):
+        left, top, width, height = _numbers(_value(entry, "bbox", where), where)
+        return left, top, left + width, top + height
+    if entry.get("bbox") not in (None, []):
+        raise ValueError(f"{where} has the bbox {entry['bbox']!r}; write [left, top, width, height] in pixels.")
+    polygons = _polygons(entry)
+    if not polygons:
+        return None
+    x, y = ([_float(value) for one in polygons for value in one[start::2]] for start in (0, 1))
+    return min(x), min(y), max(x), max(y)
+
+
+def _polygons(entry: Mapping[str, Any]) -> list[list[float]]:
+    """Return the polygons of an annotation that have three corners or more."""
+    stated: Any = entry.get("segmentation")
+    if not isinstance(stated, list):
+        return []
+    return [
+        one
+        for one in stated
+        if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0 and all(map(_is_number, one))
+    ]
 
 
 def _load(source: str) -> Mapping[str, Any]:
@@ -112,33 +177,54 @@ def _categories(source: str, entries: list[dict[str, Any]]) -> dict[int, str]:
     return categories
 
 
-def _images(source: str, entries: list[dict[str, Any]], folder: Path, skip_bad: bool) -> list[ReadImage]:
+def _numbered_texts(entries: list[dict[str, Any]]) -> dict[str, int]:
+    """Return a number for each image where all ids are texts and some are no numbers; otherwise nothing."""
+    ids = [entry.get("id") for entry in entries]
+    texts = [value for value in ids if isinstance(value, str)]
+    if len(texts) < len(ids) or all(_whole(text) is not None for text in texts):
+        return {}
+    return {text: number for number, text in enumerate(dict.fromkeys(texts))}
+
+
+def _images(
+    source: str,
+    entries: list[dict[str, Any]],
+    texts: Mapping[str, int],
+    folder: Path,
+    skip_bad: bool,
+    as_stored: bool,
+) -> list[ReadImage]:
     names, images, seen = [], [], set()
     for index, entry in enumerate(entries):
         where = f"{source}: image {index}"
-        number, name = _id(entry, where), _value(entry, "file_name", where)
+        number, name = texts.get(str(entry.get("id"))), _value(entry, "file_name", where)
+        number = _id(entry, where) if number is None else number
         if number in seen:
             raise ValueError(f"{where} has the id {number} of another one; give each its own.")
         if not isinstance(name, str):
             raise ValueError(f"{where} has the file name {name!r}; write a text.")
         size = _UNKNOWN
         if any(entry.get(key) not in (None, 0) for key in ("height", "width")):
-            size = _side(entry, "height", where), _side(entry, "width", where)
+            try:
+                size = _side(entry, "height", where), _side(entry, "width", where)
+            except ValueError:
+                if not skip_bad:
+                    raise
         seen.add(number)
         names.append(name)
         images.append(ReadImage("", size, number, []))
     paths = enclosed_files(folder, names, source)
     return [
-        image._replace(path=path, size=_read_size(path, skip_bad) if image.size == _UNKNOWN else image.size)
+        image._replace(path=path, size=_read_size(path, skip_bad, as_stored) if image.size == _UNKNOWN else image.size)
         for image, path in zip(images, paths, strict=True)
     ]
 
 
-def _read_size(path: str, skip_bad: bool) -> tuple[int, int]:
+def _read_size(path: str, skip_bad: bool, as_stored: bool) -> tuple[int, int]:
     if not Path(path).is_file():
         return _UNKNOWN  # whoever wants the pixels counts and names all that are missing
     try:
-        return upright_size(path)
+        return turn_of(path).header.stored if as_stored else upright_size(path)
     except ValueError:
         if not skip_bad:
             raise
@@ -153,9 +239,25 @@ def _value(entry: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _id(entry: Mapping[str, Any], where: str) -> int:
     value: Any = _value(entry, "id", where)
-    if not _is_integer(value) or abs(value) >= 1 << 63:
+    number = _whole(value)
+    if number is None or abs(number) >= 1 << 63:
         raise ValueError(f"{where} has the id {value!r}; ids are integers of 64 bits.")
-    return int(value)
+    return number
+
+
+def _known_id(value: Any, known: Collection[int], texts: Mapping[str, int] | None = None) -> int | None:
+    """Return the id that a value stands for, None if it is none of the known ones."""
+    number = texts.get(str(value)) if texts else _whole(value)
+    return number if number in known else None
+
+
+def _whole(value: Any) -> int | None:
+    """Return a whole number, also as a float or a text; None for anything else."""
+    if isinstance(value, str) and len(value) <= 20 and value.strip().removeprefix("-").isdecimal():
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _side(entry: Mapping[str, Any], key: str, where: str) -> int:
@@ -183,10 +285,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 class CocoDetection(DetectionData):
     """Serve images whose boxes are in COCO JSON files, decoded by worker processes at their own sizes.
 
@@ -205,6 +303,10 @@ class CocoDetection(DetectionData):
         images: folder that the file names of the training images are relative to.
         val_images: that of the evaluation images; None takes `images`.
         test_images: that of the test images; None takes that of the evaluation images.
+        categories: names of the categories to take, such as all but a parent of them that has no boxes of its own;
+            boxes of others are left out. None takes all.
+        boxes_as_stored: whether sizes and boxes are those of the pictures before their EXIF orientation turns them; the
+            boxes are turned along.
         **options: the arguments of `DetectionData`, such as `batch_size` and `min_size`.
 
     Attributes:
@@ -218,6 +320,8 @@ class CocoDetection(DetectionData):
         ValueError: if a file is damaged or contradicts itself, or names a file outside of its folder; see `read_coco`.
     """
 
+    class_mend = "or leave the class out with categories=[...]"
+
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -227,6 +331,8 @@ class CocoDetection(DetectionData):
         images: str = "images",
         val_images: str | None = None,
         test_images: str | None = None,
+        categories: tuple[str, ...] | None = None,
+        boxes_as_stored: bool = False,
         **options: Any,
     ) -> None:
         top = Path(root)
@@ -238,8 +344,9 @@ class CocoDetection(DetectionData):
             folders = {"train": (images,), "val": (val_images, images), "test": (test_images, val_images, images)}
             folder = enclosed_folder(top, next(name for name in folders[split] if name is not None))
             known = dict(zip(training.category_ids, training.classes, strict=True)) if training else None
-            return read_coco(top / file, folder, known, skip_bad=skip_bad)
+            return read_coco(top / file, folder, known, skip_bad=skip_bad, as_stored=boxes_as_stored, chosen=categories)
 
         super().__init__(read, **options)
         self.root, self.train, self.val, self.test = root, train, val, test
         self.images, self.val_images, self.test_images = images, val_images, test_images
+        self.categories, self.boxes_as_stored = categories, boxes_as_stored

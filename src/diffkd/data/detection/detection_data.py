@@ -2,12 +2,12 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -15,7 +15,7 @@ from diffkd.data.detection.annotated_files import AnnotatedFiles
 from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection.dataset import DetectionDataset, collate_detection
 from diffkd.data.folders import FolderSamples, absent_classes, links_followed, quoted
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, train_or_val
 from diffkd.data.images import MEND, OnBadImage, check_on_bad_image, check_readable, upright_size
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
@@ -66,6 +66,7 @@ class DetectionData(ImageData):
     """
 
     task = "detection"
+    class_mend = "or remove the class if it is none"  # what to do about a class without boxes
 
     def __init__(
         self,
@@ -88,9 +89,10 @@ class DetectionData(ImageData):
         check_on_bad_image(on_bad_image)
         skip = on_bad_image == "skip"
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-        check = _Check(skip=skip, decode=verify or skip, threads=num_workers)
+        narrowest = _Narrowest(max_size, augmentation.min_crop)
+        check = _Check(skip=skip, decode=verify or skip, threads=num_workers, narrowest=narrowest)
         with links_followed(follow_links):
-            train = read("train", None, skip)
+            train, trains = train_or_val(partial(read, "train", None, skip), partial(read, "val", None, skip))
             val = read("val", train, skip) if val_share is None else None
             test = read("test", train, skip)
         if train is not None and val_share is not None:
@@ -101,7 +103,7 @@ class DetectionData(ImageData):
         white = white_level_of(white_level, train.paths)
         train, val = replace(train, white=white), replace(val, white=white)
         test = None if test is None else replace(test, white=white)
-        train = _to_train(check(train), keep_empty)
+        train = _to_train(check(train), keep_empty, self.class_mend) if trains else val
         training = DetectionDataset(train.annotations, train.read, augmentation, seed)
         evaluation = _evaluation(check(val))
         loaders = SplitLoaders(
@@ -126,6 +128,25 @@ class DetectionData(ImageData):
         self.skipped, self.dropped = check.skipped, check.dropped
 
 
+class _Narrowest(NamedTuple):
+    """Say how narrow an image may be.
+
+    Args:
+        max_size: the longer side at which the detector works, in pixels.
+        min_crop: smallest share of a side that a random crop keeps.
+    """
+
+    max_size: int
+    min_crop: float
+
+    def problem(self, path: str, size: Sequence[int]) -> str | None:
+        """Return why an image of a size (H, W) has no pixel left once the detector has scaled it; None if it has."""
+        narrow = max(1.0, min(size) * self.min_crop)
+        if not min(size) or narrow * self.max_size >= max(size):
+            return None
+        return f"image {path} is {size[1]}x{size[0]} pixels, of which nothing is left at max_size={self.max_size}{MEND}"
+
+
 class _Check:
     """Find out which images of a split can be used.
 
@@ -133,14 +154,15 @@ class _Check:
         skip: leave broken images out instead of refusing them.
         decode: decode every image.
         threads: images decoded at a time.
+        narrowest: how narrow an image may be.
 
     Attributes:
         skipped: one message per image left out so far.
         dropped: one message per box that the readers have left out.
     """
 
-    def __init__(self, *, skip: bool, decode: bool, threads: int) -> None:
-        self._skip, self._decode, self._threads = skip, decode, threads
+    def __init__(self, *, skip: bool, decode: bool, threads: int, narrowest: _Narrowest) -> None:
+        self._skip, self._decode, self._threads, self._narrowest = skip, decode, threads, narrowest
         self.skipped: list[str] = []
         self.dropped: list[str] = []
 
@@ -165,11 +187,15 @@ class _Check:
                 f"{files.source}: {len(repeated)} image files are there more than once, first {repeated[0]}: "
                 "where each time has some of its boxes only, the others pass for background: put them together."
             )
+        narrow = [self._narrowest.problem(*one) for one in zip(files.paths, files.sizes.tolist(), strict=True)]
         if not self._decode:
             _check_present(files)
+            if problem := next(filter(None, narrow), None):
+                raise ValueError(problem)
             return files
         with ThreadPoolExecutor(max(self._threads, 1)) as pool:
             problems = list(pool.map(partial(_problem, files), range(len(files.paths)), chunksize=64))
+        problems = [broken or thin for broken, thin in zip(problems, narrow, strict=True)]
         found = [problem for problem in problems if problem is not None]
         if not found:
             return files
@@ -185,7 +211,7 @@ class _Check:
         return files.select(good)
 
 
-def _to_train(files: AnnotatedFiles, keep_empty: bool) -> AnnotatedFiles:
+def _to_train(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFiles:
     """Return the images to train on, without crowd boxes; warn of absent classes, raise ValueError if none is there."""
     stated = len(files.annotations.boxes.labels)
     files = replace(files, annotations=files.annotations.without_crowds())
@@ -196,8 +222,8 @@ def _to_train(files: AnnotatedFiles, keep_empty: bool) -> AnnotatedFiles:
     absent = absent_classes((files.annotations.boxes.labels - 1).tolist(), files.classes)
     if absent:
         rank_zero_warn(
-            f"{files.source}: no box of class(es) {quoted(absent)} to train on, which cannot be learned; add some, or "
-            "remove the class if it is none."
+            f"{files.source}: no box of class(es) {quoted(absent)} to train on, which cannot be learned; add some, "
+            f"{mend}."
         )
     return files if keep_empty else files.select(full)
 

@@ -1,16 +1,24 @@
 """Detection in Pascal VOC's XML format: reader and data module."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from diffkd.data.detection.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files, flag
+from diffkd.data.detection.annotated_files import (
+    AnnotatedFiles,
+    ReadBox,
+    ReadImage,
+    annotated_files,
+    flag,
+    turned_along,
+)
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import EXTENSIONS, enclosed_files, enclosed_folder
-from diffkd.data.images import upright_size
+from diffkd.data.folders import EVALUATION_SPLITS, EXTENSIONS, enclosed_files, enclosed_folder
+from diffkd.data.images import turn_of, upright_size
 
 
 class VocSplit(NamedTuple):
@@ -53,7 +61,7 @@ def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
     annotations = enclosed_folder(folder, "Annotations") if (folder / "Annotations").is_dir() else folder
     images = enclosed_folder(folder, "JPEGImages") if (folder / "JPEGImages").is_dir() else folder
     if names.is_file():
-        xml_names = [f"{name}.xml" for name in listed]
+        xml_names = [f"{_without_extension(name, annotations)}.xml" for name in listed]
     else:
         xml_names = sorted(path.name for path in annotations.glob("*.xml"))
     if not xml_names:
@@ -61,7 +69,14 @@ def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
     return VocSplit(source, enclosed_files(annotations, xml_names, source), images)
 
 
-def read_voc(split: VocSplit, classes: Sequence[str] | None = None, first_pixel: int = 0) -> AnnotatedFiles:
+def read_voc(
+    split: VocSplit,
+    classes: Sequence[str] | None = None,
+    first_pixel: int = 0,
+    *,
+    skip_bad: bool = False,
+    as_stored: bool = False,
+) -> AnnotatedFiles:
     """Read the boxes of a split.
 
     Objects marked as difficult are treated as crowds: left out of training, flagged in evaluation.
@@ -71,6 +86,9 @@ def read_voc(split: VocSplit, classes: Sequence[str] | None = None, first_pixel:
         classes: the names of labels 1 to K; None takes the names that occur, sorted.
         first_pixel: the number of the first pixel: 1 if left and top count from 1 and right and bottom are inclusive,
             as in the official VOC files; 0 if corners are taken as they are.
+        skip_bad: whether images whose XML file cannot be used are let pass, for whoever decodes them to leave out, and
+            malformed objects left out.
+        as_stored: whether sizes and boxes are those of pictures before their EXIF turns them.
 
     Raises:
         FileNotFoundError: if an XML file is missing.
@@ -79,21 +97,54 @@ def read_voc(split: VocSplit, classes: Sequence[str] | None = None, first_pixel:
     """
     if first_pixel not in (0, 1):
         raise ValueError(f"first_pixel={first_pixel} is neither 0 nor 1.")
-    roots = [_parse(file) for file in split.files]
+    roots, problems = [], {}
+    for file in split.files:
+        try:
+            roots.append(_parse(file))
+        except (ValueError, FileNotFoundError) as error:
+            if not skip_bad:
+                raise
+            roots.append(ElementTree.Element("annotation"))
+            problems[file] = str(error)
     if classes is None:
-        found = {
-            _text(one, "name", file) for file, root in zip(split.files, roots, strict=True) for one in _objects(root)
-        }
-        classes = sorted(found)
-        if not classes:
-            raise ValueError(f"{split.source}: no objects, hence no classes; give the names of the classes.")
+        classes = _classes(split, roots, skip_bad)
     labels = {name: label for label, name in enumerate(classes, start=1)}
-    images = []
+    images, malformed = [], []
     for index, (file, root) in enumerate(zip(split.files, roots, strict=True)):
-        path = _image(file, root, split.images)
-        boxes = [_box(one, number, labels, file, first_pixel) for number, one in enumerate(_objects(root))]
-        images.append(ReadImage(path, _size(root, file, path), index, boxes))
-    return annotated_files(split.source, images, classes, range(1, len(classes) + 1))
+        boxes, path, size = [], str(split.images / f"{Path(file).stem}.jpg"), (0, 0)
+        for number, one in enumerate(_objects(root)):
+            try:
+                boxes.append(_box(one, number, labels, file, first_pixel))
+            except ValueError as error:
+                if not skip_bad:
+                    raise
+                malformed.append(str(error))
+        image = ReadImage(path, size, index, boxes)
+        try:
+            path = _image(file, root, split.images)
+            image = image._replace(path=path, size=_size(root, file, path, as_stored))
+            image = turned_along(image) if as_stored and Path(path).is_file() else image
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            problems.setdefault(file, str(error))
+        images.append(image._replace(problem=problems[file], boxes=[]) if file in problems else image)
+    return annotated_files(split.source, images, classes, range(1, len(classes) + 1), malformed)
+
+
+def _classes(split: VocSplit, roots: Sequence[ElementTree.Element], skip_bad: bool) -> list[str]:
+    """Return the names that occur, sorted."""
+    found = set()
+    for file, root in zip(split.files, roots, strict=True):
+        for one in _objects(root):
+            try:
+                found.add(_text(one, "name", file))
+            except ValueError:
+                if not skip_bad:
+                    raise
+    if not found:
+        raise ValueError(f"{split.source}: no objects, hence no classes; give the names of the classes.")
+    return sorted(found)
 
 
 class _Builder:
@@ -110,15 +161,36 @@ class _Builder:
 def _parse(file: str) -> ElementTree.Element:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file; add it, or remove its name from the list.")
-    parser = ElementTree.XMLParser(target=_Builder())
+    content = Path(file).read_bytes()
     try:
-        parser.feed(Path(file).read_bytes())
-        root: ElementTree.Element = parser.close()
+        try:
+            root = _tree(content)
+        except (ElementTree.ParseError, ValueError, LookupError):
+            text = _decoded(content)
+            if text is None:
+                raise
+            root = _tree(text)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{file}: no XML of Pascal VOC ({error}).") from error
     if root.tag != "annotation" and not _objects(root):
         raise ValueError(f"{file}: no XML of Pascal VOC (its root is {root.tag!r}, not 'annotation').")
     return root
+
+
+def _tree(content: str | bytes) -> ElementTree.Element:
+    parser = ElementTree.XMLParser(target=_Builder())
+    parser.feed(content)
+    root: ElementTree.Element = parser.close()
+    return root
+
+
+_DECLARED = re.compile(rb"""\s*<\?xml[^>]{0,100}?encoding\s*=\s*["']([\w.-]{1,40})["'][^>]{0,100}?\?>""")
+
+
+def _decoded(content: bytes) -> str | None:
+    """Return the text of an XML file in the encoding that it declares: Python knows more of them than the parser."""
+    declared = _DECLARED.match(content)
+    return content[declared.end() :].decode(declared[1].decode()) if declared else None
 
 
 def _objects(root: ElementTree.Element) -> list[ElementTree.Element]:
@@ -142,6 +214,8 @@ def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
     stem, stated = Path(file).stem, (root.findtext("filename") or "").strip()
     if "\\" in stated:  # where it was on the Windows of whoever labelled it
         stated = PureWindowsPath(stated).name
+    elif stated.startswith("/") and _is_inside(folder, name := PurePosixPath(stated).name):
+        stated = name  # where it was elsewhere
     extensions = (".jpg", *sorted(EXTENSIONS))
     names = [stated] if stated else []
     names += [stem + extension for extension in (*extensions, *map(str.upper, extensions))]
@@ -152,11 +226,15 @@ def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
     return str(folder / names[0])
 
 
-def _size(root: ElementTree.Element, file: str, path: str) -> tuple[int, int]:
+def _is_inside(folder: Path, name: str) -> bool:
+    return bool(name) and (folder / name).is_file()
+
+
+def _size(root: ElementTree.Element, file: str, path: str, as_stored: bool) -> tuple[int, int]:
     """Return the stated height and width, or those of the image where nothing is stated."""
     stated = [(root.findtext(f"size/{side}") or "").strip() for side in ("height", "width")]
     if all(side in ("", "0") for side in stated):
-        return upright_size(path)
+        return turn_of(path).header.stored if as_stored else upright_size(path)
     height, width = (_number(side, file) for side in stated)
     if not all(1 <= side < 1 << 31 and side == int(side) for side in (height, width)):
         raise ValueError(f"{file}: its size is {stated[1]}x{stated[0]}; write numbers of pixels, 1 or more.")
@@ -177,6 +255,13 @@ def _number(text: str, where: str) -> float:
         raise ValueError(f"{where} has {text!r} where a number of pixels belongs.") from None
 
 
+def _without_extension(name: str, annotations: Path) -> str:
+    """Return a listed name without the extension of an image, if it has one and no XML file has it, too."""
+    stem, dot, extension = name.rpartition(".")
+    image = f"{dot}{extension}".lower() in EXTENSIONS
+    return stem if stem and image and not (annotations / f"{name}.xml").is_file() else name
+
+
 def _without_flag(line: str) -> str:
     """Return the name in a line; the lists of single classes have 1, 0 or -1 behind it."""
     name, _, flag = line.strip().rpartition(" ")
@@ -194,11 +279,13 @@ class VocDetection(DetectionData):
     Args:
         root: folder of the data set.
         train: name of the training split.
-        val: name of the evaluation split.
+        val: name of the evaluation split; "val" may also be called "valid", "validation" or "test".
         test: name of the test split; None tests on `val`.
         classes: the names of labels 1 to K; None takes those that occur in the training split, sorted.
         first_pixel: the number of the first pixel: 1 for the official VOC files, whose corners count from 1 and are
             inclusive; 0 takes corners as they are.
+        boxes_as_stored: whether sizes and boxes are those of the pictures before their EXIF orientation turns them; the
+            boxes are turned along.
         **options: the arguments of `DetectionData`, such as `batch_size` and `min_size`.
 
     Attributes:
@@ -220,14 +307,23 @@ class VocDetection(DetectionData):
         test: str | None = None,
         classes: tuple[str, ...] | None = None,
         first_pixel: int = 0,
+        boxes_as_stored: bool = False,
         **options: Any,
     ) -> None:
         def read(split: Split, training: AnnotatedFiles | None, skip_bad: bool) -> AnnotatedFiles | None:
             name = {"train": train, "val": val, "test": test}[split]
             if name is None:
                 return None
-            return read_voc(find_voc_split(root, name), training.classes if training else classes, first_pixel)
+            if split == "val" and name == "val" and not _is_split(root, name):
+                name = next((other for other in EVALUATION_SPLITS if _is_split(root, other)), name)
+            names = training.classes if training else classes
+            found = find_voc_split(root, name)
+            return read_voc(found, names, first_pixel, skip_bad=skip_bad, as_stored=boxes_as_stored)
 
         super().__init__(read, **options)
         self.root, self.train, self.val, self.test = root, train, val, test
-        self.first_pixel = first_pixel
+        self.first_pixel, self.boxes_as_stored = first_pixel, boxes_as_stored
+
+
+def _is_split(root: str | os.PathLike[str], name: str) -> bool:
+    return (Path(root) / "ImageSets" / "Main" / f"{name}.txt").is_file() or (Path(root) / name).is_dir()

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffkd.data.folders import links_followed, quoted
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, train_or_val
 from diffkd.data.images import OnBadImage, check_on_bad_image
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
@@ -96,7 +96,7 @@ class SegmentationData(ImageData):
         white_level: int | None = None,
     ) -> None:
         with links_followed(follow_links):
-            train_pairs = read("train")
+            train_pairs, _ = train_or_val(partial(read, "train"), partial(read, "val"))
             if val_share is None:
                 val_pairs = read("val")
             else:

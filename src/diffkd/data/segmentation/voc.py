@@ -1,8 +1,15 @@
 """PASCAL VOC: 1,464 training and 1,449 evaluation images (2012) in 20 classes and background."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+
+from diffkd.data.folders import EXTENSIONS, leaves
+from diffkd.data.segmentation.mask_folder import class_names
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, check_pairs, refuse
 from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
@@ -47,6 +54,8 @@ class VocSegmentation(SegmentationData):
             "train_aug" with the masks of SBD.
         val: list of those that are evaluated.
         masks: folder of the masks, such as "SegmentationClassAug".
+        classes: names of other classes in the order of their ids, or a text file with one name a line, looked for in
+            `root` first; None takes those of PASCAL VOC.
         **options: the other arguments of `SegmentationData`, such as `resize` and `num_workers`.
     """
 
@@ -59,37 +68,82 @@ class VocSegmentation(SegmentationData):
         train: str = "train",
         val: str = "val",
         masks: str = "SegmentationClass",
+        classes: str | Path | Sequence[str] | None = None,
         **options: Any,
     ) -> None:
         top = Path(root)
         choices = (top, top / "VOCdevkit" / "VOC2012", top / "VOC2012")
         top = next((path for path in choices if (path / "JPEGImages").is_dir()), top)
-        code = MaskCode(len(_CLASSES), self.ignore_index)
+        names = _CLASSES if classes is None else class_names(classes, Path(root))
+        code = MaskCode(len(names), self.ignore_index)
         lists = {"train": train, "val": val}
 
         def read(split: Split) -> Pairs:
-            return _listed(top, lists[split], masks)
+            pairs = _listed(top, lists[split], masks)
+            if split == "train" and classes is None:
+                _hint_at_own_classes(pairs, code)
+            return pairs
 
-        super().__init__(read, code, _CLASSES, batch_size=batch_size, augmentation=augmentation, seed=seed, **options)
+        super().__init__(read, code, names, batch_size=batch_size, augmentation=augmentation, seed=seed, **options)
         self.root, self.train, self.val, self.masks = root, train, val, masks
+        # As an argument it may be None or a file, as an attribute it is the names.
+        self.save_hyperparameters({"classes": classes}, logger=False)
+
+
+_LOOKED_AT = 64
+
+
+def _hint_at_own_classes(pairs: Pairs, code: MaskCode) -> None:
+    """Warn if the masks hold the first few ids alone, as those of other classes in the folders of PASCAL VOC do."""
+    seen: set[int] = set()
+    for mask in pairs.masks[:: len(pairs.masks) // _LOOKED_AT + 1]:
+        try:
+            seen |= set(np.unique(code.read(mask)).tolist())
+        except ValueError:
+            return  # whoever reads the pair says so
+    seen -= {code.ignore_index}
+    if seen and max(seen) < len(_CLASSES) // 2 and seen == set(range(max(seen) + 1)):
+        named = ", ".join(_CLASSES[: max(seen) + 1])
+        rank_zero_warn(
+            f"the training masks seem to hold ids 0 to {max(seen)} only, which are taken for {named} of the "
+            f"{len(_CLASSES)} classes of PASCAL VOC; name your own with classes=..., or use MaskFolder."
+        )
 
 
 def _listed(root: Path, split: str, masks: str) -> Pairs:
-    """Pair the images and masks that a list names, a name without extension a line."""
+    """Pair the images and masks that a list names: by a name a line, or by the paths of both as the lists of SBD do."""
     source = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such list; give a root with JPEGImages, {masks} and ImageSets.")
-    names = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{source}: lists no images; give one name a line.")
     if len(set(names)) < len(names):
-        twice = next(name for index, name in enumerate(names) if name in names[:index])
+        twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"{source}: {twice!r} is listed twice; remove one.")
     real = root.resolve()
-    pairs = [(root / "JPEGImages" / f"{name}.jpg", root / masks / f"{name}.png") for name in names]
+    pairs = [_pair(root, name, masks) for name in names]
     for path in (path for pair in pairs for path in pair):
-        if not path.resolve().is_relative_to(real):
+        if leaves(path, real, named=path.relative_to(root) if path.is_relative_to(root) else path):
             raise ValueError(f"{source}: {path.stem!r} leads to {path.resolve()}, outside of {root}; remove it.")
     missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
     refuse(missing, f"{source}: {len(missing)} of the files it names are missing; add them or remove their names")
     return check_pairs(root, pairs)
+
+
+def _pair(root: Path, name: str, masks: str) -> tuple[Path, Path]:
+    """Return the image and the mask that a line names."""
+    parts = name.split()
+    if len(parts) == 2 and all("/" in part for part in parts):
+        image, mask = (root / part.lstrip("/") for part in parts)
+        return image, mask
+    stem, dot, extension = name.rpartition(".")
+    name = stem if stem and f"{dot}{extension}".lower() in EXTENSIONS else name
+    return _found(root / "JPEGImages", name, ".jpg"), _found(root / masks, name, ".png")
+
+
+def _found(folder: Path, name: str, usual: str) -> Path:
+    """Return the file of a name, whatever its extension; where there is none, that with the usual one."""
+    extensions = (usual, usual.upper(), *sorted(EXTENSIONS), *map(str.upper, sorted(EXTENSIONS)))
+    paths = (folder / f"{name}{extension}" for extension in extensions)
+    return next((path for path in paths if path.is_file()), folder / f"{name}{usual}")
