@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
+from diffkd.distill.balance import Balance
 from diffkd.distill.matching import Pair
 from diffkd.distill.ramp import ALWAYS, Ramp
 from diffkd.methods import MethodFactory
@@ -51,6 +52,7 @@ def build_training(
     task_weight: float = 1.0,
     method_weight: float = 1.0,
     method_ramp: Ramp = ALWAYS,
+    balance: Balance | None = None,
     epochs: int = 100,
     optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
     schedule: Schedule = DEFAULT_SCHEDULE,
@@ -120,6 +122,7 @@ def build_training(
             pairs=pairs,
             method=[tell_data(one, data) for one in methods] or None,
             seed=seed,
+            balance=balance,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
         if teacher_weights is not None:

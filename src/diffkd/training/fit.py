@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+from diffkd.distill.balance import Balance
 from diffkd.distill.matching import Pair
 from diffkd.distill.ramp import ALWAYS, Ramp
 from diffkd.export.student_file import make_card, read_card, versions, with_metrics
@@ -56,6 +57,7 @@ def fit(
     task_weight: float = 1.0,
     method_weight: float = 1.0,
     method_ramp: Ramp = ALWAYS,
+    balance: Balance | None = None,
     epochs: int = 100,
     optimizer: OptimizerFactory = DEFAULT_OPTIMIZER,
     schedule: Schedule = DEFAULT_SCHEDULE,
@@ -103,6 +105,8 @@ def fit(
         task_weight: factor of the task's own loss, with the labels.
         method_weight: factor of all distillation losses.
         method_ramp: when in the training they count: start, warm-up and stop, in epochs.
+        balance: weight of the automatic pairs on features that follows the gradients, such as {balance: 1.0} to pull as
+            hard as the task; a pair of your own takes it as its weight.
         epochs: length of the training.
         optimizer: any, such as torch.optim.AdamW, which then starts from its own defaults.
         schedule: how the learning rate changes over the epochs.
