@@ -206,3 +206,14 @@ def test_two_processes_have_the_weight_of_one(tmp_path):
     for name, parameter in alone.named_parameters():
         # The weight is float32.
         torch.testing.assert_close(found[0][name], parameter.grad, rtol=1e-5, atol=1e-8)
+
+
+def test_automatic_pairs_on_features_are_balanced():
+    torch.manual_seed(0)
+    options = {"example": IMAGES[:2], "balance": Balance(0.5)}
+    distiller = Distiller(ConvNet(4).double(), ConvNet(6).double(), **options).double()
+    assert [pair.weight for pair in distiller.pairs] == [Balance(0.5), 1.0]
+    task, _, losses = step(distiller)
+    (task + sum(losses.values())).backward()
+    with pytest.raises(ValueError, match="give it as the weight of your own pairs"):
+        Distiller(ConvNet(4).double(), ConvNet(6).double(), [Pair("stage")], **options)

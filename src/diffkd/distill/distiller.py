@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -82,6 +83,7 @@ class Distiller(nn.Module):
             (:class:`~diffkd.TeacherInput`), or takes it from layers of the student
             (:class:`~diffkd.teacher.view.StudentView`).
         teacher_options: how the teacher runs; by default as it was given (:class:`~diffkd.TeacherOptions`).
+        balance: weight of the automatic pairs on features; those on logits keep theirs, and so do given pairs.
 
     Methods that want the teacher's classifier (SRRL) get its pooling and last linear layer.
 
@@ -116,6 +118,7 @@ class Distiller(nn.Module):
         method: MethodFactory | Sequence[MethodFactory] = DiffKD,
         teacher_input: Callable[[Any], Any] | StudentView | None = None,
         teacher_options: TeacherOptions = AS_GIVEN,
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         check_models(student, teacher)
@@ -128,6 +131,8 @@ class Distiller(nn.Module):
         teacher_layers = list_layers(teacher.eval(), teacher_example)
 
         methods = list(method) if isinstance(method, Sequence) else [method]
+        if balance is not None and not isinstance(pairs, str):
+            raise ValueError("balance is the weight of automatic pairs: give it as the weight of your own pairs")
         if isinstance(pairs, str):
             if pairs != "auto":
                 raise ValueError(f"pairs must be 'auto' or a list of Pair, got {pairs!r}")
@@ -180,6 +185,12 @@ class Distiller(nn.Module):
             self.methods.append(built := build_method(factory, ours, theirs))
             if (take_norms := getattr(built, "take_norms", None)) is not None:
                 take_norms([_norm_before(given_teacher, teacher_layers, name) for name in pair.teacher_names])
+        if balance is not None:
+            of_logits = [any(shape.role == "logits" for shape in theirs.shapes) for _, theirs in self.readers]
+            self.pairs = tuple(
+                pair if logits else replace(pair, weight=balance)
+                for pair, logits in zip(self.pairs, of_logits, strict=True)
+            )
         if (parameter := first_parameter(student)) is not None:
             self.methods.to(parameter.device)
         device = None if parameter is None else parameter.device

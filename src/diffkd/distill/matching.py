@@ -203,9 +203,8 @@ def _box_output_pair(student: Sequence[Layer], teacher: Sequence[Layer], method:
 def wants_of(factory: Any) -> frozenset[Want]:
     """Return what a method's factory wants of automatic pairing: its own `wants`, or that of the class it wraps."""
     wants: frozenset[Want] = attribute_of(factory, "wants", DEFAULT_WANTS)
-    # A method whose option says so takes no logits.
-    told = getattr(factory, "keywords", {}).get("on", "everything")
-    return wants - {"logits", "class map"} if told == "features" else wants
+    features_only = getattr(factory, "keywords", {}).get("features_only", False)  # an option of DiffKD
+    return wants - {"logits", "class map"} if features_only else wants
 
 
 def least_classes_of(factory: Any) -> int:

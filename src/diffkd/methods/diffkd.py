@@ -117,8 +117,7 @@ class DiffKD(nn.Module):
         error: "mean" or "sum", see above; None: "mean".
         output_projection, latent_norm, denoiser_norm, activate, start_timestep, detach_target: see above.
         standardize, time, prediction, every_step, path: see above.
-        on: what automatic pairing gives it: features and logits, or "features" alone, where another method has the
-            logits.
+        features_only: automatic pairing gives it features alone, since another method has the logits.
 
     Raises:
         ValueError: if an option is out of its range or does not go with another, one feature is a map and the other a
@@ -163,7 +162,7 @@ class DiffKD(nn.Module):
         prediction: Prediction = "noise",
         every_step: bool = False,
         path: Literal["diffusion", "flow"] = "diffusion",
-        on: Literal["everything", "features"] = "everything",
+        features_only: bool = False,
     ) -> None:
         super().__init__()
         if variant not in ("code", "paper"):
@@ -178,7 +177,6 @@ class DiffKD(nn.Module):
             ("time", time, ("embedding", "film")),
             ("prediction", prediction, ("noise", "clean", "velocity")),
             ("path", path, ("diffusion", "flow")),
-            ("on", on, ("everything", "features")),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

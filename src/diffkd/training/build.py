@@ -82,6 +82,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             pairs=pairs,
             method=[tell_data(one, data) for one in methods] or None,
             seed=options.seed,
+            balance=options.balance,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
         check_teacher_head(distiller, teacher)

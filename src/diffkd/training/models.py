@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from diffkd.data.seeding import mix_seed
+from diffkd.distill.balance import Balance
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.matching import Pair, wants_of
 from diffkd.export.student_file import find_weights, read_card
@@ -180,6 +181,7 @@ def build_distiller(
     method: MethodFactory | Sequence[MethodFactory] | None,
     seed: int,
     teacher_options: TeacherOptions = AS_GIVEN,
+    balance: Balance | None = None,
 ) -> Distiller:
     """Join student and teacher; the methods' initial weights depend on the seed alone.
 
@@ -216,6 +218,7 @@ def build_distiller(
         method=factories,
         teacher_input=view,
         teacher_options=teacher_options,
+        balance=balance,
     )
     check_needs(distiller, data)
     return distiller

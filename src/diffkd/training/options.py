@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from diffkd.distill.balance import Balance
 from diffkd.distill.matching import Pair
 from diffkd.distill.ramp import ALWAYS, Ramp
 from diffkd.methods import MethodFactory
@@ -47,6 +48,8 @@ class FitOptions:
         task_weight: factor of the task's own loss, with the labels.
         method_weight: factor of all distillation losses.
         method_ramp: when in the training they count: start, warm-up and stop, in epochs.
+        balance: weight of the automatic pairs on features that follows the gradients, such as {balance: 1.0} to pull as
+            hard as the task; a pair of your own takes it as its weight.
         epochs: length of the training.
         optimizer: any, such as torch.optim.AdamW, which then starts from its own defaults.
         schedule: how the learning rate changes over the epochs.
@@ -95,6 +98,7 @@ class FitOptions:
     task_weight: float = 1.0
     method_weight: float = 1.0
     method_ramp: Ramp = ALWAYS
+    balance: Balance | None = None
     epochs: int = 100
     optimizer: OptimizerFactory = DEFAULT_OPTIMIZER
     schedule: Schedule = DEFAULT_SCHEDULE
