@@ -73,7 +73,8 @@ def report(training: Training, batch: Any, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if share <= 2 * chance:
+    # Of two classes every teacher is at most twice as good as chance.
+    if share <= min(2 * chance, chance + 0.1 * (1 - chance)):
         console.print(
             "warning: the teacher is hardly better than chance. Are its weights loaded, are the classes in the same "
             "order, are the images normalised as it wants?",
