@@ -22,7 +22,7 @@ from diffkd.files.weights import save_student
 from diffkd.methods import MethodFactory
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.detection import DetectionOptions
-from diffkd.tasks.distributed import device_name, is_first_process, strategy_for
+from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
 from diffkd.tasks.segmentation import SegmentationOptions
 from diffkd.tasks.task_of_data import DEFAULT_DETECTION, DEFAULT_SEGMENTATION
 from diffkd.teacher.cache import Storage
@@ -154,7 +154,7 @@ def fit(
     config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
     config = {name: value for name, value in config.items() if name != "resume"}
     folder = RunFolder(out)
-    first = is_first_process()
+    first = is_first_process(devices, num_nodes)
     console = Console(stderr=True, quiet=not (progress and first))
     with held(folder.path) if first else nullcontext():
         if (finished := folder.check(config, resume=resume)) is not None:
@@ -204,7 +204,7 @@ def fit(
                     *filter(None, [training.cached_teacher]),
                     saver,
                 ],
-                plugins=[WholeFiles()],
+                plugins=[WholeFiles(), *environments(devices, num_nodes)],
                 default_root_dir=folder.path,
                 use_distributed_sampler=False,
                 num_sanity_val_steps=0,
