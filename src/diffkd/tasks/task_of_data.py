@@ -45,7 +45,7 @@ def build_task(
         raise ValueError(f"options of segmentation were given, but the data are for {data.task}; leave them out")
     match data.task:
         case "classification":
-            return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix)
+            return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix, data.classes)
         case "segmentation":
             multiple = math.lcm(*(stride_of(model) for model in models))
             return Segmentation(data.classes, data.ignore_index, multiple, segmentation)

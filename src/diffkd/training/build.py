@@ -82,11 +82,13 @@ def build_training(
     check_teaching(teacher, method, pairs)
     facts = facts_of(data)
     check_classes(facts)
+    notes: list[str] = []
     model = build_student(
         student,
         facts,
         weights=student_weights,
         weights_key=student_weights_key,
+        notes=notes,
         pretrained=student_pretrained,
         pretrained_backbone=pretrained_backbone,
         auxiliary=segmentation.auxiliary,
@@ -105,6 +107,8 @@ def build_training(
             pretrained=teacher_pretrained,
             detection=detection,
             weights_key=teacher_weights_key,
+            options=teacher_options,
+            notes=notes,
         )
         teaching = [whole]
         if teacher_cache is not None or teacher_views is not None:
@@ -132,7 +136,7 @@ def build_training(
         )
         check_teacher_head(trained, whole)
         if teacher_weights is not None:
-            check_teacher_classes(trained, teacher_weights, facts)
+            check_teacher_classes(trained, teacher_weights, facts, teacher_options.classes)
         if channels_last:
             trained.to(memory_format=torch.channels_last)
     training = Training(
@@ -151,6 +155,7 @@ def build_training(
         teacher=whole if facts.task == "detection" else None,  # of which the distiller holds a part
     )
     training.cached_teacher = cached
+    training.notes = notes
     if compile:
         training.model.compile(mode=None if compile is True else compile)
     return training
