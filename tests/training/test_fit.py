@@ -302,3 +302,24 @@ def test_an_unknown_way_to_compile_is_refused_at_once(image_files, model_file):
 def test_shards_are_not_compiled(tmp_path, image_files, model_file):
     with pytest.raises(ValueError, match="not with fsdp"):
         train(arrays(image_files), tmp_path / "run", model_file, strategy="fsdp", compile=True)
+
+
+@pytest.mark.parametrize(("right", "warned"), [(8, False), (6, False), (4, True)])
+def test_a_good_teacher_of_two_classes_is_not_called_chance(right, warned):
+    labels = torch.arange(8) % 2
+    answers = torch.where(torch.arange(8) < right, labels, 1 - labels)
+
+    def teacher(images):
+        return torch.nn.functional.one_hot(answers, 2).float()
+
+    training = Training(
+        torch.nn.Linear(3, 2),
+        Classification(2),
+        optimizer=torch.optim.SGD,
+        schedule=Schedule(),
+        epochs=1,
+        teacher=teacher,
+    )
+    console = Console(file=io.StringIO(), width=200)
+    report(training, (torch.randn(8, 3), labels, labels), console)
+    assert ("hardly better than chance" in console.file.getvalue()) is warned

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -48,3 +49,25 @@ def test_thresholds_that_the_environment_sets_are_kept():
 def test_what_fails_within_gets_out():
     with pytest.raises(KeyError), freed_memory_kept():
         raise KeyError
+
+
+def test_without_the_module_resource_as_on_windows():
+    script = textwrap.dedent(
+        """
+        import os, sys
+        sys.modules["resource"] = None
+        for name in ("sched_getaffinity", "fork"):
+            if hasattr(os, name):
+                delattr(os, name)
+        from pathlib import Path
+        import torch
+        import diffkd.commands.cli, diffkd.commands.compare, diffkd.commands.evaluate, diffkd.commands.export
+        import diffkd.commands.plot, diffkd.data, diffkd.training.fit
+        from diffkd.training import memory
+        memory._STATUS = Path("nowhere")
+        assert memory.peak_memory(torch.device("cpu")) == 0
+        memory.reset_peak()
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -5,12 +5,13 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 from torch import nn
 
+from diffkd.data.splits import measured_split
 from diffkd.export.plain_student import named_model
 from diffkd.export.student_file import Which, find_student, read_card
 from diffkd.recipes.trust import Trust, trust_words
@@ -30,13 +31,14 @@ def evaluate(
     model: str | None = None,
     data: LightningDataModule | None = None,
     which: Which = "last",
+    split: Literal["test", "val"] | None = None,
     segmentation: SegmentationOptions | None = None,
     precision: str | None = None,
     accelerator: str = "auto",
     progress: bool = True,
     trust: list[str] | None = None,
 ) -> dict[str, float]:
-    """Measure a student on the evaluation set.
+    """Measure a student on the test images of its data, or where there are none on those of the evaluation.
 
     What is not given is read off the card beside the weights. A card is believed where it names models of the known
     libraries and data of this package; code of anybody's own runs only if it is named or trusted here.
@@ -46,6 +48,7 @@ def evaluate(
         model: name of the model, as for fit.
         data: data to measure on; on the command line, `--data.NAME VALUE` without it changes one value of the card's.
         which: of a run, the student of the last or of the best epoch.
+        split: test or val; by default test where there is one. What was recorded in training is of val.
         segmentation: as for fit, such as the windows of the evaluation; None: as in training.
         precision: as for fit; None: as in training.
         accelerator: cpu, gpu, mps, or auto.
@@ -68,7 +71,10 @@ def evaluate(
             f"{path} holds a whole training: take the student out of it with `diffkd export {path} --out "
             "student.safetensors`, and test that"
         )
-    data = data_of(card, trust or ()) if data is None else data
+    if data is None:
+        data = data_of(card, trust or ())
+        if split != "val":
+            data = _with_test_masks(card, data)
     facts = facts_of(data)
     name = model or named_model(card, path, trust or ())
     classes, channels = card.get("num_classes", facts.num_classes), card.get("in_channels", facts.in_channels)
@@ -101,16 +107,21 @@ def evaluate(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+        name_of_split, loader = measured_split(data, split)
+        setattr(data, "val_dataloader", loader)  # noqa: B010, as no method can be assigned to
         trainer.validate(training, datamodule=data, verbose=False)
     measured = training.measured
     console = Console(quiet=not progress)
     console.print(
-        f"{path}: {name}, {sum(p.numel() for p in built.parameters()):,} parameters", highlight=False, soft_wrap=True
+        f"{path}: {name}, {sum(p.numel() for p in built.parameters()):,} parameters, measured on {name_of_split}",
+        highlight=False,
+        soft_wrap=True,
     )
+    of_val = "" if name_of_split != "test" or split == "val" else " on the evaluation images"
     width = max(map(len, measured))
     for metric, value in measured.items():
         recorded = card.get("metrics", {}).get(metric)
-        note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}, {card.get('which', '')})"
+        note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}{of_val}, {card.get('which', '')})"
         console.print(f"{metric:{width}}  {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
     return measured
 
@@ -148,6 +159,18 @@ def data_of(card: dict[str, Any], trust: Sequence[str] = ()) -> LightningDataMod
     except TypeError as error:
         name = f"{kind.__module__}.{kind.__name__}"
         raise ValueError(f"the data cannot be made from the card ({error}); give --data {name} ...") from error
+
+
+def _with_test_masks(card: dict[str, Any], data: LightningDataModule) -> LightningDataModule:
+    """Return masks in folders again with the test split in the place of the evaluation's, where there is one."""
+    if type(data).__name__ != "MaskFolder" or getattr(data, "val", None) in (None, "test"):
+        return data
+    arguments = (card.get("data") or {}).get("init_args") or {}
+    described = {"class_path": "diffkd.data.MaskFolder", "init_args": {**arguments, "val": "test"}}
+    try:
+        return data_of({**card, "data": described})
+    except (ValueError, OSError):  # no such folder, or one without masks
+        return data
 
 
 def described_data(card: dict[str, Any], trust: Sequence[str] = ()) -> tuple[type[LightningDataModule], dict[str, Any]]:

@@ -1,4 +1,9 @@
-"""The normalisation of images that a model's published weights were trained with."""
+"""What a model's weights were trained for, as its library says: normalisation, size and classes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +32,7 @@ def input_normalization(model: nn.Module, name: str) -> Normalization | None:
         case "torchvision":
             found = _of_torchvision(rest)
         case "hf":
-            found = _of_transformers(rest)
+            found = _of_transformers(model, rest)
         case _:
             return None
     first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
@@ -51,12 +56,73 @@ def _of_torchvision(name: str) -> Normalization:
     return tuple(transforms.mean), tuple(transforms.std)
 
 
-def _of_transformers(name: str) -> Normalization | None:
+def _of_transformers(model: nn.Module, name: str) -> Normalization | None:
     processing = require("transformers.image_processing_base", "hf", f"model 'hf/{name}'")
     try:
         settings, _ = processing.ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
-        return None
+        return _usual_of_transformers(model)
+    return _of_settings(settings)
+
+
+def _of_settings(settings: Mapping[str, Any]) -> Normalization | None:
     if not settings.get("do_normalize", True) or "image_mean" not in settings or "image_std" not in settings:
         return None
     return tuple(settings["image_mean"]), tuple(settings["image_std"])
+
+
+def _usual_of_transformers(model: nn.Module) -> Normalization | None:
+    """Return what the images of such a model are normalised with unless a file beside it says otherwise."""
+    mapping = require("transformers.models.auto.image_processing_auto", "hf", "a model of transformers")
+    try:
+        found = mapping.IMAGE_PROCESSOR_MAPPING[type(config_of(model))]
+    except (KeyError, AttributeError, ImportError):
+        return None
+    kinds = list(found.values()) if isinstance(found, dict) else list(found) if isinstance(found, tuple) else [found]
+    for kind in kinds:
+        mean, std = getattr(kind, "image_mean", None), getattr(kind, "image_std", None)
+        if mean is not None and std is not None:
+            return tuple(mean), tuple(std)
+    return None
+
+
+def normalization_beside(weights: str | Path) -> Normalization | None:
+    """Return the mean and standard deviation in the preprocessor_config.json beside a file of weights, None if none."""
+    file = Path(weights).parent / "preprocessor_config.json"
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return _of_settings(settings) if isinstance(settings, dict) else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+
+
+def config_of(model: nn.Module) -> Any:
+    """Return the configuration of a model of transformers, also inside of a detector; None for others."""
+    for part in (model, getattr(model, "model", None)):
+        if part is not None and type(part).__module__.startswith("transformers."):
+            return getattr(part, "config", None)
+    return None
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the classes of a model of transformers, in the order of its scores; () if it has none."""
+    names = getattr(config_of(model), "id2label", None)
+    if not isinstance(names, dict) or any(str(names[index]) == f"LABEL_{index}" for index in names):
+        return ()
+    return tuple(str(names[index]) for index in sorted(names))
+
+
+def own_size(model: nn.Module) -> tuple[int, int] | None:
+    """Return the height and width that a model of a library was made for; None if it says none."""
+    sizes = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None),
+        getattr(config_of(model), "image_size", None),
+        getattr(model, "image_size", None),
+        (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0, None))[1:],
+    )
+    for size in sizes:
+        if isinstance(size, int) and size > 0:
+            return (size, size)
+        if isinstance(size, (tuple, list)) and len(size) >= 1 and all(isinstance(side, int) for side in size):
+            return (size[0], size[-1])
+    return None

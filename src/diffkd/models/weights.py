@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,29 @@ def class_entries(model: nn.Module, wider: nn.Module) -> dict[str, int]:
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor) and value.ndim and name in theirs and len(theirs[name]) > len(value)
     }
+
+
+def reorder_classes(model: nn.Module, wider: nn.Module, order: Sequence[int]) -> None:
+    """Bring the classes of a model into another order, in place: score i becomes what score `order[i]` was.
+
+    Args:
+        model: for K classes.
+        wider: the same for K + 1.
+        order: K numbers.
+
+    Raises:
+        ValueError: if its layers do not have one row for each class.
+    """
+    growing = class_entries(model, wider)
+    own = model.state_dict()
+    if not growing or any(rows != 1 for rows in growing.values()):
+        raise ValueError(
+            f"the classes of {type(model).__name__} cannot be brought into another order, since its layers do not have "
+            "one row for each: give the data its order, or pair features alone"
+        )
+    with torch.no_grad():
+        for name in growing:
+            own[name][: len(order)] = own[name][list(order)].clone()
 
 
 @contextmanager

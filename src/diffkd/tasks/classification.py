@@ -1,6 +1,8 @@
 """Image classification: cross entropy, top-1 and top-5 accuracy."""
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +30,7 @@ class Classification:
         num_classes: K, length of the student's output.
         label_smoothing: share of the label that is spread over all classes.
         mixup, cutmix: alpha of Mixup and CutMix, 0 is off (:func:`~diffkd.data.classification.augmentation.mix`).
+        classes: names of the K classes, for messages.
 
     Raises:
         ValueError: if `label_smoothing` is not in [0, 1).
@@ -37,6 +40,7 @@ class Classification:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    classes: tuple[str, ...] = ()
 
     name = "classification"
     headlines = ("top1", "top5")
@@ -68,6 +72,62 @@ class Classification:
         if logits.shape[1] != self.num_classes:
             return None
         return float((logits.argmax(dim=1) == labels).float().mean()), 1 / self.num_classes
+
+    def confusions(self, teacher: Callable[[Any], Any], batch: Batch) -> str | None:
+        """Return what speaks for a teacher having its classes in another order, in one line; None if nothing does."""
+        images, labels, _ = batch
+        logits = logits_of(teacher(images))
+        if logits.shape[1] != self.num_classes or len(self.classes) != self.num_classes:
+            return None
+        return other_order(logits.argmax(dim=1).tolist(), labels.tolist(), self.classes)
+
+
+def other_order(answers: Sequence[int], labels: Sequence[int], classes: Sequence[str]) -> str | None:
+    """Say which classes a teacher confuses as one does that has them in another order, None if it does not.
+
+    Args:
+        answers: its best class for each of n images.
+        labels: the right ones.
+        classes: names, in the order of the data.
+    """
+    right = sum(answer == label for answer, label in zip(answers, labels, strict=True)) / max(1, len(labels))
+    taken: dict[int, Counter[int]] = {}
+    for answer, label in zip(answers, labels, strict=True):
+        taken.setdefault(label, Counter())[answer] += 1
+    swapped = []
+    for label, counts in taken.items():
+        answer, count = counts.most_common(1)[0]
+        if answer != label and count >= 2 and 2 * count > counts.total():
+            swapped.append((count / counts.total(), count, label, answer, counts.total()))
+    swapped.sort(reverse=True)
+    pairs = ", ".join(
+        f"{classes[label]!r} for {classes[answer]!r} ({count} of {total})"
+        for _, count, label, answer, total in swapped[:3]
+    )
+    orders = {
+        "numeric": sorted(classes, key=lambda name: [int(part) if part.isdigit() else part for part in _numbers(name)]),
+        "alphabetical, upper and lower case alike,": sorted(classes, key=str.casefold),
+        "alphabetical, upper case first,": sorted(classes),
+    }
+    for kind, names in orders.items():
+        place = {name: index for index, name in enumerate(classes)}
+        meant = [place[names[answer]] for answer in answers]
+        share = sum(answer == label for answer, label in zip(meant, labels, strict=True)) / max(1, len(labels))
+        if share > right + max(0.05, 1.5 / max(1, len(labels))):
+            begins = f"it takes {pairs}; " if pairs else ""
+            return (
+                f"{begins}with its classes in {kind} order it would be {100 * share:.1f} % right: give them as "
+                "--teacher_options.classes"
+            )
+    # Classes that are each taken for one other, which is taken for one of them.
+    goals = {answer for *_, answer, _ in swapped}
+    if len(swapped) >= 2 and all(label in goals for _, _, label, _, _ in swapped):
+        return f"it takes {pairs}: if its classes are in another order, give them as --teacher_options.classes"
+    return None
+
+
+def _numbers(name: str) -> list[str]:
+    return re.split(r"(\d+)", name)
 
 
 class Accuracy:

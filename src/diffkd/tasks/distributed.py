@@ -3,11 +3,16 @@
 import copy
 import inspect
 import os
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,10 +22,84 @@ from torch.nn.parallel import DistributedDataParallel
 from diffkd.files.weights import unwrap
 
 
-def is_first_process() -> bool:
-    """Return whether this process is, or will be, the one that writes files, as launchers tell by the environment."""
-    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in names)
+@dataclass(frozen=True)
+class Launcher:
+    """What has started this process together with others.
+
+    Args:
+        name: "torchrun", "srun" or "mpirun".
+        rank: number of this process among all.
+        processes: how many there are.
+    """
+
+    name: str
+    rank: int
+    processes: int
+
+
+def launcher() -> Launcher | None:
+    """Return what started this process as one of several, as the environment tells; None if nothing did.
+
+    A variable alone means nothing: a shell on a cluster, and what was started from a process of a training, have some
+    of them too. In a script of `sbatch` that does not use `srun`, one process runs however many tasks were reserved.
+    """
+    environ = os.environ
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environ.keys() and "TORCHELASTIC_RUN_ID" in environ:
+        return Launcher("torchrun", int(environ["RANK"]), int(environ["WORLD_SIZE"]))
+    if "SLURM_STEP_NUM_TASKS" in environ and environ.get("SLURM_PROCID", "").isdigit():
+        tasks = environ["SLURM_STEP_NUM_TASKS"]
+        if tasks.isdigit() and int(tasks) > 1 and environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+            return Launcher("srun", int(environ["SLURM_PROCID"]), int(tasks))
+    for rank, size in (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+    ):
+        if environ.get(rank, "").isdigit() and environ.get(size, "").isdigit() and int(environ[size]) > 1:
+            return Launcher("mpirun", int(environ[rank]), int(environ[size]))
+    return None
+
+
+def trains_alone(devices: list[int] | int | str, num_nodes: int) -> bool:
+    """Return whether a training takes one process only."""
+    if num_nodes > 1:
+        return False
+    if devices in ("auto", -1, "-1"):
+        return not torch.accelerator.is_available() or torch.accelerator.device_count() <= 1
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(one) for one in devices.split(",") if one.strip()]
+    return devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+
+
+def is_first_process(devices: list[int] | int | str = "auto", num_nodes: int = 1) -> bool:
+    """Return whether this process is, or will be, the one of its training that writes files.
+
+    Args:
+        devices: how many, or which, of each node.
+        num_nodes: machines.
+
+    Raises:
+        ValueError: if a launcher has started several processes for a training that takes one, which would all write
+            the same files; or one that the trainer does not know.
+    """
+    found = launcher()
+    if trains_alone(devices, num_nodes):
+        if found is not None and found.name == "torchrun" and found.processes > 1:
+            raise ValueError(
+                f"torchrun started {found.processes} processes, each of which would train alone with devices="
+                f"{devices}: give --devices and --num_nodes so that their product is {found.processes}, or start one"
+            )
+        setattr(rank_zero_only, "rank", 0)  # noqa: B010  which the trainer has read off the environment, whoever's it is
+        return True
+    if found is not None and found.name == "mpirun" and find_spec("mpi4py") is None:
+        raise ValueError(
+            f"mpirun started {found.processes} processes, which the trainer knows of with mpi4py alone: install it, or "
+            "start them by torchrun --nproc_per_node DEVICES -m diffkd fit ..."
+        )
+    if found is not None:
+        return found.rank == 0
+    # Those that the trainer itself starts, one for each further device, and those of an environment set by hand.
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
 
 
 def several_processes() -> bool:
@@ -40,7 +119,7 @@ def strategy_for(strategy: str, devices: list[int] | int | str, num_nodes: int) 
     """Return the trainer's strategy; "auto" is DDP on several devices, "fsdp" PyTorch's own FSDP2."""
     if strategy == "fsdp":
         return ModelParallelStrategy(save_distributed_checkpoint=False)
-    several = num_nodes > 1 or not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1))
+    several = not trains_alone(devices, num_nodes) or devices in ("auto", -1, "-1")
     if strategy == "ddp" or (strategy == "auto" and several):
         # Buffers are brought into line before each validation, whose batches may differ in number between processes.
         known = inspect.signature(DistributedDataParallel).parameters
@@ -48,6 +127,11 @@ def strategy_for(strategy: str, devices: list[int] | int | str, num_nodes: int) 
         options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
         return DDPStrategy(**options)
     return strategy
+
+
+def environments(devices: list[int] | int | str, num_nodes: int) -> list[ClusterEnvironment]:
+    """Return the trainer's view of the cluster: of one process none, whatever variables of a launcher are set."""
+    return [LightningEnvironment()] if trains_alone(devices, num_nodes) else []
 
 
 def device_name(trainer: Trainer) -> str:

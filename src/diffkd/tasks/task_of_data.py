@@ -43,7 +43,7 @@ def build_task(
         case "classification":
             from diffkd.tasks.classification import Classification
 
-            return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix)
+            return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix, data.classes)
         case "segmentation":
             from diffkd.tasks.segmentation import Segmentation
 

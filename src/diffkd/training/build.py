@@ -30,11 +30,13 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
     check_teaching(options.teacher, options.method, options.pairs)
     facts = facts_of(data)
     check_classes(facts)
+    notes: list[str] = []
     student = build_student(
         options.student,
         facts,
         weights=options.student_weights,
         weights_key=options.student_weights_key,
+        notes=notes,
         pretrained=options.student_pretrained,
         pretrained_backbone=options.pretrained_backbone,
         auxiliary=options.segmentation.auxiliary,
@@ -55,6 +57,8 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             pretrained=options.teacher_pretrained,
             detection=options.detection,
             weights_key=options.teacher_weights_key,
+            options=options.teacher_options,
+            notes=notes,
         )
         teaching = [teacher]
         teacher_options = options.teacher_options
@@ -87,7 +91,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
         )
         check_teacher_head(distiller, teacher)
         if options.teacher_weights is not None:
-            check_teacher_classes(distiller, options.teacher_weights, facts)
+            check_teacher_classes(distiller, options.teacher_weights, facts, options.teacher_options.classes)
         if channels_last:
             distiller.to(memory_format=torch.channels_last)
         model = distiller
@@ -112,6 +116,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
         teacher=teacher if facts.task == "detection" else None,  # of which the distiller holds a part
     )
     training.cached_teacher = cached
+    training.notes = notes
     if options.compile:
         training.model.compile(mode=None if options.compile is True else options.compile)
     return training

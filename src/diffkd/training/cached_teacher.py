@@ -156,7 +156,7 @@ def describe_teacher(teacher: nn.Module, view: Any, options: TeacherOptions) -> 
         "class": class_path(type(teacher)),
         "weights": digest.hexdigest()[:32],
         "input": seen,
-        "options": describe(options),
+        "options": {name: getattr(options, name) for name in ("fold", "precision", "channels_last")},
     }
 
 

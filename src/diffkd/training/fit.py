@@ -20,7 +20,7 @@ from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import save_student
 from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
-from diffkd.tasks.distributed import device_name, is_first_process, strategy_for
+from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
 from diffkd.training.build import build_training
 from diffkd.training.checkpointing import Saver, WholeFiles, check_resumable
 from diffkd.training.lightning_module import Training
@@ -63,7 +63,7 @@ def fit(
         config = describe({"student": student, "data": data, **values})
     config = {name: value for name, value in config.items() if name != "resume"}
     folder = RunFolder(given.out)
-    first = is_first_process()
+    first = is_first_process(given.devices, given.num_nodes)
     console = Console(stderr=True, quiet=not (given.progress and first))
     with held(folder.path) if first else nullcontext():
         if (finished := folder.check(config, resume=given.resume)) is not None:
@@ -114,7 +114,7 @@ def fit(
                     *filter(None, [training.cached_teacher]),
                     saver,
                 ],
-                plugins=[WholeFiles()],
+                plugins=[WholeFiles(), *environments(given.devices, given.num_nodes)],
                 default_root_dir=folder.path,
                 use_distributed_sampler=False,
                 num_sanity_val_steps=0,

@@ -108,6 +108,7 @@ class Training(LightningModule):
         self._whole: WholeStudent | None = None
         self.ledger, self.history = Ledger(), History(task.headlines[0])
         self.card: dict[str, Any] = {}
+        self.notes: list[str] = []  # of how the models were built, for the report at the start
         self._samples: dict[str, Any] = {}
         self.cached_teacher: CachedTeacher | None = None
         self.measures_pulls = False

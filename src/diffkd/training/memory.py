@@ -3,13 +3,20 @@
 import ctypes
 import gc
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+
+resource: ModuleType | None
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 _STATUS = Path("/proc/self/status")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
@@ -32,14 +39,19 @@ def reset_peak() -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak since :func:`reset_peak` in MiB: of the GPU's own memory, or of this process for the CPU."""
+    """Return the peak since :func:`reset_peak` in MiB: of the GPU's own memory, or of this process for the CPU.
+
+    0 where the system does not tell.
+    """
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     if _STATUS.exists():
         for line in _STATUS.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return round(int(line.split()[1]) / 2**10, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if resource is None:
+        return round(_peak_of_windows() / 2**20, 1)
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
@@ -63,6 +75,26 @@ def freed_memory_kept() -> Iterator[None]:
         libc.mallopt(_M_TRIM_THRESHOLD, 2**17)
         libc.mallopt(_M_TOP_PAD, 0)
         libc.malloc_trim(0)
+
+
+def _peak_of_windows() -> int:
+    """Return the largest working set of this process in bytes, 0 if it cannot be had."""
+
+    class Counters(ctypes.Structure):
+        _fields_ = (
+            ("size", ctypes.c_ulong),
+            ("faults", ctypes.c_ulong),
+            *((name, ctypes.c_size_t) for name in ("peak", "now", "a", "b", "c", "d", "pagefile", "peak_pagefile")),
+        )
+
+    libraries: Any = getattr(ctypes, "windll", None)
+    if libraries is None:
+        return 0
+    counters = Counters(size=ctypes.sizeof(Counters))
+    current = libraries.kernel32.GetCurrentProcess
+    current.restype = ctypes.c_void_p
+    found = libraries.psapi.GetProcessMemoryInfo(ctypes.c_void_p(current()), ctypes.byref(counters), counters.size)
+    return int(counters.peak) if found else 0
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -1,7 +1,8 @@
 """Student and teacher built by name, and the distiller that joins them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from diffkd.distill.balance import Balance
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.matching import Pair, wants_of
 from diffkd.export.student_file import find_weights, read_card
+from diffkd.features.calling import evaluation_mode, run
 from diffkd.features.layers import list_layers
 from diffkd.features.layout import Layout
 from diffkd.features.memory_layout import try_channels_last
@@ -23,8 +25,9 @@ from diffkd.files.weights import check_savable, read_contents
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
 from diffkd.models.detectors.teacher import DetectorTeacher
-from diffkd.models.weights import class_entries, library_names, same_draws
-from diffkd.tasks.data_facts import DataFacts
+from diffkd.models.normalization import class_names, normalization_beside, own_size
+from diffkd.models.weights import class_entries, library_names, reorder_classes, same_draws
+from diffkd.tasks.data_facts import DataFacts, first_difference
 from diffkd.tasks.options import DEFAULT_DETECTION, DetectionOptions
 from diffkd.tasks.task_of_data import load, padded_example
 from diffkd.teacher.options import AS_GIVEN, TeacherOptions
@@ -52,6 +55,7 @@ def build_student(
     auxiliary: bool = False,
     detection: DetectionOptions = DEFAULT_DETECTION,
     weights_key: str | None = None,
+    notes: list[str] | None = None,
 ) -> nn.Module:
     """Build the student; its initial weights depend on the seed alone, not on what it is trained with.
 
@@ -65,6 +69,7 @@ def build_student(
         auxiliary: of a segmenter, with an auxiliary head.
         detection: how a detector is built.
         weights_key: of the weights in the file, where there are several.
+        notes: receives lines about what was taken of the weights, and whether their images were normalised otherwise.
 
     Raises:
         ValueError: if the model cannot take the images or be saved, or does not score as many classes as there are.
@@ -83,6 +88,11 @@ def build_student(
         weights_key=weights_key,
         new_head=True,
     )
+    if notes is not None:
+        notes.extend(_notes_of_student(name, student, data, weights, pretrained))
+    if pretrained and data.task != "segmentation":
+        wider = partial(_load_wider, name, data, data.in_channels, auxiliary, detection)
+        _map_classes(student, class_names(student), data, wider)
     check_savable(student)
     if not student.training:
         student.train()  # as functions leave models that they have loaded; the trainer would train it like that
@@ -104,6 +114,30 @@ def build_student(
     return student
 
 
+def _notes_of_student(
+    name: str, student: nn.Module, data: DataFacts, weights: str | None, pretrained: bool
+) -> list[str]:
+    report = report_of(student)
+    notes = [] if report is None or report.plain else [f"student: {report}"]
+    if data.task == "detection" or not (pretrained or weights is not None):
+        return notes
+    card: Mapping[str, Any] = {}
+    theirs: Any = None
+    if weights is not None:
+        path = find_weights(weights)
+        card = read_card(path)
+        theirs = (tuple(card["mean"]), tuple(card["std"])) if card.get("mean") else normalization_beside(path)
+    if theirs is None and not card:
+        theirs = input_normalization(student, name)
+    if theirs is not None and not same_normalization(theirs, (data.mean, data.std)):
+        mean, std = (f"[{','.join(f'{value:.4g}' for value in values)}]" for values in theirs)
+        notes.append(
+            f"warning: student {name} starts from weights of images normalised by mean {mean} and std {std}, but the "
+            f"data's are normalised by {list(data.mean)} and {list(data.std)}: give --data.mean={mean} --data.std={std}"
+        )
+    return notes
+
+
 def build_teacher(
     name: str,
     data: DataFacts,
@@ -112,11 +146,15 @@ def build_teacher(
     pretrained: bool,
     detection: DetectionOptions = DEFAULT_DETECTION,
     weights_key: str | None = None,
+    options: TeacherOptions = AS_GIVEN,
+    notes: list[str] | None = None,
 ) -> tuple[nn.Module, TeacherInput | None]:
     """Build the frozen teacher with the classes that its weights have, and what turns the data's images into its own.
 
-    The card beside the weights, if there is one, says classes and normalisation; otherwise the weights themselves and
-    the model's published normalisation do.
+    Classes, normalisation and size of its images are those of `options`, or else of the card beside the weights; or
+    the classes are those of the weights, and the normalisation is that of a preprocessor_config.json beside them or the
+    published one of the model. Images of another size than the teacher takes, or was trained with as its card says, are
+    resized for it.
 
     Args:
         name: as for :func:`~diffkd.models.load_model`.
@@ -125,6 +163,8 @@ def build_teacher(
         pretrained: use the published weights.
         detection: how a detector is built.
         weights_key: of the weights in the file, where there are several.
+        options: what the user says of its images and classes.
+        notes: receives a line about what it sees and where that is said.
 
     Returns:
         The teacher, and its view of the images (None: the same as the student's).
@@ -161,14 +201,116 @@ def build_teacher(
         new_head=True,
     )
     _check_head(name, teacher)
+    report = report_of(teacher)
+    found = [] if report is None or report.plain else [f"teacher: {report}"]
+    names = options.classes or (() if card.get("classes") else class_names(teacher))
+    if names and _map_classes(teacher, names, data, partial(_load_wider, name, data, channels, auxiliary, detection)):
+        found.append("its classes are brought into the order of the data")
+    if notes is not None:
+        notes.extend(found)
     if data.task == "detection":
         return teacher, None  # which normalises its images itself
-    theirs = (card["mean"], card["std"]) if card.get("mean") else None
-    if theirs is None and pretrained:
-        theirs = input_normalization(teacher, name)
-    if theirs is None or same_normalization(theirs, (data.mean, data.std)):
-        return teacher, None
-    return teacher, TeacherInput(data.mean, data.std, theirs[0], theirs[1])
+    view, said = _view(name, teacher, path, card, data, options, published=pretrained or path is not None)
+    if notes is not None:
+        notes.append(said)
+    return teacher, view
+
+
+def _load_wider(
+    name: str, data: DataFacts, channels: int | None, auxiliary: bool, detection: DetectionOptions, count: int
+) -> nn.Module:
+    """Return the same model for one class more."""
+    return load(name, data, num_classes=count + 1, in_channels=channels, auxiliary=auxiliary, detection=detection)
+
+
+def _map_classes(model: nn.Module, names: Sequence[str], data: DataFacts, wider: Callable[[int], nn.Module]) -> bool:
+    """Bring the classes of a model into the order of the data, in place, if they have the same names.
+
+    Returns:
+        Whether they were in another order.
+
+    Raises:
+        ValueError: if its layers do not allow that.
+    """
+    if first_difference(names, data.classes) is None or sorted(names) != sorted(data.classes):
+        return False
+    with same_draws():
+        other = wider(len(names))
+    reorder_classes(model, other, [list(names).index(one) for one in data.classes])
+    return True
+
+
+def _view(
+    name: str,
+    teacher: nn.Module,
+    path: Path | None,
+    card: Mapping[str, Any],
+    data: DataFacts,
+    options: TeacherOptions,
+    *,
+    published: bool,
+) -> tuple[TeacherInput | None, str]:
+    """Return what turns the student's images into the teacher's, and a line that says what and why."""
+    beside = None if path is None or card else normalization_beside(path)
+    theirs: Any
+    if options.mean is not None and options.std is not None:
+        theirs, source = (options.mean, options.std), "as --teacher_options says"
+    elif card.get("mean"):
+        theirs, source = (tuple(card["mean"]), tuple(card["std"])), "as its card says"
+    elif beside is not None:
+        theirs, source = beside, "as the file beside its weights says"
+    elif published and (known := input_normalization(teacher, name)) is not None:
+        theirs, source = known, f"as published for {name}"
+    else:
+        theirs = (data.mean, data.std)
+        source = "as the data's, since nothing says otherwise; --teacher_options.mean and .std would"
+    if len(theirs[0]) != len(data.mean):
+        if options.mean is not None:
+            raise ValueError(
+                f"teacher_options.mean has {len(theirs[0])} values, the images have {len(data.mean)} channels: "
+                "give one for each"
+            )
+        theirs, source = (data.mean, data.std), "as the data's, which have other channels than is said of it"
+    size, why = _size(teacher, card, data, options)
+    numbers = " and ".join(
+        f"{what} ({', '.join(f'{value:.4g}' for value in values)})"
+        for what, values in zip(("mean", "std"), theirs, strict=True)
+    )
+    said = f"teacher {name} sees images normalised by {numbers}, {source}"
+    if size is not None:
+        said += f"; resized to {size[0]}x{size[1]}, {why}"
+    if size is None and same_normalization(theirs, (data.mean, data.std)):
+        return None, said
+    return TeacherInput(data.mean, data.std, theirs[0], theirs[1], size), said
+
+
+def _size(
+    teacher: nn.Module, card: Mapping[str, Any], data: DataFacts, options: TeacherOptions
+) -> tuple[tuple[int, int] | None, str]:
+    """Return the height and width that a teacher's images are resized to, and why; None: the student's."""
+    if options.image_size is not None:
+        side = options.image_size
+        return None if (side, side) == data.image_size else (side, side), "as --teacher_options.image_size says"
+    if data.task != "classification":
+        return None, ""  # of the crops of a segmenter, the scale counts and not the size
+    trained = card.get("image_size")
+    if trained:
+        size = (int(trained[0]), int(trained[-1]))
+        return None if size == tuple(data.image_size) else size, "which its card says it was trained with"
+    made = own_size(teacher)
+    if made is None or made == tuple(data.image_size) or _takes(teacher, data):
+        return None, ""
+    return made, "the only size that it takes"
+
+
+def _takes(teacher: nn.Module, data: DataFacts) -> bool:
+    """Whether a teacher can be run on images of the data's size."""
+    try:
+        with evaluation_mode(teacher), torch.no_grad():
+            run(teacher, padded_example(data, teacher))
+    except Exception:  # whatever models raise for images of another size
+        return False
+    return True
 
 
 def build_distiller(
@@ -217,7 +359,7 @@ def build_distiller(
         example=example,
         method=factories,
         teacher_input=view,
-        teacher_options=teacher_options,
+        teacher_options=teacher_options.running,
         balance=balance,
     )
     check_needs(distiller, data)

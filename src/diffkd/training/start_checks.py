@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,9 @@ def _classes(data: LightningDataModule) -> int | None:
     return None if count is None else int(count)
 
 
-def check_teacher_classes(distiller: Distiller, weights: str | Path, data: DataFacts) -> None:
+def check_teacher_classes(
+    distiller: Distiller, weights: str | Path, data: DataFacts, given: Sequence[str] | None = None
+) -> None:
     """Compare the names of the classes of teacher and data, where their scores are paired.
 
     Warns of other names, which may be those of the same classes.
@@ -228,18 +230,22 @@ def check_teacher_classes(distiller: Distiller, weights: str | Path, data: DataF
         distiller: with its pairs.
         weights: the teacher's; their card says its classes.
         data: what the student sees.
+        given: names that the user gives in the place of the card's; those of the data in another order have been
+            brought into that of the data.
 
     Raises:
         ValueError: if the names are the same in another order.
     """
-    theirs = read_card(find_weights(weights)).get("classes") or ()
+    if given is not None and sorted(given) == sorted(data.classes):
+        return
+    theirs = given or read_card(find_weights(weights)).get("classes") or ()
     other = first_difference(theirs, data.classes)
     if len(theirs) != len(data.classes) or other is None or not _pairs_scores(distiller):
         return
     if sorted(theirs) == sorted(data.classes):
         raise ValueError(
             f"the teacher {weights} has the classes of the data in another order: {other}. Give the data that order, "
-            "or pair features alone"
+            "pair features alone, or give its names as --teacher_options.classes, by which its scores are then mapped"
         )
     warnings.warn(
         f"the teacher {weights} names its classes otherwise than the data: {other}. If they are others, or in another "

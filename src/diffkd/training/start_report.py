@@ -51,6 +51,8 @@ def report(training: Training, batch: Any, console: Console) -> None:
         f"student {type(training.student).__name__}: {_trainable(training.student)} trainable parameters",
         soft_wrap=True,
     )
+    for note in training.notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     if training.distiller is not None:
         console.print(pairs_table(training.distiller))
     beside = ("gamma/", "weight/")
@@ -73,6 +75,8 @@ def report(training: Training, batch: Any, console: Console) -> None:
         training.teacher.to(training.device).eval()  # a whole detector, of which only a part has been used so far
     with torch.no_grad():
         judged = training.task.judge(training.teacher, batch)
+        look = getattr(training.task, "confusions", None)
+        confused = None if judged is None or look is None else look(training.teacher, batch)
     if judged is None:
         console.print(
             "the teacher has other classes than the data: how well it does was not measured",
@@ -85,7 +89,16 @@ def report(training: Training, batch: Any, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if share <= 2 * chance:
+    if confused is not None:
+        console.print(
+            f"warning: the teacher may have its classes in another order: {confused}",
+            style="bold red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    # Of two classes every teacher is at most twice as good as chance.
+    if share <= min(2 * chance, chance + 0.1 * (1 - chance)):
         console.print(
             "warning: the teacher is hardly better than chance. Are its weights loaded, are the classes in the same "
             "order, are the images normalised as it wants?",

@@ -1,0 +1,76 @@
+"""Which splits of the data can be measured, and under which names."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from diffkd.data.classification.image_folder import FolderDataset, ImageFolder
+from diffkd.data.folders import EXTENSIONS, FolderSamples, evaluation_split
+from diffkd.data.image_data import ImageData
+from diffkd.data.loaders import SplitLoaders
+
+
+def measured_split(data: LightningDataModule, split: str | None = None) -> tuple[str, Callable[[], Any]]:
+    """Return the name of the split to measure on and what makes its loader.
+
+    Args:
+        data: the data module.
+        split: "test" or "val"; None: test where there is one, and val otherwise.
+
+    Raises:
+        ValueError: if "test" is asked for and there is none.
+    """
+    name = _name_of_val(data)
+    if split == "val" or (name == "test" and isinstance(data, ImageData)):
+        return name, data.val_dataloader
+    test = _test_loader(data)
+    if test is not None:
+        return "test", test
+    if split == "test":
+        raise ValueError(
+            f"{type(data).__name__} has no test split: give one by its options, such as --data.test or --data.val "
+            f"test, or measure on {name} by --split val"
+        )
+    return name, data.val_dataloader
+
+
+def _name_of_val(data: LightningDataModule) -> str:
+    if isinstance(data, ImageFolder):
+        return evaluation_split(Path(data.root))
+    val = getattr(data, "val", None)
+    return Path(val).stem if isinstance(val, str) and val else "val"
+
+
+def _test_loader(data: LightningDataModule) -> Callable[[], Any] | None:
+    """Return what makes the loader of the test images, None if there are none."""
+    if not isinstance(data, ImageData):
+        own = type(data).test_dataloader is not LightningDataModule.test_dataloader
+        return data.test_dataloader if own else None
+    loaders: Any = data._loaders
+    if getattr(loaders, "test", None) is not None:
+        return data.test_dataloader
+    if isinstance(data, ImageFolder) and isinstance(loaders, SplitLoaders):
+        samples = _class_folders(Path(data.root) / "test", data.classes)
+        if samples is not None and isinstance(loaders.val, FolderDataset):
+            test = copy.copy(loaders.val)
+            test.samples = samples
+            return lambda: replace(loaders, test=test).test_loader(data.trainer)
+    return None
+
+
+def _class_folders(top: Path, classes: tuple[str, ...]) -> FolderSamples | None:
+    """List the images below the classes' folders; None if there are none, as where a test set has no labels."""
+    paths: list[str] = []
+    labels: list[int] = []
+    real = top.resolve()
+    for label, name in enumerate(classes):
+        for path in sorted((top / name).rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
+            if not hidden and path.suffix.lower() in EXTENSIONS and path.resolve().is_relative_to(real):
+                paths.append(str(path))
+                labels.append(label)
+    return FolderSamples(paths, labels) if paths else None
