@@ -11,6 +11,7 @@ from PIL import Image
 from diffkd.data import ImageFolder, MaskFolder, YoloDetection
 from diffkd.data.image_data import measured_alone
 from diffkd.files.config import describe
+from diffkd.files.run_folder import changed_values
 
 NOISE = np.random.default_rng(0)
 
@@ -166,3 +167,14 @@ def test_evaluation_images_alone_can_be_measured(made):
     shutil.rmtree(root / "images" if (root / "images").is_dir() else root / "val")
     with measured_alone(), pytest.raises(FileNotFoundError, match="train"):
         module()
+
+
+def test_runs_from_before_these_options_go_on(made):
+    _, module = made
+    given = {"data": describe(module())}
+    arguments = given["data"]["init_args"]
+    new = ("follow_links", "val_share", "white_level", "keypoints")
+    stored = {"data": given["data"] | {"init_args": {name: arguments[name] for name in arguments if name not in new}}}
+    assert changed_values(stored, given) == []
+    arguments["follow_links"] = True
+    assert changed_values(stored, given) == ["data.follow_links is None there, True here"]

@@ -162,7 +162,7 @@ def test_declared_encodings(root, encoding):
     assert name in read(root).classes
 
 
-@pytest.mark.parametrize("encoding", ["utf8", "gbk", "rot13", "zlib", "nothing", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf8", "gbk", "rot13", "zlib", "nothing", "utf-16", "punycode"])
 def test_a_declared_encoding_brings_no_entities(root, encoding):
     bomb = BOMB.replace("&c;", "&c;" * 3)
     (root / "Annotations/b.xml").write_text(f"<?xml version='1.0' encoding='{encoding}'?>{bomb}")

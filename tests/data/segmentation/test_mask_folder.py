@@ -371,3 +371,14 @@ def test_options_out_of_range_are_refused(root, options, message):
 def test_a_missing_root_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; give a root with train/images"):
         MaskFolder(tmp_path / "nowhere", num_classes=2)
+
+
+def test_what_lacks_its_other_part_is_left_out_where_bad_images_are_skipped(root):
+    expected = module(root).train_dataloader().sampler.size
+    Image.new("RGB", (4, 4)).save(root / "train" / "images" / "alone.png")
+    Image.new("L", (4, 4)).save(root / "train" / "masks" / "other.png")
+    with pytest.raises(ValueError, match="without the other part of their pair; add it"):
+        module(root)
+    with pytest.warns(UserWarning, match=r"2 file\(s\) .* are left out:\s.*alone.png has no mask"):
+        data = module(root, on_bad_image="skip")
+    assert data.train_dataloader().sampler.size == expected

@@ -1,5 +1,6 @@
 """Detection in Pascal VOC's XML format: reader and data module."""
 
+import codecs
 import os
 import re
 from collections import Counter
@@ -190,7 +191,13 @@ _DECLARED = re.compile(rb"""\s*<\?xml[^>]{0,100}?encoding\s*=\s*["']([\w.-]{1,40
 def _decoded(content: bytes) -> str | None:
     """Return the text of an XML file in the encoding that it declares: Python knows more of them than the parser."""
     declared = _DECLARED.match(content)
-    return content[declared.end() :].decode(declared[1].decode()) if declared else None
+    if declared is None or codecs.lookup(declared[1].decode()).name in _NO_ENCODINGS:
+        return None
+    return content[declared.end() :].decode(declared[1].decode())
+
+
+# Codecs of Python that are no encodings of files.
+_NO_ENCODINGS = ("idna", "punycode", "raw_unicode_escape", "unicode_escape", "raw-unicode-escape", "unicode-escape")
 
 
 def _objects(root: ElementTree.Element) -> list[ElementTree.Element]:
