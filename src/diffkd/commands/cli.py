@@ -96,6 +96,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "fit": _fit,
         "test": _test,
         "layers": _layers,
+        "inspect": _inspect,
         "export": _export,
         "compare": _compare,
         "plot": _plot,
@@ -159,6 +160,13 @@ def _layers(words: list[str]) -> None:
     from diffkd.commands.layers import layers
 
     call(layers, words, "layers", positional="model")
+
+
+def _inspect(words: list[str]) -> None:
+    """Show what a file of weights, a run or an annotation file holds: diffkd inspect FILE [OPTIONS]."""
+    from diffkd.commands.inspect_file import inspect
+
+    call(inspect, words, "inspect", positional="file")
 
 
 def _export(words: list[str]) -> None:

@@ -40,9 +40,11 @@ def layers(
         ValueError: if a model is unknown, cannot take such images, or nothing can be paired.
     """
     classes = 20 if num_classes is None and task != "classification" else num_classes
-    student = load(model, _facts(task, classes, in_channels, image_size), num_classes=classes, in_channels=in_channels)
+    student = load(
+        model, facts_of_size(task, classes, in_channels, image_size), num_classes=classes, in_channels=in_channels
+    )
     side = _usual_size(model, student) if image_size is None else image_size
-    facts = _facts(task, classes, in_channels, side)
+    facts = facts_of_size(task, classes, in_channels, side)
     console = Console()
     if teacher is not None:
         other = load(teacher, facts, num_classes=classes, in_channels=in_channels)
@@ -63,7 +65,7 @@ def layers(
     console.print(table)
 
 
-def _facts(task: TaskName, classes: int | None, channels: int, side: int | None) -> DataFacts:
+def facts_of_size(task: TaskName, classes: int | None, channels: int, side: int | None) -> DataFacts:
     """Return what data of that task and size would say of themselves."""
     count, size = classes or 1, 224 if side is None else side
     images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
