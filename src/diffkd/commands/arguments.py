@@ -12,6 +12,8 @@ import yaml
 
 from diffkd.commands.usage_errors import Misuse, check_idle, explain
 
+# Arguments of `fit` for callers in Python alone.
+_NO_OPTIONS: set[str | int] = {"config", "on_epoch"}
 # What the parser forgets the values of an earlier method, and of an earlier optimiser, by.
 _NONE = {"method": "null", "optimizer": "torch.optim.Optimizer"}
 
@@ -78,7 +80,7 @@ def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
     """
     from diffkd.training.fit import fit
 
-    return call(fit, _with_recipe(words), "fit", skip={"config"}, configurable=True, use=use)
+    return call(fit, _with_recipe(words), "fit", skip=_NO_OPTIONS, configurable=True, use=use)
 
 
 def values_of_fit(words: list[str]) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def values_of_fit(words: list[str]) -> dict[str, Any]:
     """
     from diffkd.training.fit import fit
 
-    parser = _parser(fit, "fit", skip={"config"}, configurable=True)
+    parser = _parser(fit, "fit", skip=_NO_OPTIONS, configurable=True)
     return _recorded(parser, _parsed(parser, fit, _with_recipe(words)))
 
 

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,7 @@ def fit(
     strategy: str = "auto",
     progress: bool = True,
     config: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Mapping[str, Any], str], None] | None = None,
 ) -> dict[str, Any]:
     """Train a student; with a teacher and a method, distil the teacher into it. The data say for which task.
 
@@ -131,6 +132,8 @@ def fit(
         strategy: of training on several devices; auto takes DDP, fsdp spreads the parameters.
         progress: show how the training goes.
         config: what to record as the values of the run; None: these arguments.
+        on_epoch: called after every epoch with its row of the history and the name of the score in it; what it raises
+            ends the training.
 
     Returns:
         The result, as `result.json` in `out` holds it: "last" and "best" epoch with their accuracies, and more.
@@ -151,7 +154,8 @@ def fit(
         raise ValueError("compile works with strategy ddp, not with fsdp: leave one of the two out")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed} does not fit into 64 bits, as PyTorch's generators want it: give a smaller one")
-    config = describe({name: value for name, value in values.items() if name != "config"}) if config is None else config
+    own = ("config", "on_epoch")
+    config = describe({name: value for name, value in values.items() if name not in own}) if config is None else config
     config = {name: value for name, value in config.items() if name != "resume"}
     folder = RunFolder(out)
     first = is_first_process()
@@ -162,7 +166,7 @@ def fit(
             console.print(summary(finished), highlight=False, soft_wrap=True)
             return finished
 
-        training = build_training(**{name: value for name, value in values.items() if name != "config"})
+        training = build_training(**{name: value for name, value in values.items() if name not in own})
         check_resumable(training)
         parameters = sum(parameter.numel() for parameter in training.student.parameters())
         score = training.task.headlines[0]
@@ -170,17 +174,19 @@ def fit(
         if first:
             folder.start(config)
 
-        def on_epoch(training: Training) -> None:
+        def end_epoch(training: Training) -> None:
             row = training.history.rows[-1]
             if row[score] > read_card(folder.best).get("metrics", {}).get(score, -1.0):
                 save_student(training.result, folder.best, with_metrics(card, row, "best epoch"))
             training.history.write_csv(folder.metrics)
+            if on_epoch is not None:
+                on_epoch(row, score)
 
         saver = Saver(
             folder.checkpoint,
             every_steps=save_every_steps,
             max_steps=max_steps,
-            on_epoch=on_epoch,
+            on_epoch=end_epoch,
             how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume",
         )
         resumes = resume and folder.checkpoint.is_file()
