@@ -379,7 +379,8 @@ def _fit_on_part(share: float, watch: Callable[[Mapping[str, Any], str], None]) 
 
 def _worker(threads: int, work: tuple[Any, ...], job: int) -> None:
     torch.set_num_threads(threads)
-    _search(*work, job=job)
+    every = (*work, job)
+    _search(*every)
 
 
 def _search_side_by_side(jobs: int, work: tuple[Any, ...]) -> None:
