@@ -99,6 +99,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "inspect": _inspect,
         "export": _export,
         "compare": _compare,
+        "tune": _tune,
         "plot": _plot,
         "recipes": _recipes,
     }
@@ -123,6 +124,14 @@ def _compare(words: list[str]) -> None:
     split = words.index("--") if "--" in words else len(words)
     fixed = {"options": words[split + 1 :]}
     call(compare, words[:split], "compare", fixed=fixed, positional="recipe")
+
+
+def _tune(words: list[str]) -> None:
+    """Search the values of a method on held-out training data: diffkd tune RECIPE --out FOLDER [-- FIT_OPTIONS]."""
+    from diffkd.commands.tune import tune
+
+    split = words.index("--") if "--" in words else len(words)
+    call(tune, words[:split], "tune", fixed={"options": words[split + 1 :]}, positional="recipe")
 
 
 def _test(words: list[str]) -> None:

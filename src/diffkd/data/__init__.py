@@ -10,6 +10,7 @@ from diffkd.data.detection.augmentation import BoxAugmentation
 from diffkd.data.detection.coco import CocoDetection
 from diffkd.data.detection.voc import VocDetection
 from diffkd.data.detection.yolo import YoloDetection
+from diffkd.data.held_out import hold_out
 from diffkd.data.scenes.detection import DetectionScenes
 from diffkd.data.scenes.segmentation import SegmentationScenes
 from diffkd.data.seeding import mix_seed
@@ -39,6 +40,7 @@ __all__ = [
     "VocDetection",
     "VocSegmentation",
     "YoloDetection",
+    "hold_out",
     "mix",
     "mix_seed",
     "palette",

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -36,6 +36,7 @@ def fit(
     out: str | Path,
     *,
     config: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Mapping[str, Any], str], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train a student; with a teacher and a method, distil the teacher into it. The data say for which task.
@@ -45,6 +46,8 @@ def fit(
         data: where images and labels come from; says how many classes and channels there are.
         out: folder of the run; must be new or empty, unless `resume`.
         config: what to record as the values of the run; None: these arguments.
+        on_epoch: called after every epoch with its row of the history and the name of the score in it; what it raises
+            ends the training.
         options: further options of :class:`~diffkd.training.options.FitOptions`.
 
     Returns:
@@ -79,17 +82,19 @@ def fit(
         if first:
             folder.start(config)
 
-        def on_epoch(training: Training) -> None:
+        def end_epoch(training: Training) -> None:
             row = training.history.rows[-1]
             if row[score] > read_card(folder.best).get("metrics", {}).get(score, -1.0):
                 save_student(training.result, folder.best, with_metrics(card, row, "best epoch"))
             training.history.write_csv(folder.metrics)
+            if on_epoch is not None:
+                on_epoch(row, score)
 
         saver = Saver(
             folder.checkpoint,
             every_steps=given.save_every_steps,
             max_steps=given.max_steps,
-            on_epoch=on_epoch,
+            on_epoch=end_epoch,
             how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume"
             + trust_words(own_code(config)),
         )

@@ -1,0 +1,162 @@
+"""Which options of DiffKD help: a factorial design, measured on a held-out part of the training data.
+
+    uv run python -m benchmarks.better --seeds 3 --jobs 2 --runs 16 --out better -- --epochs 7
+
+Every run of the design is a training of `--recipe` with the preset `--method`, some of its options at their other
+level. One line of JSON each goes to OUT/runs.jsonl; called again, what is there is not trained again. The table has the
+main effect of each option: the mean score with it less the mean without it, over all other options, with its standard
+error over the seeds. With fewer runs than combinations the design is a fraction of them in which the columns of the
+options stay orthogonal, and effects of one option share theirs with interactions of others.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import statistics
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diffkd.commands.arguments import fit_with, values_of_fit
+from diffkd.commands.compare import find_method
+from diffkd.commands.tune import with_values
+from diffkd.data import hold_out
+from diffkd.recipes import find_recipe
+from diffkd.training.fit import fit
+
+# Each option with its low and its high level: values of the recipe by their dotted names.
+FACTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "standardised": ({"method.0.init_args.standardize": False}, {"method.0.init_args.standardize": True}),
+    "film": ({"method.0.init_args.time": "embedding"}, {"method.0.init_args.time": "film"}),
+    "clean": ({"method.0.init_args.prediction": "noise"}, {"method.0.init_args.prediction": "clean"}),
+    "every_step": ({"method.0.init_args.every_step": False}, {"method.0.init_args.every_step": True}),
+    "one_step": ({"method.0.init_args.inference_steps": 5}, {"method.0.init_args.inference_steps": 1}),
+    "start_500": ({"method.0.init_args.start_timestep": -1}, {"method.0.init_args.start_timestep": 500}),
+    "balance": ({"balance": None}, {"balance": {"balance": 1.0}}),
+}
+Levels = tuple[bool, ...]
+
+
+def design(factors: int, runs: int) -> list[Levels]:
+    """Return two-level settings of so many factors, orthogonal: any two factors have all four combinations alike.
+
+    The first log2(runs) columns are a full factorial; each further one is the sum modulo 2 of several of those, of as
+    many as possible, so that main effects share their columns with high interactions.
+
+    Raises:
+        ValueError: if `runs` is no power of two, or too few for the factors.
+
+    >>> design(3, 4)
+    [(False, False, False), (False, True, True), (True, False, True), (True, True, False)]
+    """
+    base = min(runs.bit_length() - 1, factors)
+    if runs < 2 or runs & (runs - 1) or 2**base - 1 < factors:
+        raise ValueError(f"{runs} runs do not fit {factors} factors: give a power of two above the factors")
+    sums = [subset for size in range(base, 1, -1) for subset in itertools.combinations(range(base), size)]
+    return [
+        (*row, *(bool(sum(row[i] for i in subset) % 2) for subset in sums[: factors - base]))
+        for row in itertools.product((False, True), repeat=base)
+    ]
+
+
+def main_effects(scores: Mapping[tuple[Levels, int], float], names: Sequence[str]) -> list[tuple[str, float, float]]:
+    """Return for each factor its name, its effect, and the standard error of that over the seeds.
+
+    Args:
+        scores: by levels and seed; seeds that lack a run of the others' are left out.
+        names: of the factors.
+    """
+    settings = {levels for levels, _ in scores}
+    seeds = [seed for seed in sorted({seed for _, seed in scores}) if all((one, seed) in scores for one in settings)]
+    rows = []
+    for index, name in enumerate(names):
+        effects = []
+        for seed in seeds:
+            high = [scores[one, seed] for one in settings if one[index]]
+            low = [scores[one, seed] for one in settings if not one[index]]
+            effects.append(statistics.mean(high) - statistics.mean(low))
+        error = statistics.stdev(effects) / math.sqrt(len(effects)) if len(effects) > 1 else math.nan
+        rows.append((name, statistics.mean(effects) if effects else math.nan, error))
+    return rows
+
+
+def measure(words: Sequence[str], names: Sequence[str], levels: Levels, seed: int, share: float, folder: str) -> float:
+    """Train with the options at their levels, and return the last epoch's score on held-out training images."""
+    torch.set_num_threads(1)
+    values = values_of_fit([*words, f"--out={folder}", f"--seed={seed}"])
+    chosen: dict[str, Any] = {}
+    for name, is_high in zip(names, levels, strict=True):
+        chosen |= FACTORS[name][is_high]
+    recipe = Path(folder).with_suffix(".yaml")
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(yaml.safe_dump(with_values(values, chosen)), encoding="utf-8")
+
+    def run(**arguments: Any) -> Any:
+        config = {**(arguments.pop("config", None) or {}), "held_out": share}
+        return fit(data=hold_out(arguments.pop("data"), share), config=config, **arguments)
+
+    result = fit_with([str(recipe), "--resume=true", "--progress=false"], use=run)
+    return float(result["last"][result["score"]])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train what is missing of the design, and print the main effects."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--method", default="diffkd-direct", help="preset whose first method is DiffKD")
+    parser.add_argument("--factors", nargs="+", default=list(FACTORS), choices=list(FACTORS))
+    parser.add_argument("--runs", type=int, default=16, help="settings of the design, a power of two")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--share", type=float, default=0.2, help="of the training data, to measure on")
+    parser.add_argument("--out", type=Path, default=Path("better"))
+    parser.add_argument("options", nargs="*", help="after --: options of `diffkd fit` for all runs")
+    given = parser.parse_args(argv)
+    words = [str(find_recipe(given.recipe)), f"--config={find_method(given.method)}", *given.options]
+    file = given.out / "runs.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    common = {"words": words[2:], "recipe": given.recipe, "method": given.method, "share": given.share}
+    known = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be broken off
+    settings = design(len(given.factors), given.runs)
+
+    def is_high(one: Mapping[str, Any]) -> Levels:
+        return tuple(bool(one["levels"][name]) for name in given.factors)
+
+    scores = {
+        (is_high(one), int(one["seed"])): float(one["score"])
+        for one in known
+        if set(one["levels"]) == set(given.factors) and {name: one[name] for name in common} == common
+    }
+    # Seed by seed, so that an interrupted one has whole seeds.
+    missing = [(one, seed) for seed in range(given.seeds) for one in settings if (one, seed) not in scores]
+    given.out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = {}
+        for levels, seed in missing:
+            name = "".join(str(int(level)) for level in levels)
+            folder = str(given.out / f"{'-'.join(given.factors)}-{name}" / f"seed-{seed}")
+            futures[pool.submit(measure, words, given.factors, levels, seed, given.share, folder)] = (levels, seed)
+        for future in as_completed(futures):
+            levels, seed = futures[future]
+            scores[levels, seed] = score = future.result()
+            line = {**common, "levels": dict(zip(given.factors, levels, strict=True)), "seed": seed, "score": score}
+            with file.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+            print(f"{len(scores)}/{len(settings) * given.seeds}  {line['levels']} seed {seed}: {100 * score:.2f} %")
+    wanted = {key: score for key, score in scores.items() if key[0] in settings and key[1] < given.seeds}
+    mean = statistics.mean(wanted.values())
+    print(f"\n{len(wanted)} runs, mean {100 * mean:.2f} %, on {given.share:.0%} of the training images, held out\n")
+    print("| option | effect (points) | standard error over seeds |")
+    print("| --- | --- | --- |")
+    for name, effect, error in main_effects(wanted, given.factors):
+        print(f"| {name} | {100 * effect:+.2f} | {100 * error:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A part of the training data held back, to choose by: the test data stay out of every choice."""
+
+import copy
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffkd.data.classification.in_memory import ImageSet, InMemory
+from diffkd.data.detection.dataset import DetectionDataset
+from diffkd.data.image_data import ImageData, Loaders
+from diffkd.data.loaders import KeyedDataset, SplitLoaders
+from diffkd.data.seeding import digest_of, mix_seed
+
+
+def hold_out(data: Any, share: float = 0.2, seed: int = 0) -> ImageData:
+    """Return the data with a part of the training images in the place of the evaluation and of the test images.
+
+    The part is the same for the same data, share and seed, and as large in every class: of classification by the labels
+    of the images, of detection by each image's rarest class. Segmentation images are drawn at random. They are served
+    as evaluation images are, without augmentation; what models must know of the data (normalisation, classes) stays.
+
+    Args:
+        data: a data module of this package.
+        share: of the training images to hold back, in (0, 1).
+        seed: of the draw.
+
+    Returns:
+        A copy that shares the images with `data`, which stays as it is.
+
+    Raises:
+        ValueError: if `share` is no share, it leaves nothing on one side, or the data module is of another kind.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share={share} of the training images cannot be held back: give more than 0 and less than 1")
+    loaders = getattr(data, "_loaders", None)
+    if not isinstance(data, ImageData) or not isinstance(loaders, InMemory | SplitLoaders):
+        raise ValueError(
+            f"{type(data).__name__} does not show its training images, of which a part is to be held back: take a data "
+            "module of diffkd.data"
+        )
+    changed = copy.copy(data)
+    changed._loaders = (
+        _in_memory(loaders, share, seed) if isinstance(loaders, InMemory) else _split(loaders, share, seed)
+    )
+    return changed
+
+
+def drawn_part(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Draw a share of every stratum.
+
+    Args:
+        strata: of each of N samples.
+        share: in (0, 1).
+        seed: of the draw.
+
+    Returns:
+        The indices that stay and those that are held back, each in order. A stratum of one sample stays.
+
+    Raises:
+        ValueError: if one of the two is empty.
+
+    >>> kept, held = drawn_part([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
+    >>> len(kept), len(held), min(held) < 4 <= max(held)
+    (6, 2, True)
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for index, stratum in enumerate(strata):
+        groups.setdefault(stratum, []).append(index)
+    generator = torch.Generator().manual_seed(mix_seed(seed, len(strata)))
+    held: set[int] = set()
+    for _, members in sorted(groups.items(), key=lambda item: str(item[0])):
+        order = torch.randperm(len(members), generator=generator).tolist()
+        held |= {members[index] for index in order[: round(share * len(members))]}
+    kept = [index for index in range(len(strata)) if index not in held]
+    if not kept or not held:
+        raise ValueError(
+            f"a share of {share} of {len(strata)} training images leaves {len(kept)} to train on and {len(held)} to "
+            "measure by: give another share, or more images"
+        )
+    return kept, sorted(held)
+
+
+class Part(Dataset[Any]):
+    """Some of the samples of a data set, counted from 0.
+
+    Args:
+        whole: (image, label or target, index) for each key (epoch, index).
+        indices: which.
+    """
+
+    def __init__(self, whole: KeyedDataset, indices: list[int]) -> None:
+        self.whole, self.indices = whole, indices
+
+    def __len__(self) -> int:
+        """Return their number."""
+        return len(self.indices)
+
+    @property
+    def digest(self) -> str:
+        """A digest of the whole and of which are taken."""
+        return digest_of([getattr(self.whole, "digest", None)], self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
+        """Return the sample, with its index in this part."""
+        epoch, index = key
+        image, label, _ = self.whole[epoch, self.indices[index]]
+        return image, label, index
+
+
+def _in_memory(loaders: InMemory, share: float, seed: int) -> InMemory:
+    images, labels = loaders.train
+
+    def part(indices: list[int]) -> ImageSet:
+        return ImageSet(images[indices], labels[indices])
+
+    kept, held = drawn_part(labels.tolist(), share, seed)
+    changed = copy.copy(loaders)
+    changed.train, changed.val = part(kept), part(held)
+    return changed
+
+
+def _split(loaders: SplitLoaders, share: float, seed: int) -> Loaders:
+    train: Any = loaders.train
+    if type(train) is not type(loaders.val):
+        raise ValueError("training and evaluation images are read in two ways, so that none can take the others' place")
+    kept, held = drawn_part(_strata(train), share, seed)
+    plain = copy.copy(train)
+    for name in ("transform", "augmentation", "flip"):  # what is done to images in training alone
+        if hasattr(train, name):
+            setattr(plain, name, getattr(loaders.val, name))
+    # Where images of one size alone share a batch, each gets its own.
+    alone = {"sizes": None, "val_batch_size": 1} if loaders.sizes is not None else {}
+    return replace(loaders, train=Part(train, kept), val=Part(plain, held), test=None, **alone)  # type: ignore[arg-type]
+
+
+def _strata(dataset: Any) -> list[Hashable]:
+    if isinstance(dataset, DetectionDataset):
+        return _rarest(dataset)
+    labels = getattr(getattr(dataset, "samples", None), "labels", None)
+    return [0] * len(dataset) if labels is None else [int(label) for label in labels]
+
+
+def _rarest(dataset: DetectionDataset) -> list[Hashable]:
+    """Return of each image its class that is in the fewest images; 0 of one without boxes."""
+    present = [set(_integers(dataset.annotations.of(index).labels)) for index in range(len(dataset))]
+    count = Counter(label for labels in present for label in labels)
+    return [min(labels, key=lambda label: (count[label], label), default=0) for labels in present]
+
+
+def _integers(labels: Tensor) -> list[int]:
+    return [int(label) for label in labels.tolist()]

@@ -1,0 +1,114 @@
+"""`diffkd tune`: a search on held-out training data."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from tiny_recipe import write_recipe
+
+from diffkd.commands import cli
+from diffkd.commands.arguments import values_of_fit
+from diffkd.commands.tune import Axis, found_space, tune, with_values
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Two trials of the weight of FitNet and of a switch, and then two more."""
+    folder = tmp_path_factory.mktemp("tune")
+    recipe = write_recipe(folder, epochs=1)
+    (folder / "test.npz").rename(folder / "elsewhere.npz")  # replaced by images that must not count
+    shutil.copy(folder / "train.npz", folder / "test.npz")
+    space = "{method.init_args.weight: {low: 0.5, high: 2.0, log: true}, method.init_args.standardize: [false, true]}"
+    words = ["tune", str(recipe), f"--out={folder}/study", "--method=fitnet", f"--space={space}", "--share=0.3"]
+    codes = [cli.main([*words, f"--trials={count}", "--", "--accelerator=cpu"]) for count in (2, 5)]
+    return folder / "study", codes, words
+
+
+def test_it_leaves_the_best_recipe_and_what_mattered(study):
+    folder, codes, _ = study
+    assert codes == [0, 0]
+    with (folder / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5
+    done = [row for row in rows if row["state"] == "COMPLETE"]
+    best = max(done, key=lambda row: float(row["value"]))
+    assert rows[0]["method.init_args.weight"] == "1"
+    recipe = yaml.safe_load((folder / "best.yaml").read_text())
+    assert recipe["method"]["init_args"]["weight"] == pytest.approx(float(best["method.init_args.weight"]), rel=1e-2)
+    assert "out" not in recipe
+    assert values_of_fit([str(folder / "best.yaml"), "--out=x"])["method"]["class_path"] == "diffkd.FitNet"
+    assert (folder / "study.png").stat().st_size > 1000
+    assert isinstance(json.loads((folder / "importance.json").read_text()), dict)
+
+
+def test_trials_are_measured_on_held_out_training_images(study):
+    folder, *_ = study
+    result = json.loads((folder / "trial-0000" / "seed-0" / "result.json").read_text())
+    config = yaml.safe_load((folder / "trial-0000" / "seed-0" / "config.yaml").read_text())
+    assert config["held_out"] == 0.3
+    # 12 of 40 images, so that the accuracy is a multiple of 1/12.
+    assert (12 * result["last"]["top1"]) == pytest.approx(round(12 * result["last"]["top1"]), abs=1e-5)
+
+
+def test_another_study_in_the_same_folder_is_refused(study, capsys):
+    *_, words = study
+    assert cli.main([*words[:-1], "--share=0.5"]) == 1
+    error = capsys.readouterr().err
+    assert "is another one" in error
+    assert error.count("\n") == 1
+
+
+def test_finished_studies_train_no_more(study):
+    folder, _, words = study
+    before = sorted(path.name for path in folder.iterdir())
+    assert cli.main([*words, "--trials=3", "--", "--accelerator=cpu"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--trials=0"], 1, "at least one trial"),
+        (["--share=1.0"], 1, r"a share in \(0, 1\)"),
+        (["--space=[1, 2]"], 2, "--space holds no values by name"),
+        (["--space={method.init_args.kd_weight: 3}"], 2, "kd_weight: 3 is nothing to search"),
+        (["--space={optimizer.nothing.lr: [1, 2]}"], 1, "no optimizer.nothing that lr could be set in"),
+        (["--method=alone"], 1, "no method to search"),
+        (["--method=sp", "--what=options"], 1, "no options to search"),
+    ],
+)
+def test_misuse_is_said_in_one_line(tmp_path, capsys, words, code, message):
+    recipe = write_recipe(tmp_path)
+    assert cli.main(["tune", str(recipe), f"--out={tmp_path}/study", *words]) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def test_what_can_be_searched_is_found():
+    values = {"method": [{"class_path": "diffkd.DiffKD", "init_args": {"kd_weight": 5.0}}, "diffkd.DIST"]}
+    weights = found_space(values, "weights")
+    assert weights["method.0.init_args.kd_weight"] == Axis(low=0.5, high=50.0, log=True)
+    assert {"method.1.init_args.beta", "method.1.init_args.weight"} < set(weights)
+    options = found_space(values, "options")
+    assert options["method.0.init_args.prediction"].choices == ("noise", "clean", "velocity")
+    assert options["method.0.init_args.standardize"].choices == (False, True)
+    assert not set(weights) & set(options)
+    assert set(found_space(values, "all")) == set(weights) | set(options)
+    changed = with_values(values, {"method.1.init_args.beta": 3.0})
+    assert changed["method"][1] == {"class_path": "diffkd.DIST", "init_args": {"beta": 3.0}}
+    assert values["method"][1] == "diffkd.DIST"
+
+
+def test_options_that_do_not_go_together_and_bad_recipes(tmp_path):
+    recipe = write_recipe(tmp_path, epochs=1)
+    space = "{method.init_args.path: [diffusion, flow], method.init_args.prediction: [noise, clean]}"
+    options = ["--accelerator=cpu"]
+    found = tune(str(recipe), tmp_path / "study", space=space, trials=2, jobs=2, options=options)
+    assert found["score"] == "top1"
+    broken = ["--accelerator=cpu", "--optimizer.lr=1e30"]
+    with pytest.raises(FloatingPointError):
+        tune(str(recipe), tmp_path / "broken", space=space, trials=1, options=broken)
