@@ -21,7 +21,7 @@ from diffkd.teacher.cache import Storage
 from diffkd.teacher.options import TeacherOptions
 from diffkd.training.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.training.lightning_module import Training
-from diffkd.training.models import build_distiller, build_student, build_teacher, check_teaching, lay_out
+from diffkd.training.models import build_distiller, build_student, build_teacher, check_teaching, inherit, lay_out
 from diffkd.training.optimization import OptimizerFactory, Schedule, takes_channels_last
 from diffkd.training.start_checks import check_classes, check_teacher_classes, check_type, tell_data
 
@@ -46,6 +46,7 @@ def build_training(
     student_weights: str | None = None,
     student_pretrained: bool = False,
     pretrained_backbone: bool = False,
+    inherit_neck_and_head: bool = False,
     method: Sequence[MethodFactory] | MethodFactory | None = None,
     pairs: Literal["auto"] | Sequence[Pair] = "auto",
     task_weight: float = 1.0,
@@ -99,6 +100,8 @@ def build_training(
             teacher, facts, weights=teacher_weights, pretrained=teacher_pretrained, detection=detection
         )
         teaching = [whole]
+        if inherit_neck_and_head:
+            inherit(model, whole)
         if teacher_cache is not None or teacher_views is not None:
             cached = CachedTeacher(
                 teacher_cache,
