@@ -114,6 +114,8 @@ def compare(
     # Seed by seed, so that an interrupted comparison has something of every method.
     runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
     console = Console(stderr=True)
+    for name, preset in presets.items():
+        console.print(f"{name}: {_shown(preset)}", markup=False, highlight=False, soft_wrap=True)
     commands = {
         run: [
             *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
@@ -163,6 +165,12 @@ def find_method(method: str, recipe: str | None = None) -> Path:
             if folder and f"methods/{folder}/{method}" in known:
                 return find_recipe(f"methods/{folder}/{method}")
     return find_recipe(f"methods/{method}")
+
+
+def _shown(preset: Path) -> str:
+    """Return the name of a preset of the package, or the path of a file."""
+    names = {find_recipe(name): name for name in recipe_names() if name.startswith("methods/")}
+    return names.get(preset, str(preset))
 
 
 def _task_of(recipe: str) -> str:
