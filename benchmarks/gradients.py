@@ -72,7 +72,13 @@ def main(words: Sequence[str] | None = None) -> dict[str, Any]:
     for method in chosen.methods:
         each = [
             pulls(
-                [chosen.recipe, f"--config={find_method(method)}", "--out=unused", f"--seed={seed}", *chosen.options],
+                [
+                    chosen.recipe,
+                    f"--config={find_method(method, chosen.recipe)}",
+                    "--out=unused",
+                    f"--seed={seed}",
+                    *chosen.options,
+                ],
                 chosen.steps,
             )
             for seed in range(chosen.seeds)

@@ -32,7 +32,7 @@ def test_recipe_and_methods_of_a_comparison_exist(words):
     assert find_recipe(words[0]).is_file()
     first = words.index("--methods") + 1
     methods = words[first : next(i for i, word in enumerate(words) if i > first and word.startswith("--"))]
-    assert all(find_method(method).is_file() for method in methods)
+    assert all(find_method(method, words[0]).is_file() for method in methods)
     assert len({Path(method).stem for method in methods}) == len(methods)
     assert {Path(method).stem for method in methods} >= {"alone", "diffkd"}
 

@@ -29,7 +29,7 @@ class GivenDraws(nn.Module):
 
 def make_distiller() -> Distiller:
     torch.manual_seed(0)
-    pairs = [Pair("stage", method=FitNet), Pair("output", method=GivenDraws)]
+    pairs = [Pair("stage", method=FitNet), Pair("stage@pre", method=FitNet), Pair("output", method=GivenDraws)]
     distiller = Distiller(
         ConvNet(4, norm=False).double(), ConvNet(6, norm=False).double(), pairs, example=IMAGES[:2]
     ).double()

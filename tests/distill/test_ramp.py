@@ -39,3 +39,11 @@ def test_default_counts_always() -> None:
 def test_nonsense_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="ramp needs"):
         Ramp(**values)
+
+
+def test_by_epoch_counts_the_epoch_under_way():
+    """mdistiller: min(epoch / warmup, 1) with epochs from 1."""
+    ramp = Ramp(warmup=4, by_epoch=True)
+    assert [ramp(epoch) for epoch in (0, 0.9, 1.0, 2.5, 3.0, 50)] == [0.25, 0.25, 0.5, 0.75, 1.0, 1.0]
+    assert Ramp(warmup=1, by_epoch=True).is_constant
+    assert Ramp(start=2, warmup=2, by_epoch=True)(2.5) == 0.5

@@ -81,3 +81,11 @@ def test_differences_by_value_not_by_type():
 
 def test_plain_values_survive_yaml(tmp_path):
     assert plain({"a": (1, tmp_path), 2: None}) == {"a": [1, str(tmp_path)], "2": None}
+
+
+def test_a_switch_that_an_older_run_does_not_know_is_off_there():
+    old = {"pairs": [{"student": "a", "ramp": {"warmup": 1.0}}], "epochs": 3}
+    new = {"pairs": [{"student": "a", "ramp": {"warmup": 1.0, "by_epoch": False}}], "epochs": 3, "inherit": False}
+    assert changed_values(old, new) == []
+    new["pairs"][0]["ramp"]["by_epoch"] = True
+    assert "by_epoch" in changed_values(old, new)[0]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffkd import DIST, KD, FeatureShape, FitNet
+from diffkd import DIST, FMKT, KD, NORM, OFAKD, PKD, WTTM, FeatureShape, FitNet, Hint
 from diffkd.methods.at import AT
 from diffkd.methods.cirkd import CIRKD
 from diffkd.methods.crd import CRD
@@ -40,11 +40,21 @@ class Case:
         return "levels" in self.method.wants
 
     def build(self, **options):
-        role = "logits" if self.method in (KD, DKD, DIST) else "feature"
+        if self.method in (OFAKD, FMKT):
+            ours, theirs = self.channels
+            maps = [FeatureShape(ours, size) for size in self.sizes]
+            scores = FeatureShape(theirs, (), "logits")
+            return self.method([*maps, scores], [scores], **self.options, **options)
+        role = "logits" if self.method in (KD, DKD, DIST, WTTM) else "feature"
         shapes = [[FeatureShape(c, size, role) for size in self.sizes] for c in self.channels]
         return self.method(*(shapes if self.several else (of[0] for of in shapes)), **self.options, **options)
 
     def features(self, batch=4, scale=1.0, dtype=torch.float32):
+        if self.method in (OFAKD, FMKT):
+            ours, theirs = self.channels
+            maps = [scale * torch.randn(batch, ours, *size) for size in self.sizes]
+            scores = [scale * torch.randn(batch, theirs) for _ in range(2)]
+            return [[one.to(dtype) for one in (*maps, scores[0])], [scores[1].to(dtype)]]
         features = [[scale * torch.randn(batch, c, *size) for size in self.sizes] for c in self.channels]
         features = [[feature.to(dtype) for feature in of] for of in features]
         return features if self.several else [of[0] for of in features]
@@ -88,6 +98,13 @@ CASES = [
     Case(CRD, sizes=VECTOR, options={"samples": 20, "negatives": 7}),
     Case(ReviewKD, sizes=((9, 7), (5, 3), (1, 2))),
     Case(OFD, sizes=((9, 7), (5, 3))),
+    Case(WTTM, (7, 7), VECTOR),
+    Case(WTTM, (7, 7)),
+    Case(Hint),
+    Case(NORM),
+    Case(PKD),
+    Case(OFAKD, sizes=((9, 7), (5, 3))),
+    Case(FMKT),
     Case(CWD),
     Case(MGD),
     Case(MGD, options={"drop": "channels"}),

@@ -23,6 +23,7 @@ def build(image_files, model_file):
 def test_the_number_is_that_of_the_data(build, method):
     for methods in (build(method=[method]), build(pairs=[Pair("0", method=method)]), build(method=[KD, method])):
         assert [one.samples for one in methods if isinstance(one, CRD)] == [60]
+        assert all((one.classes >= 0).all() for one in methods if isinstance(one, CRD))  # and of the class of each
 
 
 @pytest.mark.parametrize("samples", [20, 50_000])

@@ -26,7 +26,7 @@ from diffkd.commands.step_cost import step_costs
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import write_text
-from diffkd.recipes import find_recipe
+from diffkd.recipes import find_recipe, recipe_names
 from diffkd.recipes.trust import UsageError, named_code
 from diffkd.reports.plots import draw_results
 from diffkd.reports.tables import (
@@ -81,8 +81,9 @@ def compare(
         recipe: file, or name of a recipe in the package.
         out: folder of the comparison.
         methods: names of methods in the package ("alone", "kd", "diffkd", ...; `diffkd recipes` lists them under
-            "methods/"), or files that set other values of the recipe. Of a recipe's method of the same class they keep
-            the options that they do not set.
+            "methods/"), or files that set other values of the recipe. A plain name means the values for the recipe's
+            pair of networks, its data or its task, where there are such (:func:`find_method`). Of a recipe's method of
+            the same class they keep the options that they do not set.
         seeds: how many, from 0.
         jobs: runs at the same time. On a CPU each gets its share of the cores.
         devices: GPUs to spread the runs over, such as [0, 1]; None: the first, or the CPU.
@@ -108,7 +109,7 @@ def compare(
     if not methods or len(set(names)) < len(names) or seeds < 1 or jobs < 1:
         raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
     recipe_file = find_recipe(recipe)
-    presets = {name: find_method(method) for name, method in zip(names, methods, strict=True)}
+    presets = {name: find_method(method, recipe) for name, method in zip(names, methods, strict=True)}
     # Of all runs, also of a student alone, which loses options that name code.
     trusted = [f"--trust={name}" for name in dict.fromkeys([*(trust or ()), *named_code(options)])]
     # A student alone stays so, whatever teacher the options give the others.
@@ -117,6 +118,8 @@ def compare(
     # Seed by seed, so that an interrupted comparison has something of every method.
     runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
     console = Console(stderr=True)
+    for name, preset in presets.items():
+        console.print(f"{name}: {_shown(preset)}", markup=False, highlight=False, soft_wrap=True)
     commands = {
         run: [
             *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
@@ -149,13 +152,41 @@ def compare(
     return rows
 
 
-def find_method(method: str) -> Path:
+def find_method(method: str, recipe: str | None = None) -> Path:
     """Return the file that sets a method's values: a path, or the name of one in the package.
+
+    For a recipe, a plain name such as "dkd" is looked for in "methods/cifar100/resnet56-resnet20" (the recipe's own
+    name), then in "methods/cifar100", in "methods/detection" or "methods/segmentation" if that is its task, and last in
+    "methods".
 
     Raises:
         FileNotFoundError: if it is neither.
     """
-    return find_recipe(method if Path(method).is_file() else f"methods/{method}")
+    if Path(method).is_file():
+        return find_recipe(method)
+    if recipe is not None and "/" not in method:
+        known = set(recipe_names())
+        for folder in (recipe, recipe.rpartition("/")[0], _task_of(recipe)):
+            if folder and f"methods/{folder}/{method}" in known:
+                return find_recipe(f"methods/{folder}/{method}")
+    return find_recipe(f"methods/{method}")
+
+
+def _shown(preset: Path) -> str:
+    """Return the name of a preset of the package, or the path of a file."""
+    names = {find_recipe(name): name for name in recipe_names() if name.startswith("methods/")}
+    return names.get(preset, str(preset))
+
+
+def _task_of(recipe: str) -> str:
+    """Return "detection" or "segmentation" if the data of a recipe are for that, "" otherwise."""
+    values = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8")) or {}
+    data = values.get("data") if isinstance(values, dict) else None
+    name = str(data.get("class_path") if isinstance(data, dict) else data)
+    if "Detection" in name:
+        return "detection"
+    scenes = ("MaskFolder", "Cityscapes", "VocSegmentation", "Ade20k", "SegmentationScenes")
+    return "segmentation" if name.endswith(scenes) else ""
 
 
 def _sets_no_teacher(preset: Path) -> bool:

@@ -145,6 +145,12 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
             pairs.append(Pair(ours_last.name, theirs_last.name, method))
     if "logits" in wants and same_classes and not (too_few or maps[0]):
         pairs.append(Pair(student[-1].name, teacher[-1].name, method))
+    if wants & {"stages to logits", "feature to logits"} and same_classes and not (too_few or maps[0]):
+        feature = last_feature(student)
+        before = stages(student) if "stages to logits" in wants else [feature] if feature is not None else []
+        if before:
+            ours_names = [*(layer.name for layer in before), student[-1].name]
+            pairs.append(Pair(ours_names, [teacher[-1].name], method, name="logits"))
     name = attribute_of(method, "__name__", "this method")
     if not pairs:
         scored = f"{classes[0] or 'no'} and {classes[1] or 'no'} classes"

@@ -12,6 +12,8 @@ class Ramp:
         start: first epoch in which the loss counts, counted from 0; fractions are allowed.
         warmup: epochs in which the factor rises from 0 to 1.
         stop: epoch from which the loss counts no more; None: to the end.
+        by_epoch: keep the factor for the whole of an epoch, and count that epoch: 1 / warmup in the first, as
+            mdistiller has it. With a warm-up of one epoch the loss then counts in full from the first step.
 
     Raises:
         ValueError: if a number is negative or not finite, or nothing is left between start and stop.
@@ -20,6 +22,7 @@ class Ramp:
     start: float = 0.0
     warmup: float = 0.0
     stop: float | None = None
+    by_epoch: bool = False
 
     def __post_init__(self) -> None:
         counts = 0 <= self.start < math.inf and 0 <= self.warmup < math.inf  # which NaN is not
@@ -31,7 +34,8 @@ class Ramp:
     @property
     def is_constant(self) -> bool:
         """Whether the factor is 1 throughout."""
-        return self == ALWAYS
+        always = self.start == 0 and self.stop is None
+        return always and (self.warmup == 0 or (self.by_epoch and self.warmup <= 1))
 
     def __call__(self, epoch: float) -> float:
         """Return the factor at an epoch, fractional within it.
@@ -42,7 +46,8 @@ class Ramp:
         """
         if epoch < self.start or (self.stop is not None and epoch >= self.stop):
             return 0.0
-        return min(1.0, (epoch - self.start) / self.warmup) if self.warmup else 1.0
+        passed = math.floor(epoch - self.start) + 1 if self.by_epoch else epoch - self.start
+        return min(1.0, passed / self.warmup) if self.warmup else 1.0
 
 
 ALWAYS = Ramp()

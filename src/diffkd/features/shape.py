@@ -5,7 +5,9 @@ Also the words for what a method wants from automatic pairing: "feature" (the la
 one method as lists), or "class map" (the scores by position of a model for dense prediction, and the last feature of
 any other), "box outputs" (a detector's class scores and box regression, given to one method as a list of two),
 "last stage" (the last of the stages, which is not the head's convolution), "second stage" (the second of the stages
-that both models have in common), or "pooled" (beside "levels": the last map before pooling as one more level).
+that both models have in common), "pooled" (beside "levels": the last map before pooling as one more level), "stages to
+logits" (the student's stages and logits, and the teacher's logits, given to one method as lists), or "feature to
+logits" (the student's last map and logits, and the teacher's logits, likewise).
 
 And the words for what is done about maps of different size before a method gets them: "student", the student's is
 brought to the teacher's (averaged where it shrinks, bilinearly interpolated where it grows); "larger", the larger one
@@ -17,7 +19,17 @@ from typing import Literal
 
 Role = Literal["feature", "logits"]
 Want = Literal[
-    "feature", "logits", "stages", "levels", "class map", "box outputs", "last stage", "second stage", "pooled"
+    "feature",
+    "logits",
+    "stages",
+    "levels",
+    "class map",
+    "box outputs",
+    "last stage",
+    "second stage",
+    "pooled",
+    "stages to logits",
+    "feature to logits",
 ]
 Resizing = Literal["student", "larger", "none"]
 

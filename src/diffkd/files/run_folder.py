@@ -100,11 +100,21 @@ class RunFolder:
 def changed_values(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Name the values in which two configurations differ, as "lr is 0.1 there, 0.2 here".
 
-    What does not change the training, such as the device, is left out.
+    What does not change the training, such as the device, is left out. A switch that a run of an earlier version does
+    not know is off there.
     """
     there, here = ({key: value for key, value in one.items() if key not in _FREE} for one in (stored, given))
-    found = differences(there, here, same=lambda one, other: plain(one) == plain(other))
+    found = differences(there, here, same=_same)
     return [one.replace(".init_args.", ".") for one in found]
+
+
+def _same(there: Any, here: Any) -> bool:
+    """Whether two values are the same, those of a list of mappings too; a key that is missing there stands for off."""
+    if isinstance(there, (list, tuple)) and isinstance(here, (list, tuple)):
+        return len(there) == len(here) and all(map(_same, there, here))
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        return all(_same(there.get(key), here.get(key)) for key in {**there, **here})
+    return bool(plain(there) == plain(here)) or (there is None and here is False)
 
 
 def plain(value: Any) -> Any:

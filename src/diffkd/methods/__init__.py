@@ -36,16 +36,22 @@ from diffkd.methods.dist import DIST
 from diffkd.methods.dkd import DKD
 from diffkd.methods.fgd import FGD
 from diffkd.methods.fitnet import FitNet
+from diffkd.methods.fmkt import FMKT
+from diffkd.methods.hint import Hint
 from diffkd.methods.kd import KD, standardize
 from diffkd.methods.maskd import MasKD
 from diffkd.methods.mgd import MGD
+from diffkd.methods.norm import NORM
+from diffkd.methods.ofakd import OFAKD
 from diffkd.methods.ofd import OFD
+from diffkd.methods.pkd import PKD
 from diffkd.methods.pkt import PKT
 from diffkd.methods.reviewkd import ReviewKD
 from diffkd.methods.rkd import RKD
 from diffkd.methods.sp import SP
 from diffkd.methods.srrl import SRRL
 from diffkd.methods.vid import VID
+from diffkd.methods.wttm import WTTM
 
 # Of one feature on each side the shapes are a FeatureShape each, of several a list of them.
 MethodFactory = Callable[[Any, Any], nn.Module]
@@ -58,18 +64,24 @@ __all__ = [
     "DIST",
     "DKD",
     "FGD",
+    "FMKT",
     "KD",
     "MGD",
+    "NORM",
+    "OFAKD",
     "OFD",
+    "PKD",
     "PKT",
     "RKD",
     "SP",
     "SRRL",
     "VID",
+    "WTTM",
     "BoxKD",
     "DiffKD",
     "DiffKDOutput",
     "FitNet",
+    "Hint",
     "MasKD",
     "MethodFactory",
     "ReviewKD",

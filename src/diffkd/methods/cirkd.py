@@ -97,7 +97,8 @@ class CIRKD(nn.Module):
     size.
 
     All defaults are those of the authors' code for Cityscapes. Other than there, nothing is drawn from the queues that
-    was not stored before. A memory takes 4 * classes * (pixel_memory + region_memory) * Ct bytes.
+    was not stored before, and the queue of a class holds pixels of that class alone: by the authors' indexing about a
+    quarter of them are. A memory takes 4 * classes * (pixel_memory + region_memory) * Ct bytes.
 
     Args:
         student: the student's shape, a map of features.

@@ -13,7 +13,8 @@ class CWD(nn.Module):
     """Channel-wise distillation (Shu, Liu, Gao, Yan, Shen, ICCV 2021), on maps of features or classes.
 
     `tau^2 / C * sum_c KL(softmax(t_c / tau) || softmax(s_c / tau))`, averaged over the batch; the softmax runs over the
-    positions of a channel. Unchanged by adding a constant to a channel. A 1x1 convolution brings the student to the
+    positions of a channel. The divisor is that of the paper, images times channels, also where the authors' code has
+    another. Unchanged by adding a constant to a channel. A 1x1 convolution brings the student to the
     teacher's channels where they differ.
 
     Args:

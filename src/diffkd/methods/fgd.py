@@ -18,6 +18,10 @@ class FGD(nn.Module):
     the size of the box they lie in, or of the background; "attention" the difference of the attentions; "relation" the
     squared error of the maps after a global context block each. All are sums over an image, averaged over the batch.
 
+    Boxes are fractions of the padded batch, as the maps cover that; the authors' code scales them by each image's own
+    size, which moves them where a batch is padded. They also clip the gradient at 35 and start the student's neck and
+    head from the teacher's (`diffkd fit --gradient_clip 35 --inherit_neck_and_head`), as do those of MGD.
+
     The defaults are the paper's for anchor-based one-stage detectors (RetinaNet). Anchor-free: temperature 0.8 and
     weights 1.6e-3, 8e-4, 8e-4, 8e-6. Two-stage: 5e-5, 2.5e-5, 5e-5, 5e-7.
 

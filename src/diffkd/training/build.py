@@ -11,7 +11,7 @@ from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.task_of_data import build_task
 from diffkd.training.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.training.lightning_module import Training
-from diffkd.training.models import build_distiller, build_student, build_teacher, check_teaching, lay_out
+from diffkd.training.models import build_distiller, build_student, build_teacher, check_teaching, inherit, lay_out
 from diffkd.training.optimization import takes_channels_last
 from diffkd.training.options import FitOptions
 from diffkd.training.start_checks import check_classes, check_teacher_classes, check_teacher_head, check_type, tell_data
@@ -60,6 +60,8 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             options=options.teacher_options,
             notes=notes,
         )
+        if options.inherit_neck_and_head:
+            inherit(student, teacher)
         teaching = [teacher]
         teacher_options = options.teacher_options
         if options.teacher_cache is not None or options.teacher_views is not None:

@@ -313,6 +313,32 @@ def _takes(teacher: nn.Module, data: DataFacts) -> bool:
     return True
 
 
+@torch.no_grad()
+def inherit(student: nn.Module, teacher: nn.Module) -> None:
+    """Copy all weights but those of the backbone's body from the teacher to the student, in place.
+
+    The inheriting strategy of detectors of one family (Kang, Zhang, Zhang, Sun, Zheng, *Instance-Conditional Knowledge
+    Distillation for Object Detection*, NeurIPS 2021), which FGD and MGD use.
+
+    Raises:
+        ValueError: if the two do not agree in these weights.
+    """
+    body = "backbone.body."
+    ours, theirs = (
+        {name: value for name, value in model.state_dict().items() if not name.startswith(body)}
+        for model in (student, teacher)
+    )
+    apart = [name for name in ours if name not in theirs or ours[name].shape != theirs[name].shape]
+    apart += [name for name in theirs if name not in ours]
+    if apart or not any(name.startswith(body) for name in student.state_dict()):
+        raise ValueError(
+            f"the student cannot inherit the teacher's neck and head, which differ in {apart[0] if apart else body!r}: "
+            "leave inherit_neck_and_head out, or give detectors of one family with equal pyramids"
+        )
+    for name, value in theirs.items():
+        ours[name].copy_(value)
+
+
 def build_distiller(
     student: nn.Module,
     teacher: nn.Module,

@@ -42,6 +42,7 @@ class FitOptions:
         student_weights_key: as teacher_weights_key, for the student.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
+        inherit_neck_and_head: start all of a detector but its backbone from the teacher's weights.
         method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, diffkd.FitNet, or one of your own; or a
             list of them, each then paired as it wants.
         pairs: which layers learn from which; "auto" finds out.
@@ -93,6 +94,7 @@ class FitOptions:
     student_weights_key: str | None = None
     student_pretrained: bool = False
     pretrained_backbone: bool = False
+    inherit_neck_and_head: bool = False
     method: list[MethodFactory] | MethodFactory | None = None
     pairs: Literal["auto"] | list[Pair] = "auto"
     task_weight: float = 1.0
