@@ -87,7 +87,8 @@ def test_correlation_of_a_constant_is_zero_with_a_finite_gradient():
 class TestEveryDistance:
     def test_is_zero_between_equals(self, distance, shape):
         x = torch.randn(shape, dtype=torch.float64)
-        assert float(distance(x, x.clone())) == pytest.approx(0, abs=1e-5)
+        # The epsilon in DIST's denominators weighs where a class hardly varies.
+        assert float(distance(x, x.clone())) == pytest.approx(0, abs=1e-3)
 
     def test_is_positive_between_others(self, distance, shape):
         assert float(distance(torch.randn(shape), torch.randn(shape))) > 0.01

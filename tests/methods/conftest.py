@@ -7,11 +7,6 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def agree():
     """Check that two losses of (student, teacher) are equal, and so are their gradients, to 1e-10."""
