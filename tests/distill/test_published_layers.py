@@ -92,6 +92,9 @@ def test_before_the_activation():
     before = [f"layer{n}@pre" for n in (1, 2, 3)]
     assert pair("resnet20", "resnet56", OFD) == [(before, before)]
     assert pair("wrn_16_1", "wrn_16_2", OFD) == [(before, before)]
+    assert pair("shufflenetv2", "resnet8x4", OFD) == [(before, before)]
+    linear = ["layer2", "layer3", "layer5", "layer7"]  # no ReLU after the projection
+    assert pair("mobilenetv2", "resnet50", OFD) == [(linear, [*before, "layer4@pre"])]
     after = ["layer1", "layer2", "layer3"]
     assert pair("resnet20", "resnet56", ReviewKD) == [([*after, "layer3"], [*before, "layer3"])]
     assert pair("wrn_16_1", "wrn_16_2", ReviewKD) == [([*after, "relu"], [*before, "relu"])]

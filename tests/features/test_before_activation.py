@@ -100,6 +100,44 @@ def test_wide_resnets_activate_after_the_next_normalisation():
     assert (norms["layer1"], norms["layer3"]) == ("layer2.0.norm1", "norm")
 
 
+@pytest.mark.parametrize("build", [lambda: load_model("cifar/shufflenetv2"), torchvision.models.shufflenet_v2_x0_5])
+def test_shufflenetv2_shuffles_after_its_activation(build):
+    """As the lists of features of the CRD benchmark have it: half of the channels before the ReLU, then the shuffle."""
+    torch.manual_seed(0)
+    model = build().eval()
+    (layer, stage) = next((name, one) for name, one in model.named_children() if name in ("layer2", "stage3"))
+    found = recorded(model, f"{layer}@pre", layer)
+    unit = stage[-1]
+    x = IMAGES
+    for name, module in model.named_children():
+        if name == layer:
+            break
+        x = module(x)
+    kept, convolved = stage[:-1](x).chunk(2, dim=1)
+    branch = unit.branch if hasattr(unit, "branch") else unit.branch2
+    joined = torch.cat([kept, branch[:-1](convolved)], dim=1)
+    batch, channels, *size = joined.shape
+    expected = joined.reshape(batch, 2, channels // 2, *size).transpose(1, 2).reshape(joined.shape)
+    assert expected.min() < 0
+    torch.testing.assert_close(found[f"{layer}@pre"], expected)
+    assert found[f"{layer}@pre"].relu().equal(found[layer])
+
+
+def test_moved_values_in_a_distiller_compiled_and_copied():
+    torch.manual_seed(0)
+    models = load_model("cifar/shufflenetv2", num_classes=5), load_model("cifar/resnet8", num_classes=5)
+    pair = Pair("layer3@pre", "layer3@pre")
+    images = torch.randn(2, 3, 32, 32)
+    distiller = Distiller(*models, [pair], example=images, method=FitNet)
+    distiller.student.eval()
+    losses = copy.deepcopy(distiller)(images)[1]
+    try:
+        compiled = torch.compile(copy.deepcopy(distiller), backend="eager", fullgraph=True)(images)[1]
+    finally:
+        torch.compiler.reset()
+    torch.testing.assert_close(compiled, losses)
+
+
 def test_a_layer_without_activation_has_no_such_tap():
     layers = list_layers(load_model("cifar/mobilenetv2").eval(), IMAGES)
     with pytest.raises(ValueError, match=r"'layer7' of student Net has no activation.*take 'layer7'"):

@@ -4,10 +4,12 @@
 activated (networks that normalise and activate before each convolution), it names what the next activation is applied
 to, with at most a normalisation between: then `layer1@pre` of a Wide ResNet is the output of the BatchNorm that follows
 `layer1`. The activation may be a module, called once or several times, or a function such as `F.relu`, in place or not.
+Where activated maps are joined with others and shuffled afterwards, as ShuffleNetV2 does, the values before are joined
+and shuffled in their place.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ ACTIVATIONS = frozenset(
     {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "prelu", "elu", "elu_", "silu"}
     | {"gelu", "hardswish", "mish", "selu", "selu_", "celu", "celu_", "softplus"}
 )
+MOVES = frozenset({"cat", "channel_shuffle", "view", "reshape", "transpose", "permute", "contiguous"})
+"""Operations that join or rearrange values and leave them as they are."""
 NORMALISATIONS = frozenset({"batch_norm", "group_norm", "layer_norm", "instance_norm"})
 
 
@@ -34,17 +38,31 @@ class Activation:
         call: which call it is, from 0: of the module, or of any activation while the calling module runs.
         is_function: whether it is a called function.
         norm: dotted name of the BatchNorm right before it, on the same path and not in a shortcut; "" if there is none.
+        moved: whether the layer joins or rearranges what the activation returns; `module` is the layer itself then.
     """
 
     module: str
     call: int
     is_function: bool = False
     norm: str = ""
+    moved: bool = False
 
 
 def before_activation(name: str) -> tuple[str, bool]:
     """Split "layer3@pre" into the layer's name and whether the value before its activation is meant."""
     return (name.removesuffix(PRE), True) if name.endswith(PRE) else (name, False)
+
+
+def moved_from(name: str, args: Sequence[Any], find: Callable[[Tensor], Tensor | None]) -> list[Any] | None:
+    """Return the arguments of an operation of :data:`MOVES` with tensors replaced as `find` says; None if none is."""
+    if name == "cat":
+        parts = [find(one) for one in args[0]]
+        if all(part is None for part in parts):
+            return None
+        joined = [one if part is None else part for one, part in zip(args[0], parts, strict=True)]
+        return [joined, *args[1:]]
+    part = find(args[0]) if args and isinstance(args[0], Tensor) else None
+    return None if part is None else [part, *args[1:]]
 
 
 def works_in_place(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -75,6 +93,7 @@ class ActivationTrace(TorchFunctionMode):
         self._steps: list[_Step] = []
         self._module_calls: Counter[str] = Counter()
         self._function_calls: Counter[str] = Counter()
+        self._moved: list[Tensor] = []  # what was made of activated values by joining and rearranging them
         self._norms: list[tuple[str, int]] = []  # those that ran, with the channels of their output
         self.position = 0
 
@@ -96,6 +115,8 @@ class ActivationTrace(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         made = func(*args, **kwargs)
+        if name in MOVES and isinstance(made, Tensor) and moved_from(name, args, self._activated) is not None:
+            self._moved.append(made)
         if name not in ACTIVATIONS and name not in NORMALISATIONS:
             return made
         given = args[0] if args else kwargs.get("input")
@@ -104,6 +125,10 @@ class ActivationTrace(TorchFunctionMode):
             version = 0 if made.is_inference() else made._version
             self._steps.append(_Step(given, made, version, self.position, activation))
         return made
+
+    def _activated(self, tensor: Tensor) -> Tensor | None:
+        made = any(step.activation is not None and step.made is tensor for step in self._steps)
+        return tensor if made or any(one is tensor for one in self._moved) else None
 
     def _located(self, given: Tensor) -> Activation:
         name, module, argument = self._stack[-1]
@@ -126,10 +151,11 @@ class ActivationTrace(TorchFunctionMode):
         beside = [one for one, width in self._norms if width == channels and one.rpartition(".")[0] == parent]
         return beside[-1] if beside else ""
 
-    def before(self, tensor: Tensor, version: int, position: int) -> Activation | None:
+    def before(self, layer: str, tensor: Tensor, version: int, position: int) -> Activation | None:
         """Return the activation whose input `@pre` means for a layer's output.
 
         Args:
+            layer: its name.
             tensor: the output.
             version: how often it had been changed in place when the layer returned it.
             position: how many layers had finished by then.
@@ -144,14 +170,15 @@ class ActivationTrace(TorchFunctionMode):
                 if step.activation is not None:
                     return step.activation
                 given = step.made
-        return None
+        return Activation(layer, 0, True, moved=True) if any(one is tensor for one in self._moved) else None
 
 
 class CalledActivations(TorchFunctionMode):
-    """Hands the input of every called activation function to a listener, before it may be overwritten.
+    """Tells a listener of every called activation function, and of what is done with its result.
 
     Args:
-        listener: an object with a method `called(given, in_place)`.
+        listener: an object with methods `called(given, in_place)` before an activation, `activated(made)` after it, and
+            `moved(name, args, apply, made)` after an operation of :data:`MOVES`, which `apply` does to other arguments.
     """
 
     def __init__(self, listener: Any) -> None:
@@ -165,7 +192,13 @@ class CalledActivations(TorchFunctionMode):
         if name in ACTIVATIONS:
             given = args[0] if args else kwargs["input"]
             self.listener.called(given, works_in_place(name, args, kwargs))
-        return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+            self.listener.activated(made)
+            return made
+        made = func(*args, **kwargs)
+        if name in MOVES:
+            self.listener.moved(name, args, lambda changed: func(*changed, **kwargs), made)
+        return made
 
 
 def is_batchnorm(module: nn.Module) -> bool:

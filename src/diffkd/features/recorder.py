@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from diffkd.features.activations import Activation, CalledActivations, before_activation
+from diffkd.features.activations import Activation, CalledActivations, before_activation, moved_from
 from diffkd.features.calling import run
 from diffkd.features.layout import select_tensor
 from diffkd.features.trace import OUTPUT, version_of
@@ -65,7 +65,7 @@ class Recorder:
     calls: dict[str, Call] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     module_calls: Counter[str] = field(default_factory=Counter)
-    function_taps: list["_FunctionTap"] = field(default_factory=list)
+    function_taps: list["_FunctionTap | _MovedTap"] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(self, model: nn.Module) -> None:
@@ -94,7 +94,7 @@ class Recorder:
                     "ignores hooks there; give the model as it was, and compile the distiller"
                 )
             if activation is not None and activation.is_function:
-                tap = _FunctionTap(self, name, activation.call)
+                tap = _MovedTap(self, name) if activation.moved else _FunctionTap(self, name, activation.call)
                 self.function_taps.append(tap)
                 self.handles.append(module.register_forward_pre_hook(_Entrance(tap)))
                 self.handles.append(module.register_forward_hook(_Exit(tap)))
@@ -129,7 +129,7 @@ class Recorder:
         self.active, self.stopped = True, False
         self.module_calls.clear()
         for tap in self.function_taps:
-            tap.inside, tap.count = False, 0
+            tap.reset()
         output = None
         try:
             with CalledActivations(self) if self.function_taps else nullcontext():
@@ -175,6 +175,18 @@ class Recorder:
         if self.active:
             for tap in self.function_taps:
                 tap.called(given, in_place)
+
+    def activated(self, made: Tensor) -> None:
+        """Take in what an activation function has returned; called likewise."""
+        if self.active:
+            for tap in self.function_taps:
+                tap.activated(made)
+
+    def moved(self, name: str, args: Any, apply: Callable[[Any], Tensor], made: Any) -> None:
+        """Take in that values were joined or rearranged; called likewise."""
+        if self.active:
+            for tap in self.function_taps:
+                tap.moved(name, args, apply, made)
 
     def keep(self, name: str, tensor: Tensor, in_place: bool) -> None:
         """Record the value before an activation, a copy of it where the activation overwrites it."""
@@ -223,7 +235,19 @@ class _FunctionTap:
 
     def __init__(self, recorder: Recorder, name: str, call: int) -> None:
         self.recorder, self.name, self.call = recorder, name, call
+        self.reset()
+
+    def reset(self) -> None:
         self.inside, self.count = False, 0
+
+    def left(self, output: Any) -> None:
+        self.inside = False
+
+    def activated(self, made: Tensor) -> None:
+        pass
+
+    def moved(self, name: str, args: Any, apply: Callable[[Any], Tensor], made: Any) -> None:
+        pass
 
     def called(self, given: Tensor, in_place: bool) -> None:
         if self.inside:
@@ -232,24 +256,61 @@ class _FunctionTap:
             self.count += 1
 
 
+class _MovedTap:
+    """Joins and rearranges the values before a layer's activations as the layer does those after them."""
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self.recorder, self.name = recorder, name
+        self.reset()
+
+    def reset(self) -> None:
+        self.inside = False
+        self.given: Tensor | None = None
+        self.known: list[tuple[Tensor, Tensor]] = []  # what was returned, and what it would be before the activation
+
+    def called(self, given: Tensor, in_place: bool) -> None:
+        if self.inside:
+            self.given = given.clone() if in_place else given
+
+    def activated(self, made: Tensor) -> None:
+        if self.inside and self.given is not None:
+            self.known.append((made, self.given))
+            self.given = None
+
+    def moved(self, name: str, args: Any, apply: Callable[[Any], Tensor], made: Any) -> None:
+        if self.inside and (changed := moved_from(name, args, self._find)) is not None:
+            self.known.append((made, apply(changed)))
+
+    def _find(self, tensor: Tensor) -> Tensor | None:
+        for made, before in reversed(self.known):
+            if made is tensor:
+                return before
+        return None
+
+    def left(self, output: Any) -> None:
+        if self.inside and isinstance(output, Tensor) and (before := self._find(output)) is not None:
+            self.recorder.keep(self.name, before, False)
+        self.reset()
+
+
 class _Entrance(_Hook):
     """Tells a tap that its module runs."""
 
-    def __init__(self, tap: _FunctionTap) -> None:
+    def __init__(self, tap: "_FunctionTap | _MovedTap") -> None:
         self.tap = tap
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.tap.inside = True
+        self.tap.inside = self.tap.recorder.active
 
 
 class _Exit(_Hook):
     """Tells a tap that its module has run."""
 
-    def __init__(self, tap: _FunctionTap) -> None:
+    def __init__(self, tap: "_FunctionTap | _MovedTap") -> None:
         self.tap = tap
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.tap.inside = False
+        self.tap.left(output)
         self.tap.recorder.stop_if_complete()
 
 

@@ -74,7 +74,7 @@ def run_watched(model: nn.Module, example: Any) -> tuple[Any, list[Seen]]:
         with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), trace:
             output = run(model, example)
         for one in seen:
-            one.before = trace.before(one.tensor, one.version, one.position)
+            one.before = trace.before(one.name, one.tensor, one.version, one.position)
         return output, seen
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:300]
