@@ -81,3 +81,19 @@ def test_differences_by_value_not_by_type():
 
 def test_plain_values_survive_yaml(tmp_path):
     assert plain({"a": (1, tmp_path), 2: None}) == {"a": [1, str(tmp_path)], "2": None}
+
+
+def test_an_option_that_came_later_had_its_default():
+    def run(**options):
+        return {"pairs": [{"student": "x", "method": {"class_path": "diffkd.FitNet", "init_args": options}}]}
+
+    old = run(weight=2.0)
+    assert changed_values(old, run(weight=2.0, standardize=False)) == []
+    assert changed_values(old, run(weight=2.0, standardize=True)) != []
+    assert changed_values(old, run(weight=1.0, standardize=False)) != []
+    method = {"method": run(weight=2.0)["pairs"][0]["method"]}
+    later = {"method": {"class_path": "diffkd.FitNet", "init_args": {"weight": 2.0, "standardize": True}}}
+    assert changed_values(method, later) == ["method.standardize is None there, True here"]
+    assert changed_values(
+        {"data": {"class_path": "no.Such", "init_args": {}}}, {"data": {"class_path": "no.Such"}}
+    ) == ["data.init_args is {} there, None here"]
