@@ -89,3 +89,19 @@ def test_a_switch_that_an_older_run_does_not_know_is_off_there():
     assert changed_values(old, new) == []
     new["pairs"][0]["ramp"]["by_epoch"] = True
     assert "by_epoch" in changed_values(old, new)[0]
+
+
+def test_an_option_that_came_later_had_its_default():
+    def run(**options):
+        return {"pairs": [{"student": "x", "method": {"class_path": "diffkd.FitNet", "init_args": options}}]}
+
+    old = run(weight=2.0)
+    assert changed_values(old, run(weight=2.0, standardize=False)) == []
+    assert changed_values(old, run(weight=2.0, standardize=True)) != []
+    assert changed_values(old, run(weight=1.0, standardize=False)) != []
+    method = {"method": run(weight=2.0)["pairs"][0]["method"]}
+    later = {"method": {"class_path": "diffkd.FitNet", "init_args": {"weight": 2.0, "standardize": True}}}
+    assert changed_values(method, later) == ["method.standardize is None there, True here"]
+    assert changed_values(
+        {"data": {"class_path": "no.Such", "init_args": {}}}, {"data": {"class_path": "no.Such"}}
+    ) == ["data.init_args is {} there, None here"]

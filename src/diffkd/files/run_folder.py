@@ -1,5 +1,7 @@
 """The folder of a run: names of its files, when it may be written, and whether a resumed run is the same run."""
 
+import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from diffkd.files.config import differences
+from diffkd.files.config import describe, differences
 from diffkd.files.lock import LOCK
 from diffkd.files.weights import write_text
 
@@ -100,12 +102,41 @@ class RunFolder:
 def changed_values(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Name the values in which two configurations differ, as "lr is 0.1 there, 0.2 here".
 
-    What does not change the training, such as the device, is left out. A switch that a run of an earlier version does
-    not know is off there.
+    What does not change the training, such as the device, is left out. An option of a class that came after the run
+    was started, and which it therefore has not recorded, had its default there; a switch was off.
     """
     there, here = ({key: value for key, value in one.items() if key not in _FREE} for one in (stored, given))
-    found = differences(there, here, same=_same)
+    found = differences(_with_later_options(there, here), here, same=_same)
     return [one.replace(".init_args.", ".") for one in found]
+
+
+def _with_later_options(stored: Any, given: Any) -> Any:
+    """Return what is stored, with those options of its classes that only `given` has, where they are at the default."""
+    if isinstance(stored, list) and isinstance(given, (list, tuple)) and len(stored) == len(given):
+        return [_with_later_options(one, other) for one, other in zip(stored, given, strict=True)]
+    if not isinstance(stored, Mapping) or not isinstance(given, Mapping):
+        return stored
+    filled = {key: _with_later_options(value, given.get(key)) for key, value in stored.items()}
+    options, chosen = filled.get("init_args"), given.get("init_args")
+    if (
+        stored.get("class_path") == given.get("class_path")
+        and isinstance(options, dict)
+        and isinstance(chosen, Mapping)
+    ):
+        later = {key: value for key, value in chosen.items() if key not in options}
+        defaults = _defaults(str(stored["class_path"])) if later else {}
+        options |= {key: value for key, value in later.items() if key in defaults and defaults[key] == plain(value)}
+    return filled
+
+
+def _defaults(class_path: str) -> dict[str, Any]:
+    """Return the plain default of each argument of a class; {} of one that cannot be imported."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return {}
+    return {name: plain(describe(one.default)) for name, one in parameters.items() if one.default is not one.empty}
 
 
 def _same(there: Any, here: Any) -> bool:

@@ -71,6 +71,7 @@ class DiffKD(nn.Module):
     - `standardize`: the teacher's feature, and with autoencoder the latent too, per channel by running statistics
       (:class:`~diffkd.diffusion.standardization.Standardization`), so that noise level, losses and weights mean the
       same on every teacher. Distances of distributions ("kl", "dist") compare what is denoised in units of the logits.
+      One DiffKD for several levels (:class:`~diffkd.Shared`) has one set of statistics for all of them.
     - `time="film"`: the timestep by scale and shift after every batch normalisation
       (:class:`~diffkd.diffusion.modules.FilmDenoiser`) in place of a constant added to the input, which batch
       normalisation takes out of the student's denoising while training.
