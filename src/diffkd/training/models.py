@@ -23,6 +23,7 @@ from diffkd.files.fitting import fit_contents, report_of
 from diffkd.files.weights import check_savable, read_contents
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
+from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.detectors.teacher import DetectorTeacher
 from diffkd.models.normalization import class_names, normalization_beside, own_size
 from diffkd.models.weights import class_entries, library_names, reorder_classes, same_draws
@@ -340,6 +341,8 @@ def build_distiller(
     check_methods([*factories, *own] if isinstance(pairs, str) or None in own else own, data)
     view: TeacherInput | DetectorView | None = teacher_input
     if data.task == "detection":
+        if isinstance(pairs, str) and isinstance(student, TransformersDetector):
+            _check_backbone(student)
         if not isinstance(pairs, str):
             pairs = [_read_as_detectors(pair) for pair in pairs]
         wanted = (
@@ -361,6 +364,20 @@ def build_distiller(
     )
     check_needs(distiller, data)
     return distiller
+
+
+def _check_backbone(student: TransformersDetector) -> None:
+    """Raise ValueError if a student of transformers has no backbone that could learn from a teacher's.
+
+    Its other layers are answers to queries, which could be taken for maps and paired.
+    """
+    backbone = student.feature_backbone()
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError(
+            f"the backbone of student {type(student.model).__name__} is frozen by transformers, so that nothing of it "
+            "can learn from the teacher's features: take a detector whose backbone is trained, such as RT-DETR or "
+            "D-FINE, or name pairs yourself"
+        )
 
 
 def _read_as_detectors(pair: Pair) -> Pair:
