@@ -20,7 +20,7 @@ from diffkd.features.memory_layout import try_channels_last
 from diffkd.features.trace import OUTPUT
 from diffkd.files.config import factory_of
 from diffkd.files.fitting import fit_contents, report_of
-from diffkd.files.weights import check_savable, read_contents
+from diffkd.files.weights import check_savable, read_contents, unwrap
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
 from diffkd.models.detectors.from_transformers import TransformersDetector
@@ -201,6 +201,7 @@ def build_teacher(
         new_head=True,
     )
     _check_head(name, teacher)
+    teacher = unwrap(teacher)  # a compiled one cannot be watched, and a frozen one needs no processes of its own
     report = report_of(teacher)
     found = [] if report is None or report.plain else [f"teacher: {report}"]
     names = options.classes or (() if card.get("classes") else class_names(teacher))
@@ -333,6 +334,12 @@ def build_distiller(
         ValueError: if a method is not for the data's task, or needs what that does not give.
     """
     torch.manual_seed(mix_seed(seed, 1))
+    for side, model in (("student", student), ("teacher", teacher)):
+        if isinstance(unwrap(model), torch.jit.ScriptModule):
+            raise ValueError(
+                f"the {side} is a program of torch.jit.script, whose layers cannot be watched: let its function return "
+                "the module itself; weights that were saved from the program fit it"
+            )
     if not isinstance(pairs, str):
         pairs = [pair if pair.method is None else replace(pair, method=_method(pair.method)) for pair in pairs]
     methods = [DiffKD] if method is None else method if isinstance(method, Sequence) else [method]
