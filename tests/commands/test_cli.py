@@ -386,3 +386,25 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     done = subprocess.run(words, shell=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("bccd/")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["fit", "--lr", "0.1"], "it is --optimizer.lr"),
+        (["fit", "--learning_rate=0.1"], "it is --optimizer.lr"),
+        (["fit", "--batch_size", "8"], "it is --data.batch_size"),
+        (["compare", "demo", "--method", "kd", "--out", "there"], "no option --method; nearest: --methods"),
+        (["layers", "smp/unet/resnet18"], "--task segmentation"),
+        (["layers", "retinanet/resnet18"], "--task detection"),
+    ],
+)
+def test_options_under_their_names_elsewhere_are_pointed_to(words, meant, capsys):
+    assert cli.main(words) != 0
+    assert meant in capsys.readouterr().err
+
+
+def test_more_runs_than_can_be_meant_are_refused_before_they_are_listed(tmp_path, capsys):
+    words = ["compare", "cifar100/resnet56-resnet20", f"--out={tmp_path / 'table'}", "--seeds=1000000000"]
+    assert cli.main(words) == 1
+    assert "give fewer --seeds" in capsys.readouterr().err

@@ -33,3 +33,28 @@ def test_a_missing_library_is_named(name: str, library: str, extra: str, monkeyp
 def test_nearest() -> None:
     assert nearest("layer5", ["layer4", "fc", "stem"]) == "nearest: 'layer4'"
     assert nearest("zzz", ["layer4"]) == "nothing is close to it"
+
+
+@pytest.mark.parametrize(
+    ("build", "file"),
+    [
+        (
+            lambda: load_model("timm/resnet18.a1_in1k", pretrained=True),
+            r"timm/resnet18\.a1_in1k on the Hugging Face Hub",
+        ),
+        (lambda: load_model("torchvision/resnet18", pretrained=True), r"https://download\.pytorch\.org/.*resnet18"),
+    ],
+)
+def test_published_weights_without_a_network_name_model_file_and_the_local_way(monkeypatch, tmp_path, build, file):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def refused(*args, **options):
+        raise OSError("the network is unreachable")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", refused)
+    monkeypatch.setattr("urllib.request.urlopen", refused)
+    monkeypatch.setattr("torch.hub.urlopen", refused)
+    with pytest.raises(OSError, match=rf"{file}.*network is unreachable.*--teacher_weights FILE"):
+        build()

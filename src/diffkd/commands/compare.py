@@ -44,6 +44,7 @@ from diffkd.training.checkpointing import Interrupted
 COSTS = "step_cost.json"
 # Columns that a terminal shows only if there is room, the first to go first.
 _SPARED = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
+_MOST_RUNS = 10_000
 DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
 
 
@@ -108,6 +109,10 @@ def compare(
     names = [Path(method).stem for method in methods]
     if not methods or len(set(names)) < len(names) or seeds < 1 or jobs < 1:
         raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
+    if len(methods) * seeds > _MOST_RUNS:
+        raise ValueError(
+            f"{len(methods)} methods from {seeds} seeds each are more than {_MOST_RUNS} runs: give fewer --seeds"
+        )
     recipe_file = find_recipe(recipe)
     presets = {name: find_method(method, recipe) for name, method in zip(names, methods, strict=True)}
     # Of all runs, also of a student alone, which loses options that name code.

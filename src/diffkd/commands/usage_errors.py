@@ -22,6 +22,23 @@ _NOISE = (
     r"Problem with given class_path '[\w.]+':",
 )
 
+# What other programs call options that are a part's here.
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate", "learning-rate", "base_lr"), "--optimizer.lr"),
+    **dict.fromkeys(("weight_decay", "weight-decay", "wd"), "--optimizer.weight_decay"),
+    "momentum": "--optimizer.momentum",
+    **dict.fromkeys(("batch_size", "batch-size", "bs", "batch"), "--data.batch_size"),
+    **dict.fromkeys(("num_workers", "workers", "num-workers"), "--data.num_workers"),
+    **dict.fromkeys(("image_size", "img_size", "imgsz", "image-size"), "--data.image_size"),
+    **dict.fromkeys(("root", "data_root", "data_dir", "data-dir", "dataset_path"), "--data.root"),
+    **dict.fromkeys(("warmup_epochs", "warmup", "warmup-epochs"), "--schedule.warmup_epochs"),
+    **dict.fromkeys(("num_epochs", "max_epochs", "epoch"), "--epochs"),
+    **dict.fromkeys(("output", "output_dir", "output-dir", "save_dir", "out_dir"), "--out"),
+    **dict.fromkeys(("gpus", "gpu", "num_gpus"), "--devices"),
+    **dict.fromkeys(("temperature", "tau"), "--method.temperature"),
+    "amp": "--precision",
+}
+
 
 def explain(complaint: str, options: Sequence[str], command: str) -> str:
     """Say in one line what is wrong with the words of a command line.
@@ -49,7 +66,13 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
             owner = kind[1].rpartition(".")[2]
             return f"{option}.{name}: {owner} has no option {name!r}; {_near(name, _arguments(kind[1])) or listed}"
         listed = f"`diffkd {command} --help` lists all"
+        if (meant := _ELSEWHERE.get(name)) and (meant in options or meant.partition(".")[0] in options):
+            return f"there is no option --{name}; it is {meant}"
         return f"there is no option --{name}; {_near(f'--{name}', options) or listed}"
+    if found := re.search(r"ambiguous option: (\S+) could match (.*)$", text):
+        near = [one.strip() for one in found[2].split(",")]
+        near = [one for one in near if not one.endswith("+")] or near
+        return f"there is no option {found[1].partition('=')[0]}; nearest: {', '.join(near)}"
     if found := re.search(r"unrecognized arguments: (.*)$", text):
         return f"nothing is known of {found[1]!r}; options begin with --, and `diffkd {command} --help` lists them"
     if found := re.search(r"the following arguments are required: (.*)$", text):

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from diffkd.files.prefixes import UNINITIALIZED, best_prefix, cleaned, shape_of
 from diffkd.files.weights import (
     Contents,
     choose_key,
@@ -28,8 +28,6 @@ from diffkd.files.weights import (
 
 Convert = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor] | None]
 
-# Parts of names that wrappers add in the middle too.
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 # Buffers that a network computes when it is built, so that a file may lack them or have them besides.
 _DERIVED = re.compile(
     r"(^|\.)(num_batches_tracked|relative_position_index|rel_pos_index|relative_coords_table|position_ids|attn_mask|"
@@ -39,7 +37,6 @@ _DERIVED = re.compile(
 _TRAINING_ONLY = re.compile(
     r"^((\w+\.)?(aux\w*|AuxLogits|auxiliary\w*)|criterion\w*|\w*loss(es|_fn|_func|_function|_module)?|\w*metrics?)\."
 )
-_UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
 _REPORTS: "weakref.WeakKeyDictionary[nn.Module, Report]" = weakref.WeakKeyDictionary()
 
 
@@ -177,7 +174,7 @@ def load_weights(
         described = [
             [f"missing {name}" for name in missing],
             [f"unexpected {inside}{name}" for name in unexpected],
-            [f"{name} is {tuple(fit.shapes[name].shape)} there, {_shape(own[name])} here" for name in shapes],
+            [f"{name} is {tuple(fit.shapes[name].shape)} there, {shape_of(own[name])} here" for name in shapes],
             kinds,
         ]
         # Of each kind, since another prefix is seen in pairs only.
@@ -241,14 +238,14 @@ def fit_contents(
     if not contents.tensors:
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); save model.state_dict()")
     own = model.state_dict()
-    best, others = _best_prefix(path, own, contents, key)
+    best, others = best_prefix(path, own, contents, key)
     fits = []
     prefix, added, weights = best
     fit = _try(model, {added + name: value for name, value in weights.items()})
     inside = f"{prefix}." if prefix else ""
     fit.key, fit.others = prefix, others
-    cleaned = _cleaned(own, contents.tensors)
-    fit.outside = [name for name in cleaned if not name.startswith(inside)]
+    names = cleaned(own, contents.tensors)
+    fit.outside = [name for name in names if not name.startswith(inside)]
     if others:
         fit.outside = [name for name in fit.outside if not name.startswith(tuple(f"{one}." for one in others))]
     fits.append(fit)
@@ -263,70 +260,6 @@ def fit_contents(
     return min(fits, key=lambda one: len(one.missing) + len(one.shapes) + 0.5 * len(one.unexpected))
 
 
-def _best_prefix(
-    path: str | Path, own: Mapping[str, Any], contents: Contents, key: str | None
-) -> tuple[tuple[str, str, dict[str, Tensor]], tuple[str, ...]]:
-    """Return (prefix in the file, prefix to add, weights without it), and other prefixes that fit as well."""
-    tensors = _cleaned(own, contents.tensors)
-    targets = {added: {name.removeprefix(added) for name in own} for added in _common_beginnings(own)}
-    votes: dict[tuple[str, str], list[str]] = {}
-    for name in tensors:
-        for prefix, rest in _splits(name):
-            for added, wanted in targets.items():
-                if rest in wanted:
-                    votes.setdefault((prefix, added), []).append(rest)
-    if key is not None:
-        tests: tuple[Callable[[str], bool], ...] = (
-            lambda prefix: prefix == key,
-            lambda prefix: prefix.startswith(f"{key}."),
-            lambda prefix: f".{key}." in f".{prefix}.",
-        )
-        kept = next(
-            (chosen for test in tests if (chosen := {one: names for one, names in votes.items() if test(one[0])})), {}
-        )
-        if not kept:
-            most = max(map(len, votes.values()), default=0)
-            likely = {prefix for (prefix, _), names in votes.items() if prefix and 2 * len(names) > most}
-            known = sorted(likely | set(contents.keys) - {""})
-            if key in contents.keys:
-                return (key, "", without_wrappers(contents.under(key))), ()
-            there = f"; there are {listed(known)}" if known else ""
-            raise ValueError(f"{path} has no weights under the key {key!r}{there}")
-        votes = kept
-    if not votes:
-        base = choose_key(path, contents.keys) if contents.keys else ""
-        return (base, "", without_wrappers(contents.under(base))), ()
-
-    def inside(prefix: str) -> dict[str, Tensor]:
-        start = f"{prefix}." if prefix else ""
-        return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-
-    most = max(map(len, votes.values()))
-    found: dict[str, tuple[str, dict[str, Tensor]]] = {}
-    for (prefix, added), names in sorted(votes.items(), key=lambda one: (one[0][1] != "", one[0][0].count("."))):
-        if len(names) == most and prefix not in found:
-            weights = inside(prefix)
-            found[prefix] = (added, {added + name: weights[name] for name in names})
-    if len(found) > 1:
-        fitting = {
-            prefix: sum(_shape(own[name]) == tuple(value.shape) for name, value in one.items())
-            for prefix, (_, one) in found.items()
-        }
-        found = {prefix: one for prefix, one in found.items() if fitting[prefix] == max(fitting.values())}
-    prefixes = _distinct(found)
-    averaged, raw = ([one for one in prefixes if is_averaged(one) is kind] for kind in (True, False))
-    pick = prefixes[0]
-    if len(averaged) == len(raw) == 1:
-        pick = averaged[0]
-    elif len(prefixes) > 1 and (prefixes[0] != "" or averaged):
-        raise ValueError(
-            f"{path} holds several weights that fit: give the key of one, --teacher_weights_key or "
-            f"--student_weights_key, {listed(prefixes)}"
-        )
-    others = tuple(one for one in prefixes if one != pick) if averaged else ()
-    return (pick, found[pick][0], inside(pick)), others
-
-
 def _other_names(
     path: str | Path, contents: Contents, prefix: str, weights: dict[str, Tensor], key: str | None
 ) -> Iterator[dict[str, Tensor]]:
@@ -336,53 +269,6 @@ def _other_names(
         base = choose_key(path, contents.keys, key)
         if base != prefix:
             yield without_wrappers(contents.under(base))
-
-
-def _distinct(found: Mapping[str, tuple[str, dict[str, Tensor]]]) -> list[str]:
-    """Return the prefixes less those that lead to the same values as an earlier one."""
-    kept: list[str] = []
-    for prefix, (_, weights) in found.items():
-        if not any(_same(weights, found[other][1]) for other in kept):
-            kept.append(prefix)
-    return kept
-
-
-def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        value is other[name] or (value.shape == other[name].shape and torch.equal(value, other[name]))
-        for name, value in one.items()
-    )
-
-
-def _common_beginnings(names: Mapping[str, Any]) -> list[str]:
-    """Return "" and what all names begin with, part by part: those of a network inside of others."""
-    parts = [name.split(".")[:-1] for name in names]
-    found = [""]
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1 or len(found) > 6:
-            break
-        found.append(f"{found[-1]}{level[0]}.")
-    return found
-
-
-def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Yield the ways to split a name into a prefix, of at most a dozen parts, and a rest."""
-    yield "", name
-    parts = name.split(".", 12)
-    for count in range(1, len(parts)):
-        yield ".".join(parts[:count]), ".".join(parts[count:])
-
-
-def _cleaned(own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take out of the names what wrappers have added, unless the network has such parts itself."""
-    used = {part for name in own for part in name.split(".")}
-    added = [part for part in _WRAPPERS if part not in used]
-    cleaned: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        parts = name.split(".", 40)
-        short = ".".join(part for part in parts if part not in added) or name
-        cleaned[name if short in cleaned else short] = value
-    return cleaned
 
 
 def _try(model: nn.Module, weights: dict[str, Tensor]) -> Fit:
@@ -427,14 +313,14 @@ def _through_hooks(shadow: nn.Module, own: Mapping[str, Any], weights: dict[str,
     shapes = {
         name: weights[name]
         for name in open_names
-        if name in weights and name not in missing and tuple(weights[name].shape) != _shape(own[name])
+        if name in weights and name not in missing and tuple(weights[name].shape) != shape_of(own[name])
     }
     return Fit(filled, [name for name in open_names if name not in shapes], unexpected, shapes)
 
 
 def _by_name(own: Mapping[str, Any], weights: dict[str, Tensor]) -> Fit:
     same = {name: value for name, value in weights.items() if name in own}
-    filled = {name: value for name, value in same.items() if _shape(own[name]) in (tuple(value.shape), None)}
+    filled = {name: value for name, value in same.items() if shape_of(own[name]) in (tuple(value.shape), None)}
     return Fit(
         filled,
         [name for name in own if name not in weights],
@@ -447,18 +333,11 @@ def _without_memory(model: nn.Module) -> nn.Module:
     """Return a copy of a network whose parameters and buffers hold no numbers."""
     memo: dict[int, Any] = {}
     for value in (*model.parameters(), *model.buffers()):
-        if isinstance(value, _UNINITIALIZED):
+        if isinstance(value, UNINITIALIZED):
             continue
         empty = torch.empty_like(value, device="meta")
         memo[id(value)] = nn.Parameter(empty, requires_grad=False) if isinstance(value, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """Return the shape of an entry; None if it has none yet."""
-    if isinstance(value, _UNINITIALIZED) or not isinstance(value, Tensor):
-        return None
-    return tuple(value.shape)
 
 
 def _may_lack(name: str, fit: Fit, own: Mapping[str, Any]) -> bool:
@@ -466,13 +345,13 @@ def _may_lack(name: str, fit: Fit, own: Mapping[str, Any]) -> bool:
     if _DERIVED.search(name):
         return True
     value = own[name]
-    if not isinstance(value, Tensor) or _shape(value) is None or not value.numel():
+    if not isinstance(value, Tensor) or shape_of(value) is None or not value.numel():
         return False
     tied = (value.data_ptr(), value.shape, value.stride())
     others = (own[other] for other in fit.filled if other in own)
     return any(
         isinstance(other, Tensor)
-        and _shape(other) is not None
+        and shape_of(other) is not None
         and (other.data_ptr(), other.shape, other.stride()) == tied
         for other in others
     )
@@ -487,7 +366,7 @@ def _converted(value: Any, own: Any) -> bool:
         isinstance(value, Tensor)
         and isinstance(own, Tensor)
         and value.is_floating_point()
-        and _shape(own) is not None
+        and shape_of(own) is not None
         and value.dtype != own.dtype
     )
 

@@ -2,7 +2,8 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 
@@ -26,6 +27,27 @@ def require(module: str, extra: str, reason: str) -> ModuleType:
         raise ModuleNotFoundError(
             f"{reason} needs {library}, which is not installed: pip install 'diffkd[{extra}]'", name=library
         ) from None
+
+
+@contextmanager
+def fetched(name: str, what: str) -> Iterator[None]:
+    """Within, published weights may be fetched; say which and what to do instead if they cannot be.
+
+    Args:
+        name: of the model, as the user gave it.
+        what: the file, by its address or its name on the Hub.
+
+    Raises:
+        OSError: if the network, the server or the disk does not allow it.
+    """
+    try:
+        yield
+    except OSError as error:  # those of urllib, requests and the Hub's library are of this kind
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise OSError(
+            f"the published weights of model '{name}' could not be fetched from {what} ({reason}): fetch that file "
+            "where there is a network, and give it as --student_weights or --teacher_weights FILE instead"
+        ) from error
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -1,10 +1,11 @@
 """Models of timm by name."""
 
 import warnings
+from typing import Any
 
 from torch import nn
 
-from diffkd.models.extras import nearest, require
+from diffkd.models.extras import fetched, nearest, require
 
 
 def timm_names() -> list[str]:
@@ -42,7 +43,8 @@ def build_timm(name: str, num_classes: int | None, in_channels: int | None, pret
         if (tag and name not in weights) or (pretrained and not weights):
             known = ", ".join(f"'timm/{known}'" for known in weights) or "none: set pretrained to False"
             raise ValueError(f"model 'timm/{name}' has no such pretrained weights; {architecture} has {known}")
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
+    with fetched(f"timm/{name}", _file(timm, name)):
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels)
     published = getattr(model, "pretrained_cfg", None)
     if pretrained and num_classes is not None and isinstance(published, dict):
         classes = published.get("num_classes")
@@ -53,3 +55,11 @@ def build_timm(name: str, num_classes: int | None, in_channels: int | None, pret
                 stacklevel=4,
             )
     return model
+
+
+def _file(timm: Any, name: str) -> str:
+    """Return where the published weights of a model lie."""
+    known = timm.models.get_pretrained_cfg(name) if ":" not in name else None
+    if known is not None and known.hf_hub_id:
+        return f"{known.hf_hub_id} on the Hugging Face Hub (model.safetensors)"
+    return str(getattr(known, "url", None) or name)

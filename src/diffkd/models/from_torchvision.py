@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from diffkd.models.extras import nearest, require
+from diffkd.models.extras import fetched, nearest, require
 
 # Built without their auxiliary classifiers, so that they too return one tensor in training mode.
 _WITH_AUXILIARY = ("googlenet", "inception_v3")
@@ -58,7 +58,8 @@ def build_torchvision(name: str, num_classes: int | None, in_channels: int | Non
         fresh: nn.Module = models.get_model(builder, **fresh_options)
         return fresh
     weights = published[tag] if tag else published.DEFAULT
-    model: nn.Module = models.get_model(builder, weights=weights, **options)
+    with fetched(f"torchvision/{name}", weights.url):
+        model: nn.Module = models.get_model(builder, weights=weights, **options)
     classes = len(weights.meta["categories"])
     if num_classes not in (None, classes):
         replaced = replace_mismatched(model, models.get_model(builder, **fresh_options))

@@ -70,8 +70,19 @@ def build_transformers(
             "if asked for, are safetensors"
         ) from error
     _warn_of_random_weights(name, report)
+    keep_constants(model, factory)
     trained: nn.Module = model
     return trained.train()
+
+
+def keep_constants(model: Any, factory: Any) -> None:
+    """Freeze what is constant in a model of that configuration, and which loading its weights has made trainable."""
+    with torch.device("meta"):
+        fresh = factory.from_config(model.config, trust_remote_code=False)
+    constant = {name for name, parameter in fresh.named_parameters() if not parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name in constant:
+            parameter.requires_grad_(False)
 
 
 def _set_channels(name: str, config: Any, in_channels: int, pretrained: bool) -> None:

@@ -121,9 +121,10 @@ def _build(name: str, num_classes: int | None, in_channels: int | None, pretrain
         case "hf":
             return build_transformers(rest, num_classes, in_channels, pretrained)
     if source in ("smp", "fasterrcnn", "retinanet", "fcos"):
-        kind = "segmenter" if source == "smp" else "detector"
+        kind, task = ("segmenter", "segmentation") if source == "smp" else ("detector", "detection")
         raise ValueError(
-            f"model '{name}' is a {kind}, and a classifier is wanted here: give data for it, or another name"
+            f"model '{name}' is a {kind}, and a classifier is wanted here: give data for it (to `diffkd layers` --task "
+            f"{task}), or another name"
         )
     # A name without its source may be one in several.
     sources = [library for library in ("cifar", "timm", "torchvision") if library == "cifar" or find_spec(library)]

@@ -17,7 +17,7 @@ from diffkd.export.student_file import with_metrics
 from diffkd.features.calling import run
 from diffkd.files.history import History, Row
 from diffkd.tasks.data_facts import check_classes, check_samples, describe_samples
-from diffkd.tasks.distributed import WholeStudent, broadcast_buffers, shard, shards
+from diffkd.tasks.distributed import WholeStudent, broadcast_buffers, several_processes, shard, shards
 from diffkd.tasks.task import Meter, Step, Task
 from diffkd.training.cached_teacher import CachedTeacher
 from diffkd.training.ema import StudentAverage
@@ -44,6 +44,20 @@ def batches_of_step(trainer: Trainer, batch: int) -> int:
 def steps_per_epoch(trainer: Trainer) -> int:
     """Return how often the optimiser steps in an epoch."""
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+def _described(batch: Any) -> str:
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else None
+    if isinstance(images, Tensor):
+        return f"a batch of {'x'.join(map(str, images.shape))}"
+    return f"a batch of {len(images)} images" if isinstance(images, list) else "a batch"
 
 
 class Training(LightningModule):
@@ -267,10 +281,43 @@ class Training(LightningModule):
             self._meters["_unaveraged"] = self.task.meter(self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure a batch."""
-        self._meters[""].update(self.result, batch)
-        if "_unaveraged" in self._meters:
-            self._meters["_unaveraged"].update(self._plain_student, batch)
+        """Measure a batch.
+
+        Raises:
+            RuntimeError: if the memory does not suffice; names the options that help.
+        """
+        try:
+            self._meters[""].update(self.result, batch)
+            if "_unaveraged" in self._meters:
+                self._meters["_unaveraged"].update(self._plain_student, batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            windows = "--segmentation.window=[512,512], " if self.task.name == "segmentation" else ""
+            raise RuntimeError(
+                f"out of memory while measuring {_described(batch)}: give {windows}--data.val_batch_size 1 where the "
+                "data have it, or a smaller --data.batch_size"
+            ) from error
+
+    def on_after_backward(self) -> None:
+        """Refuse parameters without a gradient where several processes wait for all of them.
+
+        Raises:
+            ValueError: after the first step; names them.
+        """
+        if self.global_step or not several_processes() or self._whole is not None:
+            return
+        strategy: Any = self.trainer.strategy
+        if getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters"):
+            return
+        idle = [name for name, one in self.named_parameters() if one.requires_grad and one.grad is None]
+        if idle:
+            more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+            raise ValueError(
+                f"{', '.join(idle[:5])}{more} got no gradient from the first step, and several processes wait for "
+                "those of all parameters: freeze them by requires_grad_(False), or give --strategy "
+                "ddp_find_unused_parameters_true"
+            )
 
     def on_validation_epoch_end(self) -> None:
         """Compute the measurements over all images of all processes."""

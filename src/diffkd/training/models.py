@@ -21,9 +21,10 @@ from diffkd.features.memory_layout import try_channels_last
 from diffkd.features.trace import OUTPUT
 from diffkd.files.config import factory_of
 from diffkd.files.fitting import fit_contents, report_of
-from diffkd.files.weights import check_savable, read_contents
+from diffkd.files.weights import check_savable, read_contents, unwrap
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
+from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.detectors.teacher import DetectorTeacher
 from diffkd.models.normalization import class_names, normalization_beside, own_size
 from diffkd.models.weights import class_entries, library_names, reorder_classes, same_draws
@@ -201,6 +202,7 @@ def build_teacher(
         new_head=True,
     )
     _check_head(name, teacher)
+    teacher = unwrap(teacher)  # a compiled one cannot be watched, and a frozen one needs no processes of its own
     report = report_of(teacher)
     found = [] if report is None or report.plain else [f"teacher: {report}"]
     names = options.classes or (() if card.get("classes") else class_names(teacher))
@@ -360,6 +362,12 @@ def build_distiller(
         ValueError: if a method is not for the data's task, or needs what that does not give.
     """
     torch.manual_seed(mix_seed(seed, 1))
+    for side, model in (("student", student), ("teacher", teacher)):
+        if isinstance(unwrap(model), torch.jit.ScriptModule):
+            raise ValueError(
+                f"the {side} is a program of torch.jit.script, whose layers cannot be watched: let its function return "
+                "the module itself; weights that were saved from the program fit it"
+            )
     if not isinstance(pairs, str):
         pairs = [pair if pair.method is None else replace(pair, method=_method(pair.method)) for pair in pairs]
     methods = [DiffKD] if method is None else method if isinstance(method, Sequence) else [method]
@@ -368,6 +376,8 @@ def build_distiller(
     check_methods([*factories, *own] if isinstance(pairs, str) or None in own else own, data)
     view: TeacherInput | DetectorView | None = teacher_input
     if data.task == "detection":
+        if isinstance(pairs, str) and isinstance(student, TransformersDetector):
+            _check_backbone(student)
         if not isinstance(pairs, str):
             pairs = [_read_as_detectors(pair) for pair in pairs]
         wanted = (
@@ -390,6 +400,20 @@ def build_distiller(
     )
     check_needs(distiller, data)
     return distiller
+
+
+def _check_backbone(student: TransformersDetector) -> None:
+    """Raise ValueError if a student of transformers has no backbone that could learn from a teacher's.
+
+    Its other layers are answers to queries, which could be taken for maps and paired.
+    """
+    backbone = student.feature_backbone()
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError(
+            f"the backbone of student {type(student.model).__name__} is frozen by transformers, so that nothing of it "
+            "can learn from the teacher's features: take a detector whose backbone is trained, such as RT-DETR or "
+            "D-FINE, or name pairs yourself"
+        )
 
 
 def _read_as_detectors(pair: Pair) -> Pair:

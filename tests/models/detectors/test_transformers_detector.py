@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_detectors import detector as torchvision_detector
+from small_detectors import facts
 from transformers import (
     ConditionalDetrConfig,
     DeformableDetrConfig,
@@ -23,6 +25,7 @@ from diffkd import Distiller, FitNet
 from diffkd.files.weights import save_student
 from diffkd.models import DetectorTeacher, load_detector
 from diffkd.teacher.view import DetectorView
+from diffkd.training.models import build_distiller
 
 STAGES = ["stage2", "stage3", "stage4"]
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
@@ -221,3 +224,36 @@ def test_they_are_distilled_by_their_backbones_levels(tmp_path):
     assert set(losses) == {f"{level}/kd" for level in levels}
     (sum(output.values()) + sum(losses.values())).backward()
     assert all(method.student_projection.weight.grad.abs().sum() > 0 for method in distiller.methods)
+
+
+@pytest.mark.parametrize("kind", ["d_fine", "rt_detr"])
+def test_a_diverged_detector_has_a_loss_of_nan(kind: str, tmp_path: Path) -> None:
+    """Its matching refuses boxes that are not numbers, by an error that names neither loss nor step."""
+    CONFIGS[kind]().save_pretrained(tmp_path)
+    detector = load_detector(f"hf/{tmp_path}", num_classes=3, **SIZES)
+    with torch.no_grad():
+        for parameter in detector.parameters():
+            parameter.mul_(float("nan"))
+    loss = detector(IMAGES, [SOME, NONE])["loss"]
+    assert loss.isnan()
+    assert loss.requires_grad
+
+
+def test_what_is_constant_stays_so_with_published_weights(tmp_path: Path) -> None:
+    config = CONFIGS["d_fine"]()
+    config.num_labels = 3
+    AutoModelForObjectDetection.from_config(config).save_pretrained(tmp_path)
+    detector = load_detector(f"hf/{tmp_path}", num_classes=3, pretrained=True, **SIZES)
+    frozen = {name for name, parameter in detector.named_parameters() if not parameter.requires_grad}
+    assert {"model.model.decoder.reg_scale", "model.model.decoder.up"} <= frozen
+    assert len(frozen) < len(list(detector.parameters())) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("yolos", r"no module model\.backbone"), ("detr", "is frozen by transformers")]
+)
+def test_students_whose_backbone_cannot_learn_are_refused(kind: str, reason: str, tmp_path: Path) -> None:
+    CONFIGS[kind]().save_pretrained(tmp_path)
+    student = load_detector(f"hf/{tmp_path}", num_classes=2, **SIZES)
+    with pytest.raises(ValueError, match=reason):
+        build_distiller(student, torchvision_detector(), None, data=facts(), pairs="auto", method=None, seed=0)

@@ -7,7 +7,7 @@ from torch import nn
 
 from diffkd.models.detectors.backbone_norm import Norm, set_norm
 from diffkd.models.detectors.pyramid_detectors import FAMILIES, silence_background
-from diffkd.models.extras import nearest, require
+from diffkd.models.extras import fetched, nearest, require
 from diffkd.models.from_torchvision import torchvision_names
 
 
@@ -54,12 +54,14 @@ def build_torchvision_detector(
     backbone = "DEFAULT" if pretrained_backbone and not pretrained else None
     count = num_classes + 1  # torchvision counts the background, label 0
     if not pretrained:
-        model: nn.Module = models.get_model(builder, weights_backbone=backbone, num_classes=count, **options)
+        with fetched(f"torchvision/{name}", "download.pytorch.org (its backbone)"):
+            model: nn.Module = models.get_model(builder, weights_backbone=backbone, num_classes=count, **options)
         if not builder.startswith("fasterrcnn"):
             silence_background(model)
     else:
         weights = published[tag] if tag else published.DEFAULT
-        model = models.get_model(builder, weights=weights, **options)
+        with fetched(f"torchvision/{name}", weights.url):
+            model = models.get_model(builder, weights=weights, **options)
         classes = len(weights.meta["categories"])
         if classes != count:
             fresh = models.get_model(builder, weights_backbone=None, num_classes=count, **options)

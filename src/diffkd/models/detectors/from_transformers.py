@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.models.extras import require
-from diffkd.models.from_transformers import _first_line, _warn_of_random_weights
+from diffkd.models.from_transformers import _first_line, _warn_of_random_weights, keep_constants
 
 # Those that know which pixels are padding, so that images keep their shape; boxes are relative to the image without it.
 _MASKED = ("detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer")
@@ -58,13 +58,24 @@ class TransformersDetector(nn.Module):
                 {"class_labels": target["labels"] - 1, "boxes": _relative(target["boxes"], size)}
                 for target, size in zip(resized, batch.image_sizes, strict=True)
             ]
-            # Its loss_dict holds the same terms without their weights.
-            return {"loss": self.model(**arguments).loss}
+            return {"loss": self._loss(arguments)}
         output = self.model(**arguments)
         return [
             self._detections(logits.float(), boxes.float(), image.shape[-2:])
             for logits, boxes, image in zip(output.logits, output.pred_boxes, images, strict=True)
         ]
+
+    def _loss(self, arguments: dict[str, Any]) -> Tensor:
+        """Return the model's loss, NaN where its predictions are not finite, which its matching of boxes refuses."""
+        try:
+            # Its loss_dict holds the same terms without their weights.
+            loss: Tensor = self.model(**arguments).loss
+        except (ValueError, RuntimeError):
+            output = self.model(**{name: value for name, value in arguments.items() if name != "labels"})
+            if output.logits.isfinite().all() and output.pred_boxes.isfinite().all():
+                raise
+            loss = output.logits.sum() * math.nan
+        return loss
 
     def feature_backbone(self) -> nn.Module:
         """Return the model's backbone: from images and their mask to a list of pairs, map (B, C, h, w) and mask.
@@ -154,6 +165,9 @@ def build_transformers_detector(
                 dtype=torch.float32,
             )
             _warn_of_random_weights(name, report)
+            if getattr(model.config, "use_pretrained_backbone", False):
+                model.config.use_pretrained_backbone = False  # which would fetch weights
+            keep_constants(model, factory)
         else:
             if getattr(config, "use_pretrained_backbone", False):
                 config.use_pretrained_backbone = False  # which would fetch weights

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from diffkd.models.extras import nearest, require
+from diffkd.models.extras import fetched, nearest, require
 from diffkd.models.from_torchvision import replace_mismatched
 
 
@@ -61,7 +61,8 @@ def build_torchvision_segmenter(
     if not pretrained:
         return fresh
     weights = published[tag] if tag else published.DEFAULT
-    model: nn.Module = models.get_model(builder, weights=weights)
+    with fetched(f"torchvision/{name}", weights.url):
+        model: nn.Module = models.get_model(builder, weights=weights)
     if not auxiliary and hasattr(model, "aux_classifier"):
         setattr(model, "aux_classifier", None)  # noqa: B010, as None is no module to the type checker
     classes = len(weights.meta["categories"])
