@@ -28,6 +28,7 @@ from diffkd.commands.compare import find_method
 from diffkd.commands.tune import with_values
 from diffkd.data import hold_out
 from diffkd.recipes import find_recipe
+from diffkd.recipes.trust import named_code, take_trust
 from diffkd.training.fit import fit
 
 # Each option with its low and its high level: values of the recipe by their dotted names.
@@ -101,7 +102,8 @@ def measure(words: Sequence[str], names: Sequence[str], levels: Levels, seed: in
         config = {**(arguments.pop("config", None) or {}), "held_out": share}
         return fit(data=hold_out(arguments.pop("data"), share), config=config, **arguments)
 
-    result = fit_with([str(recipe), "--resume=true", "--progress=false"], use=run)
+    trusted = [f"--trust={name}" for name in [*take_trust(words)[1], *named_code(words)]]
+    result = fit_with([str(recipe), "--resume=true", "--progress=false", *trusted], use=run)
     return float(result["last"][result["score"]])
 
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 from benchmarks.better import FACTORS, design, main, main_effects
-from tiny_recipe import write_recipe
+from tiny_recipe import TRUST, write_recipe
 
 
 @pytest.mark.parametrize(("factors", "runs"), [(2, 4), (3, 4), (7, 16), (7, 8), (7, 128)])
@@ -35,11 +35,11 @@ def test_main_effects_are_recovered():
 def test_it_goes_on_where_it_was(tmp_path, capsys):
     recipe = write_recipe(tmp_path, epochs=1)
     words = [f"--recipe={recipe}", f"--out={tmp_path}/out", "--factors", "one_step", "balance", "--runs=4", "--seeds=1"]
-    main([*words, "--", "--accelerator=cpu"])
+    main([*words, "--", "--accelerator=cpu", TRUST])
     first = capsys.readouterr().out
     lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines()
     assert len({json.dumps(json.loads(line)["levels"]) for line in lines}) == 4
     assert "| balance |" in first
-    main([*words, "--", "--accelerator=cpu"])
+    main([*words, "--", "--accelerator=cpu", TRUST])
     assert (tmp_path / "out" / "runs.jsonl").read_text().splitlines() == lines
     assert set(FACTORS) > {"one_step", "balance"}

@@ -2,11 +2,12 @@
 
 import pytest
 import yaml
-from tiny_recipe import write_recipe
+from tiny_recipe import TRUST, write_recipe
 
 from diffkd.commands.arguments import fit_with
 from diffkd.recipes import find_recipe, recipe_names
 from diffkd.training.build import build_training
+from diffkd.training.options import FitOptions
 
 DIRECT = [name for name in recipe_names() if name.startswith("methods/") and "-direct" in name]
 
@@ -18,11 +19,11 @@ def values_of(name):
 @pytest.mark.parametrize("name", [name for name in DIRECT if name.count("/") == 1])
 def test_features_and_logits_have_a_method_each(tmp_path, name):
     recipe = write_recipe(tmp_path)
-    words = [str(recipe), f"--config={find_recipe(name)}", f"--out={tmp_path}/run"]
+    words = [str(recipe), f"--config={find_recipe(name)}", f"--out={tmp_path}/run", TRUST]
     feature, logits = values_of(name)["method"]
 
-    def check(**values):
-        distiller = build_training(**{key: value for key, value in values.items() if key != "config"}).distiller
+    def check(data, config, **values):
+        distiller = build_training(FitOptions(**values), data).distiller
         names = [pair.student for pair in distiller.pairs]
         kinds = list(zip(names, [type(method).__name__ for method in distiller.methods], strict=True))
         classes = [one["class_path"].removeprefix("diffkd.") for one in (feature, logits)]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import yaml
-from tiny_recipe import write_recipe
+from tiny_recipe import MODELS, TRUST, write_recipe
 
 from diffkd.commands import cli
 from diffkd.commands.arguments import values_of_fit
@@ -22,7 +22,7 @@ def study(tmp_path_factory):
     (folder / "test.npz").rename(folder / "elsewhere.npz")  # replaced by images that must not count
     shutil.copy(folder / "train.npz", folder / "test.npz")
     space = "{method.init_args.weight: {low: 0.5, high: 2.0, log: true}, method.init_args.standardize: [false, true]}"
-    words = ["tune", str(recipe), f"--out={folder}/study", "--method=fitnet", f"--space={space}", "--share=0.3"]
+    words = ["tune", str(recipe), f"--out={folder}/study", TRUST, "--method=fitnet", f"--space={space}", "--share=0.3"]
     codes = [cli.main([*words, f"--trials={count}", "--", "--accelerator=cpu"]) for count in (2, 5)]
     return folder / "study", codes, words
 
@@ -39,7 +39,7 @@ def test_it_leaves_the_best_recipe_and_what_mattered(study):
     recipe = yaml.safe_load((folder / "best.yaml").read_text())
     assert recipe["method"]["init_args"]["weight"] == pytest.approx(float(best["method.init_args.weight"]), rel=1e-2)
     assert "out" not in recipe
-    assert values_of_fit([str(folder / "best.yaml"), "--out=x"])["method"]["class_path"] == "diffkd.FitNet"
+    assert values_of_fit([str(folder / "best.yaml"), TRUST, "--out=x"])["method"]["class_path"] == "diffkd.FitNet"
     assert (folder / "study.png").stat().st_size > 1000
     assert isinstance(json.loads((folder / "importance.json").read_text()), dict)
 
@@ -82,7 +82,7 @@ def test_finished_studies_train_no_more(study):
 )
 def test_misuse_is_said_in_one_line(tmp_path, capsys, words, code, message):
     recipe = write_recipe(tmp_path)
-    assert cli.main(["tune", str(recipe), f"--out={tmp_path}/study", *words]) == code
+    assert cli.main(["tune", str(recipe), f"--out={tmp_path}/study", TRUST, *words]) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(message, error), error
@@ -107,8 +107,8 @@ def test_options_that_do_not_go_together_and_bad_recipes(tmp_path):
     recipe = write_recipe(tmp_path, epochs=1)
     space = "{method.init_args.path: [diffusion, flow], method.init_args.prediction: [noise, clean]}"
     options = ["--accelerator=cpu"]
-    found = tune(str(recipe), tmp_path / "study", space=space, trials=2, jobs=2, options=options)
+    found = tune(str(recipe), tmp_path / "study", space=space, trials=2, jobs=2, trust=[str(MODELS)], options=options)
     assert found["score"] == "top1"
     broken = ["--accelerator=cpu", "--optimizer.lr=1e30"]
     with pytest.raises(FloatingPointError):
-        tune(str(recipe), tmp_path / "broken", space=space, trials=1, options=broken)
+        tune(str(recipe), tmp_path / "broken", space=space, trials=1, trust=[str(MODELS)], options=broken)

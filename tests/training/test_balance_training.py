@@ -7,12 +7,11 @@ from functools import partial
 import pytest
 import torch
 from rich.console import Console
-from short_trainings import arrays, same_weights, signal_self, train
+from short_trainings import arrays, built, same_weights, signal_self, train
 
 from diffkd import KD, Balance, DiffKD, Pair
 from diffkd.commands.arguments import values_of_fit
 from diffkd.files.history import read_csv
-from diffkd.training.build import build_training
 from diffkd.training.checkpointing import Interrupted
 from diffkd.training.progress import stuck_gammas
 from diffkd.training.start_report import report
@@ -48,7 +47,7 @@ def test_an_interrupted_training_goes_on_with_the_same_weights(tmp_path, image_f
 @pytest.mark.parametrize(("weight", "words"), [(1e-6, "hardly counts: raise its weight"), (1e6, "drowns the task")])
 def test_a_pull_out_of_proportion_is_said(image_files, model_file, weight, words):
     data = arrays(image_files)
-    training = build_training(
+    training = built(
         f"{model_file}:small", data, teacher=f"{model_file}:large", pairs=[Pair("0", method=DiffKD, weight=weight)]
     )
     training.measures_pulls = True
@@ -65,11 +64,11 @@ def test_a_pull_out_of_proportion_is_said(image_files, model_file, weight, words
 
 def test_a_gamma_that_adds_no_noise_is_said(image_files, model_file):
     options = {"teacher": f"{model_file}:large", "method": DiffKD}
-    training = build_training(f"{model_file}:small", arrays(image_files), **options)
+    training = built(f"{model_file}:small", arrays(image_files), **options)
     means = {"gamma/0": 0.995, "gamma/output": 0.98}
     assert stuck_gammas(training, means) == ["0"]
     options["method"] = partial(DiffKD, noise_adapter=False)
-    training = build_training(f"{model_file}:small", arrays(image_files), **options)
+    training = built(f"{model_file}:small", arrays(image_files), **options)
     assert stuck_gammas(training, {"gamma/0": 1.0}) == []
 
 
@@ -82,9 +81,7 @@ def test_a_recipe_names_a_balance(tmp_path):
 
 def test_compiled_trainings_measure_in_between(image_files, model_file):
     data = arrays(image_files)
-    training = build_training(
-        f"{model_file}:small", data, teacher=f"{model_file}:large", pairs=PAIRS[:1], channels_last=False
-    )
+    training = built(f"{model_file}:small", data, teacher=f"{model_file}:large", pairs=PAIRS[:1], channels_last=False)
     training.model.compile(backend="eager")
     batch = next(iter(data.train_dataloader()))
     try:

@@ -123,8 +123,6 @@ def compare(
     # Seed by seed, so that an interrupted comparison has something of every method.
     runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
     console = Console(stderr=True)
-    for name, preset in presets.items():
-        console.print(f"{name}: {_shown(preset)}", markup=False, highlight=False, soft_wrap=True)
     commands = {
         run: [
             *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
@@ -141,6 +139,8 @@ def compare(
             except UsageError as error:
                 raise UsageError(f"{error} ({run.method} with the options of the comparison)") from error
             RunFolder(run.folder).check(values, resume=True)
+    for name, preset in presets.items():
+        console.print(f"{name}: {_shown(preset)}", markup=False, highlight=False, soft_wrap=True)
     failed = train_all(commands, jobs, console)
     if cost:
         write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)

@@ -26,7 +26,7 @@ from diffkd.data import hold_out
 from diffkd.files.config import differences
 from diffkd.files.weights import write_text
 from diffkd.recipes import find_recipe
-from diffkd.recipes.trust import UsageError
+from diffkd.recipes.trust import UsageError, named_code, own_code, trust_words
 from diffkd.reports.plots import write_figure
 from diffkd.training.fit import fit
 
@@ -80,6 +80,7 @@ def tune(
     seeds: int = 1,
     share: float = 0.2,
     prune: bool = True,
+    trust: list[str] | None = None,
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Search the values of a recipe's method with Optuna, and write the best recipe.
@@ -104,6 +105,7 @@ def tune(
         seeds: trainings of each trial, whose mean counts; all of them start from the seed of the recipe upwards.
         share: of the training data to hold back.
         prune: stop trials early.
+        trust: files and modules of your own whose code recipe and method may name; may be repeated.
         options: further options of `diffkd fit`, for all trials.
 
     Returns:
@@ -122,7 +124,13 @@ def tune(
             f"give at least one trial, job and seed, and a share in (0, 1); got {trials}, {jobs}, {seeds} and {share}"
         )
     out = out.expanduser()
-    words = [str(find_recipe(recipe)), *([f"--config={find_method(method)}"] if method else []), *options]
+    trusted = [f"--trust={name}" for name in dict.fromkeys([*(trust or ()), *named_code(options)])]
+    words = [
+        str(find_recipe(recipe)),
+        *([f"--config={find_method(method, recipe)}"] if method else []),
+        *options,
+        *trusted,
+    ]
     values = values_of_fit([*words, f"--out={out}"])
     if values.get("method") is None and values.get("pairs", "auto") == "auto" and space is None:
         raise ValueError("the recipe has no method to search: give --method, or --space with other values of it")
@@ -143,7 +151,7 @@ def tune(
         study.set_user_attr("task", task)
         own = {name: axis.stored(value_at(values, name)) for name, axis in axes.items()}
         study.enqueue_trial({name: value for name, value in own.items() if value is not None})
-    work: tuple[Any, ...] = (str(out), task["values"], axes, trials, seeds, share, prune)
+    work: tuple[Any, ...] = (str(out), task["values"], axes, trials, seeds, share, prune, trusted)
     if jobs == 1:
         _search(*work)
     else:
@@ -296,6 +304,7 @@ def _search(
     seeds: int,
     share: float,
     prune: bool,
+    trusted: Sequence[str],
     job: int = 0,
 ) -> None:
     """Run trials until the study has as many as wanted."""
@@ -315,7 +324,7 @@ def _search(
 
         def run(trial: Any, begun: list[int] = begun) -> float:
             begun.append(trial.number)
-            return _trial(trial, Path(out), values, axes, seeds, share)
+            return _trial(trial, Path(out), values, axes, seeds, share, trusted)
 
         study.optimize(run, n_trials=1)
         last = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == begun[0])
@@ -333,7 +342,15 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).strip('"')
 
 
-def _trial(trial: Any, out: Path, values: dict[str, Any], axes: dict[str, Axis], seeds: int, share: float) -> float:
+def _trial(
+    trial: Any,
+    out: Path,
+    values: dict[str, Any],
+    axes: dict[str, Axis],
+    seeds: int,
+    share: float,
+    trusted: Sequence[str],
+) -> float:
     """Train with the values of a trial, and return its score on what was held back."""
     from optuna import TrialPruned
 
@@ -353,7 +370,7 @@ def _trial(trial: Any, out: Path, values: dict[str, Any], axes: dict[str, Axis],
             if trial.should_prune():
                 raise TrialPruned
 
-        words = [str(recipe), f"--out={folder / f'seed-{seed}'}", f"--seed={seed}", "--progress=false"]
+        words = [str(recipe), f"--out={folder / f'seed-{seed}'}", f"--seed={seed}", "--progress=false", *trusted]
         try:
             result = fit_with(words, use=_fit_on_part(share, watch))
         except (ValueError, FloatingPointError) as error:
@@ -434,7 +451,7 @@ def _report(study: Any, out: Path, values: dict[str, Any], axes: dict[str, Axis]
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
     console.print(
         f"best: trial {best.number}, {score} on held-out training data; {len(done)} trials done, {pruned} stopped "
-        f"early. diffkd fit {out / 'best.yaml'} --out FOLDER trains it on all",
+        f"early. diffkd fit {out / 'best.yaml'} --out FOLDER{trust_words(own_code(values))} trains it on all",
         highlight=False,
         markup=False,
         soft_wrap=True,

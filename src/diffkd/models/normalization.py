@@ -72,14 +72,19 @@ def _of_settings(settings: Mapping[str, Any]) -> Normalization | None:
 
 
 def _usual_of_transformers(model: nn.Module) -> Normalization | None:
-    """Return what the images of such a model are normalised with unless a file beside it says otherwise."""
+    """Return the default normalisation of the model family's own image processor, None where it borrows another's.
+
+    ResNet, for example, borrows that of ConvNeXt, whose default is not what ResNet's weights were trained with.
+    """
     mapping = require("transformers.models.auto.image_processing_auto", "hf", "a model of transformers")
+    config = type(config_of(model))
     try:
-        found = mapping.IMAGE_PROCESSOR_MAPPING[type(config_of(model))]
+        found = mapping.IMAGE_PROCESSOR_MAPPING[config]
     except (KeyError, AttributeError, ImportError):
         return None
     kinds = list(found.values()) if isinstance(found, dict) else list(found) if isinstance(found, tuple) else [found]
-    for kind in kinds:
+    family = config.__name__.removesuffix("Config")
+    for kind in (kind for kind in kinds if getattr(kind, "__name__", "").startswith(family)):
         mean, std = getattr(kind, "image_mean", None), getattr(kind, "image_std", None)
         if mean is not None and std is not None:
             return tuple(mean), tuple(std)
