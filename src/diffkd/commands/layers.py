@@ -11,8 +11,6 @@ from diffkd.features.layers import list_layers
 from diffkd.methods import MethodFactory
 from diffkd.tasks.data_facts import DataFacts, TaskName
 from diffkd.tasks.task_of_data import load, padded_example
-from diffkd.training.models import build_distiller
-from diffkd.training.start_report import pairs_table
 
 
 def layers(
@@ -47,6 +45,10 @@ def layers(
     facts = facts_of_size(task, classes, in_channels, side)
     console = Console()
     if teacher is not None:
+        # Lightning, which training needs, takes seconds to import.
+        from diffkd.training.models import build_distiller
+        from diffkd.training.start_report import pairs_table
+
         other = load(teacher, facts, num_classes=classes, in_channels=in_channels)
         distiller = build_distiller(student, other, None, data=facts, pairs="auto", method=method, seed=0)
         console.print(pairs_table(distiller))
