@@ -48,7 +48,7 @@ def export(
         out: file to write, ends in .safetensors, .onnx or .pt2; None: student.safetensors here.
         which: of a run, the student of the last or of the best epoch; of one that still goes on, the last checkpoint's
             or that of the best epoch so far.
-        model: for .onnx and .pt2, name of the model; needed where the card names none, or code of one's own.
+        model: for .onnx and .pt2, name of the model; needed where the card names none, or names your own code.
         image_size: for these, [H, W] in pixels, or one side of a square; None: as in training.
         normalize: for these, let the program take images in [0, 1] and normalise them itself. Detectors always do.
         opset: of ONNX, from 18 on; None: PyTorch's choice.

@@ -25,9 +25,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Where Pillow finds an orientation in the head of a PNG; to look for more, it would decode the pixels.
+# Keys under which Pillow stores the orientation from a PNG's header; a further search would decode the pixels.
 _TOLD_BY_PNG = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
-# How the message about a broken image ends; it is no advice where such images are left out already.
+# End of the message about a broken image; removed if such images are already skipped.
 MEND = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
 
 
@@ -36,10 +36,10 @@ _T = TypeVar("_T")
 
 
 class Header(NamedTuple):
-    """Hold what the head of an image file says.
+    """Sizes from the header of an image file.
 
     Args:
-        size: (height, width) in pixels, once the picture is upright.
+        size: (height, width) in pixels after the EXIF orientation is applied.
         stored: (height, width) as stored.
     """
 
@@ -52,7 +52,7 @@ def read_rgb(path: str | os.PathLike[str], white: int = WHITE) -> Image.Image:
 
     The EXIF orientation is applied, unless the EXIF is damaged. Grey images are repeated over the channels; 16-bit ones
     are scaled (`white` becomes 255); palettes and CMYK are converted; transparency is dropped and the colours below it
-    are kept, as torchvision does. Of several frames the first is taken.
+    are kept, as torchvision does. Only the first frame is read.
 
     Args:
         path: the file.
@@ -63,7 +63,7 @@ def read_rgb(path: str | os.PathLike[str], white: int = WHITE) -> Image.Image:
 
     Raises:
         ValueError: if the file cannot be read, is corrupt or truncated, holds floats, or states more than
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels (a decompression bomb); names the file and the mend.
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels (a decompression bomb); the message names the file and the fix.
     """
     try:
         return opened(path, partial(_decoded, white=white))
@@ -72,11 +72,11 @@ def read_rgb(path: str | os.PathLike[str], white: int = WHITE) -> Image.Image:
 
 
 def opened(file: str | os.PathLike[str] | bytes, use: Callable[[Image.Image], _T]) -> _T:
-    """Return what `use` makes of an opened image; a PNG is read without its texts where these are too large for Pillow.
+    """Open an image and return `use(image)`; text chunks of a PNG that are too large for Pillow are removed first.
 
     Args:
         file: the image file, or its content.
-        use: is given the image, which is closed afterwards.
+        use: function of the opened image, which is closed afterwards.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -90,7 +90,7 @@ def opened(file: str | os.PathLike[str] | bytes, use: Callable[[Image.Image], _T
 
 
 def _without_texts(png: bytes) -> Iterator[bytes]:
-    """Yield a PNG without its texts and colour profile; texts that tell the orientation stay unless they are large."""
+    """Yield a PNG without text chunks and colour profile; small text chunks with the orientation are kept."""
     yield png[:8]
     start = 8
     while start + 12 <= len(png):
@@ -108,7 +108,7 @@ def _tells_orientation(kind: bytes, content: bytes) -> bool:
     compressed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
     unpacking = zlib.decompressobj()
     try:
-        # What stands before the text of iTXt, its languages, is no beginning of compressed data.
+        # The language fields before the text of an iTXt chunk are not compressed.
         unpacked = unpacking.decompress(text[1:], _LARGEST_TEXT) if compressed and kind == b"zTXt" else text
     except zlib.error:
         return False
@@ -141,11 +141,11 @@ def _has_16_bits(image: Image.Image) -> bool:
 
 
 def white_level(given: int | None, paths: Sequence[str]) -> int:
-    """Return the value of 16-bit images that is to become 255; warn where all would be nearly black.
+    """Return the value of 16-bit images that is mapped to 255; warn if all images would be nearly black.
 
     Args:
         given: the value, None for 65535.
-        paths: the training images, of which a few are looked at if nothing is given.
+        paths: the training images; a few are read if `given` is None.
 
     Raises:
         ValueError: if the value is out of range.
@@ -158,7 +158,7 @@ def white_level(given: int | None, paths: Sequence[str]) -> int:
     for path in paths[:: len(paths) // _LOOKED_AT + 1]:
         try:
             value = opened(path, _brightest)
-        except Exception:  # whoever wants the pixels says what is wrong with the file
+        except Exception:  # the later decoding reports what is wrong with the file
             continue
         if value is None or value > WHITE // 16:
             return WHITE
@@ -185,7 +185,7 @@ def _brightest(image: Image.Image) -> int | None:
 
 
 def header_of(image: Image.Image) -> Header:
-    """Return the sizes of an opened image that is not decoded yet; raise ValueError if it has too many pixels."""
+    """Return the sizes of an opened image without decoding it; raise ValueError if it has too many pixels."""
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
     stored = image.height, image.width
@@ -197,17 +197,17 @@ def header_of(image: Image.Image) -> Header:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return an opened image decoded and turned as its EXIF says; as it is stored if the EXIF is damaged."""
+    """Decode an opened image and apply its EXIF orientation; a damaged EXIF is ignored."""
     image.load()
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return the height and width that `read_rgb` gives an image, from the head of its file.
+    """Return the height and width of the image that `read_rgb` returns, from the file's header.
 
     Raises:
-        ValueError: if the head cannot be read, or states too many pixels; names the file and the mend.
+        ValueError: if the header cannot be read, or states too many pixels; the message names the file and the fix.
     """
     try:
         return opened(path, header_of).size
@@ -216,10 +216,10 @@ def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
 
 class Turn(NamedTuple):
-    """Hold how a stored picture is turned to be upright.
+    """The EXIF orientation of an image and its sizes.
 
     Args:
-        orientation: 1 to 8, as EXIF numbers it; 1 leaves it as it is.
+        orientation: EXIF orientation, 1 to 8; 1 is upright.
         header: the sizes.
     """
 
@@ -228,7 +228,7 @@ class Turn(NamedTuple):
 
 
 def turn_of(path: str | os.PathLike[str]) -> Turn:
-    """Return how an image file is turned, from its head; raise ValueError as `upright_size`."""
+    """Return the orientation of an image file from its header; raise ValueError as `upright_size`."""
     try:
         return opened(path, lambda image: Turn(_orientation(image), header_of(image)))
     except Exception as error:  # as above
@@ -248,21 +248,21 @@ def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
 
 
 class Verified(NamedTuple):
-    """Hold the samples that can be decoded, and one message for each that cannot."""
+    """The samples that can be decoded, and one message for each that cannot."""
 
     samples: FolderSamples
     problems: list[str]
 
 
 def verify_images(samples: FolderSamples, threads: int = 1) -> Verified:
-    """Decode every image once and part the good ones from the broken ones.
+    """Decode every image once and separate good from broken files.
 
     Args:
         samples: files and labels.
-        threads: images decoded at a time; decoding frees the interpreter lock.
+        threads: number of decoding threads; decoding releases the GIL.
 
     Returns:
-        The good samples, in their order, and the messages that name the broken files.
+        The good samples in their order, and the messages about broken files.
     """
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         problems = list(pool.map(_problem, samples.paths, chunksize=64))
@@ -274,7 +274,7 @@ def verify_images(samples: FolderSamples, threads: int = 1) -> Verified:
 
 
 def check_readable(samples: FolderSamples) -> None:
-    """Raise ValueError that names the first file which may not be read or is empty; quick, for it decodes nothing."""
+    """Raise ValueError for the first file that is empty or not readable; quick, since nothing is decoded."""
     bad = [path for path in samples.paths if not os.access(path, os.R_OK) or not Path(path).stat().st_size]
     if bad:
         raise ValueError(
@@ -284,7 +284,7 @@ def check_readable(samples: FolderSamples) -> None:
 
 
 def check_every_class(train: FolderSamples, val: FolderSamples, classes: Sequence[str]) -> None:
-    """Warn of classes that cannot be measured; raise ValueError if one cannot be learned, or nothing be measured."""
+    """Warn of classes without evaluation images; raise ValueError if one has no training image or `val` is empty."""
     empty = absent_classes(train.labels, classes)
     if empty:
         raise ValueError(f"train: no readable image of class(es) {quoted(empty)} is left; add some or remove them.")
@@ -310,6 +310,6 @@ OnBadImage = Literal["error", "skip"]
 
 
 def check_on_bad_image(value: str) -> None:
-    """Raise ValueError if a value is no `OnBadImage`."""
+    """Raise ValueError if a value is not one of `OnBadImage`."""
     if value not in get_args(OnBadImage):
         raise ValueError(f"on_bad_image={value!r}: give 'error' or 'skip'.")

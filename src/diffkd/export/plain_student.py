@@ -53,7 +53,7 @@ def rebuild(
     Args:
         weights: file to load strictly.
         card: says task, model, classes and images.
-        model: its name, which may be code of one's own; None: the card's, which may not unless it is trusted.
+        model: its name, which may be your own code; None: the card's, which may not unless it is trusted.
         image_size: (H, W), or one side of a square, of the images it is followed with; None: the card's.
         normalize: let it take images in [0, 1] and normalise them itself. Detectors always do.
         trust: files and modules whose code the card may name.

@@ -69,7 +69,7 @@ def draw_results(
     Returns:
         The path.
     """
-    # A figure of its own rather than pyplot: no global state, no window.
+    # A `Figure` instead of pyplot: no global state, no window.
     figure = Figure(figsize=(12 if maps else 6.5, 4.5), layout="constrained")
     panels: list[Any] = list(np.asarray(figure.subfigures(1, 2), dtype=object)) if maps else [figure]
     axes = panels[0].subplots()

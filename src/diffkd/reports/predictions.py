@@ -58,7 +58,7 @@ def draw_boxes(
         if len(found) != len(images):
             raise ValueError(f"column {title!r} has {len(found)} entries for {len(images)} images: give one for each")
     colors = matplotlib.color_sequences["tab10"]
-    # A figure of its own rather than pyplot: no global state, no window.
+    # A `Figure` instead of pyplot: no global state, no window.
     figure = Figure(figsize=(2.4 * len(columns), 2.4 * len(images) + 0.6), layout="constrained")
     grid = figure.subplots(len(images), len(columns), squeeze=False)
     for row, image in enumerate(images):

@@ -1,4 +1,4 @@
-"""What the data modules of detection share: their arguments, the checks of their splits, and the loaders."""
+"""Base of the detection data modules: shared arguments, checks of the splits, and loaders."""
 
 import os
 from collections import Counter
@@ -22,41 +22,42 @@ from diffkd.data.loaders import SplitLoaders
 from diffkd.data.seeding import held_back
 
 Split = Literal["train", "val", "test"]
-# Reads the images and boxes of a split; None if there is no such split. The second argument is what was read for
-# "train", which comes first, and the third whether broken images are let pass.
+# Reads the images and boxes of a split; returns None if the split does not exist. The second argument is the result for
+# "train", which is read first; the third is whether broken images are kept for later checks.
 ReadSplit = Callable[[Split, AnnotatedFiles | None, bool], AnnotatedFiles | None]
 
 
 class DetectionData(ImageData):
-    """Serve images with boxes, decoded by worker processes at their own sizes.
+    """Serve images with boxes, decoded by worker processes at their original sizes.
 
-    Boxes are cut at the border of their image; those without extent are left out with a warning. Crowd boxes are left
-    out of training and stay, flagged, in evaluation.
+    Boxes are clipped to their image; those without extent are left out with a warning. Crowd boxes are left out of
+    training and kept, flagged, in evaluation.
 
     Args:
-        read: reads a split.
+        read: function that reads a split.
         batch_size: images per batch and process.
-        augmentation: what is done to training images and their boxes.
+        augmentation: augmentation of training images and their boxes.
         seed: seed of order and augmentation.
-        keep_empty: whether to train on images without boxes, too; evaluation is always on all images.
-        num_workers: worker processes; None takes one per core, at most 8.
+        keep_empty: whether to train on images without boxes as well; evaluation always uses all images.
+        num_workers: worker processes; None uses one per core, at most 8.
         on_bad_image: "error" refuses missing files before training and stops at a file that cannot be decoded, with its
             name; "skip" decodes every file before training and leaves broken images, annotations and boxes out, with a
             warning that counts and names them.
-        verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
-        min_size: shorter side at which a detector is to work, in pixels, or several to draw from in training. This and
-            `max_size` are for whoever builds the detector; the images served are not scaled.
-        max_size: limit of its longer side.
-        follow_links: let symbolic links lead out of the folder, as in caches and on shared disks. Set it only where you
-            trust the links; names in annotations stay inside in any case.
-        val_share: share of the training images that is held back for evaluation, drawn by `seed`, in the place of the
-            evaluation images; None takes these.
-        white_level: the value of 16-bit images that becomes white, 255; 4095 for 12 bits. None takes 65535, and warns
-            where all images would be nearly black.
+        verify: with "error" too, decode every file before training, so that a broken file stops the run then and not in
+            mid-epoch.
+        min_size: shorter side of the detector's input, in pixels, or several to draw from in training. The detector is
+            built with this and `max_size`; the images served are not scaled.
+        max_size: limit of the longer side of the detector's input.
+        follow_links: allow symbolic links that lead out of the folder, as in caches and on shared disks. Set it only if
+            you trust the links; names in annotations stay inside in any case.
+        val_share: share of the training images that is held back for evaluation, drawn by `seed`, instead of the
+            evaluation images; None uses the evaluation images.
+        white_level: the value of 16-bit images that is mapped to white, 255; 4095 for 12 bits. None uses 65535, and
+            warns if all images would be nearly black.
 
     Attributes:
         classes: the names of labels 1 to `num_classes`.
-        category_ids: the numbers that these have in the files.
+        category_ids: the ids of these classes in the files.
         skipped: one message per image left out because it is broken.
         dropped: one message per box left out because it is malformed or has no extent inside its image.
 
@@ -66,7 +67,7 @@ class DetectionData(ImageData):
     """
 
     task = "detection"
-    class_mend = "or remove the class if it is none"  # what to do about a class without boxes
+    class_mend = "or remove the class if it is none"  # advice for a class without boxes
 
     def __init__(
         self,
@@ -129,10 +130,10 @@ class DetectionData(ImageData):
 
 
 class _Narrowest(NamedTuple):
-    """Say how narrow an image may be.
+    """Limits that decide how narrow an image may be.
 
     Args:
-        max_size: the longer side at which the detector works, in pixels.
+        max_size: limit of the longer side of the detector's input, in pixels.
         min_crop: smallest share of a side that a random crop keeps.
     """
 
@@ -140,7 +141,7 @@ class _Narrowest(NamedTuple):
     min_crop: float
 
     def problem(self, path: str, size: Sequence[int]) -> str | None:
-        """Return why an image of a size (H, W) has no pixel left once the detector has scaled it; None if it has."""
+        """Return why an image of size (H, W) has a side of 0 pixels after the detector's resize; None if it has not."""
         narrow = max(1.0, min(size) * self.min_crop)
         if not min(size) or narrow * self.max_size >= max(size):
             return None
@@ -148,17 +149,17 @@ class _Narrowest(NamedTuple):
 
 
 class _Check:
-    """Find out which images of a split can be used.
+    """Checks which images of a split can be used.
 
     Args:
         skip: leave broken images out instead of refusing them.
         decode: decode every image.
-        threads: images decoded at a time.
-        narrowest: how narrow an image may be.
+        threads: number of decoding threads.
+        narrowest: limits on narrow images.
 
     Attributes:
         skipped: one message per image left out so far.
-        dropped: one message per box that the readers have left out.
+        dropped: one message per box that the readers left out.
     """
 
     def __init__(self, *, skip: bool, decode: bool, threads: int, narrowest: _Narrowest) -> None:
@@ -167,7 +168,7 @@ class _Check:
         self.dropped: list[str] = []
 
     def __call__(self, files: AnnotatedFiles) -> AnnotatedFiles:
-        """Return the images that can be used; collect and warn of what is left out."""
+        """Return the usable images; collect messages about what is left out, and warn."""
         if files.dropped:
             rank_zero_warn(f"{len(files.dropped)} box(es) are left out; the first: {files.dropped[0]}")
             self.dropped += files.dropped
@@ -212,7 +213,7 @@ class _Check:
 
 
 def _to_train(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFiles:
-    """Return the images to train on, without crowd boxes; warn of absent classes, raise ValueError if none is there."""
+    """Return training images without crowd boxes; warn of absent classes, raise ValueError if there is no box."""
     stated = len(files.annotations.boxes.labels)
     files = replace(files, annotations=files.annotations.without_crowds())
     full = files.annotations.starts.diff().nonzero()[:, 0].tolist()
@@ -229,7 +230,7 @@ def _to_train(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFi
 
 
 def _evaluation(files: AnnotatedFiles) -> DetectionDataset:
-    """Return the images to evaluate on as they are served; warn if they have no box that counts."""
+    """Return the data set of the evaluation images; warn if it has no box that is counted."""
     if not bool((files.annotations.boxes.iscrowd == 0).any()):
         rank_zero_warn(
             f"{files.source}: no image has a box that counts, so that the average precision will be 0 whatever is "
@@ -239,7 +240,7 @@ def _evaluation(files: AnnotatedFiles) -> DetectionDataset:
 
 
 def _check_present(files: AnnotatedFiles) -> None:
-    """Raise if a file is missing, empty, unreadable or not of the stated size; quick, for it reads heads alone."""
+    """Raise if a file is missing, empty, unreadable or not of the stated size; quick, since it reads only headers."""
     missing = [path for path in files.paths if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -249,7 +250,7 @@ def _check_present(files: AnnotatedFiles) -> None:
     check_readable(FolderSamples(list(files.paths), []))
     for index, (path, size) in enumerate(zip(files.paths, files.sizes.tolist(), strict=True)):
         if upright_size(path) != tuple(size):
-            files.read(index)  # says so, unless what turns the picture stands behind its pixels
+            files.read(index)  # raises, unless the orientation is stored after the pixels
 
 
 def _problem(files: AnnotatedFiles, index: int) -> str | None:
