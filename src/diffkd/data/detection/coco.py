@@ -33,9 +33,9 @@ def read_coco(
 ) -> AnnotatedFiles:
     """Read the boxes of a COCO file; missing boxes are computed from segmentations, and keypoints are ignored.
 
-    Category ids may have gaps: labels count from 1 in the order of the ids. If both height and width of an image are missing
-    or 0, they are read from its file. Ids may be strings or floats of whole numbers; image ids may be any strings. An
-    annotation with neither a box nor a polygon is left out.
+    Category ids may have gaps: labels count from 1 in the order of the ids. If both height and width of an image are
+    missing or 0, they are read from its file. Ids may be strings or floats of whole numbers; image ids may be any
+    strings. An annotation with neither a box nor a polygon is left out.
 
     Args:
         file: the JSON file.
