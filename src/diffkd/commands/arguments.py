@@ -15,14 +15,14 @@ from typing import Any
 
 import yaml
 
-from diffkd.commands.usage_errors import check_idle, explain
+from diffkd.commands.usage_errors import check_unused_options, explain
 from diffkd.recipes.trust import Gate, Trust, UsageError, given_value, named_code, take_trust
 
 # Words that make the parser discard the values of an earlier method or optimiser.
-_NONE = {"method": "null", "optimizer": "torch.optim.Optimizer"}
+_RESET = {"method": "null", "optimizer": "torch.optim.Optimizer"}
 
 
-def with_own_values(words: list[str], optimizer: Any) -> list[str]:
+def reset_replaced_classes(words: list[str], optimizer: Any) -> list[str]:
     """Reset a method's or optimiser's values where the command line selects one of another class.
 
     Otherwise the parser keeps values of arguments with the same name: AT would get the weight of KD, and AdamW the
@@ -41,7 +41,7 @@ def with_own_values(words: list[str], optimizer: Any) -> list[str]:
         for option, value in _values(word, after):
             given = _classes(value)
             if given and classes[option] and given != classes[option]:
-                result.append(f"--{option}={_NONE[option]}")
+                result.append(f"--{option}={_RESET[option]}")
             classes[option] = classes[option] if given is None else given
         result.append(word)
     return result
@@ -53,8 +53,8 @@ def _values(word: str, after: str) -> Iterator[tuple[str, Any]]:
     text = value if equals else after
     if option == "--config" and Path(text).is_file():
         values = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-        yield from ((name, value) for name, value in values.items() if name in _NONE)
-    elif option[2:] in _NONE:
+        yield from ((name, value) for name, value in values.items() if name in _RESET)
+    elif option[2:] in _RESET:
         with suppress(yaml.YAMLError):  # reported by the parser
             yield option[2:], yaml.safe_load(text)
 
@@ -257,9 +257,9 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
     if names and "trust" in parameters:
         words = [*words, f"--trust={json.dumps(names)}"]
     if "optimizer" in parameters:
-        words = with_own_values(words, parser.get_default("optimizer"))
+        words = reset_replaced_classes(words, parser.get_default("optimizer"))
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
-    bare = {word for word, after in zip(words, [*words[1:], "--"], strict=False) if _stands_alone(word, after)}
+    bare = {word for word, after in zip(words, [*words[1:], "--"], strict=False) if _is_bare_flag(word, after)}
     try:
         values = parser.parse_args(_with_lists(_with_values(words, flags | bare), parameters))
     except ArgumentError as error:
@@ -271,7 +271,7 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
             raise UsageError(f"{option}: give its value after it; only what is true or false can stand alone")
     if "optimizer" in parameters:
         gate.check_models({name: values.get(name) for name in ("student", "teacher")})
-        check_idle(words, values)
+        check_unused_options(words, values)
     return values
 
 
@@ -300,7 +300,7 @@ def _check_file(file: Path) -> None:
         )
 
 
-def _stands_alone(word: str, after: str) -> bool:
+def _is_bare_flag(word: str, after: str) -> bool:
     """Return whether a word is a nested option, such as `--data.verify`, without a value after it."""
     option = re.fullmatch(r"--\w+\.[\w.]+", word)
     return option is not None and not word.endswith(".help") and after.startswith("--")

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     wants_traceback = "--traceback" in words or os.environ.get("DIFFKD_TRACEBACK") == "1"
     # A shell does not expand the ~ of --out=~/runs, so a folder named ~ would be created.
-    words = [re.sub(r"^(--[\w.]+=)?~(?=/)", _at_home, word) for word in words if word != "--traceback"]
+    words = [re.sub(r"^(--[\w.]+=)?~(?=/)", _expand_home, word) for word in words if word != "--traceback"]
     commands = _commands()
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, commands))
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _at_home(found: re.Match[str]) -> str:
+def _expand_home(found: re.Match[str]) -> str:
     return f"{found[1] or ''}{Path.home()}"
 
 
@@ -137,9 +137,9 @@ def _test(words: list[str]) -> None:
     """Measure a trained student: diffkd test RUN_OR_FILE [OPTIONS]."""
     import diffkd.data  # noqa: F401
     from diffkd.commands.evaluate import evaluate
-    from diffkd.data.image_data import measured_alone
+    from diffkd.data.image_data import allow_missing_training_images
 
-    with measured_alone():
+    with allow_missing_training_images():
         call(evaluate, _with_data_of_card(words), "test", positional="student")
 
 

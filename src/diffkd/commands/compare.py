@@ -43,7 +43,7 @@ from diffkd.training.checkpointing import Interrupted
 
 COSTS = "step_cost.json"
 # Columns left out on a narrow terminal, in this order.
-_SPARED = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
+_OPTIONAL_COLUMNS = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
 _MOST_RUNS = 10_000
 DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
 
@@ -125,7 +125,7 @@ def compare(
     runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
     console = Console(stderr=True)
     for name, preset in presets.items():
-        console.print(f"{name}: {_shown(preset)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name}: {_preset_name(preset)}", markup=False, highlight=False, soft_wrap=True)
     commands = {
         run: [
             *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
@@ -178,7 +178,7 @@ def find_method(method: str, recipe: str | None = None) -> Path:
     return find_recipe(f"methods/{method}")
 
 
-def _shown(preset: Path) -> str:
+def _preset_name(preset: Path) -> str:
     """Return the name of a preset in the package, or the path of another file."""
     names = {find_recipe(name): name for name in recipe_names() if name.startswith("methods/")}
     return names.get(preset, str(preset))
@@ -261,7 +261,7 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
 def rich_table(rows: Sequence[Row], width: int) -> Table:
     """Return the rows as a table for a terminal of `width` columns; a narrow one omits some columns."""
     kept = {title: column for title, *column in zip(*cells(rows), strict=True)}
-    for title in _SPARED:
+    for title in _OPTIONAL_COLUMNS:
         if sum(3 + max(map(len, [title, *column])) for title, column in kept.items()) <= width:
             break
         kept.pop(title, None)

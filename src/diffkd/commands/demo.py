@@ -65,7 +65,7 @@ def demo(
         ]
         for method in DEFAULT_METHODS
     }
-    images, maps = _look(run)
+    images, maps = _saliency_maps(run)
     draw_results(out / "demo.png", curves, images, maps)
     console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
@@ -74,7 +74,7 @@ def demo(
     return rows
 
 
-def _look(run: Path) -> tuple[Tensor, dict[str, Tensor]]:
+def _saliency_maps(run: Path) -> tuple[Tensor, dict[str, Tensor]]:
     """Return test images of six classes, and the saliency maps of student, denoised student and teacher."""
     training, data = saved_training(RunFolder(run))
     distiller = training.distiller

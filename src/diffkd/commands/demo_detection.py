@@ -49,7 +49,7 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
     rows = compare(RECIPE, out, methods=methods, seeds=seeds, jobs=cores() if jobs is None else jobs, options=options)
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(out / METHODS[-1] / "seed-0" / f"student{suffix}", out / f"student{suffix}")
-    picture = draw_what_is_found(out)
+    picture = draw_detections(out)
     console.print(f"table   {out / 'comparison.json'}\npicture {picture}", soft_wrap=True)
     console.print(
         f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
@@ -57,7 +57,7 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
     return rows
 
 
-def draw_what_is_found(out: Path) -> Path:
+def draw_detections(out: Path) -> Path:
     """Draw evaluation scenes with the boxes of the students, the teacher and the ground truth."""
     card = read_card(out / "student.safetensors")
     data = data_of(card)

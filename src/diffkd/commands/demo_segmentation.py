@@ -48,7 +48,7 @@ def segmentation_demo(
     run = out / "diffkd" / "seed-0"
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
-    look(out, out / "demo.png")
+    draw_class_maps(out, out / "demo.png")
     console.print(f"tables  {out / 'comparison.md'}, {out / 'classes.md'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
         f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
@@ -56,7 +56,7 @@ def segmentation_demo(
     return rows
 
 
-def look(out: Path, picture: Path, count: int = IMAGES) -> Path:
+def draw_class_maps(out: Path, picture: Path, count: int = IMAGES) -> Path:
     """Draw evaluation scenes of a finished demonstration with the class maps of all students and the teacher.
 
     Args:
@@ -78,11 +78,11 @@ def look(out: Path, picture: Path, count: int = IMAGES) -> Path:
     # Scenes with the most classes are shown.
     order = sorted(range(len(masks)), key=lambda index: -len(masks[index].unique()))[:count]
     images, masks = images[order], masks[order]
-    maps = {title: _seen(file, images) for title, file in weights.items()} | {"truth": masks}
+    maps = {title: _predict(file, images) for title, file in weights.items()} | {"truth": masks}
     return draw_overlays(picture, images, maps, data.classes, ignore_index=data.ignore_index)
 
 
-def _seen(weights: Path, images: Tensor) -> Tensor:
+def _predict(weights: Path, images: Tensor) -> Tensor:
     """Return the class ids (B, H, W) that a saved segmenter predicts for normalised images."""
     card = read_card(weights)
     model = load_segmenter(card["model"], num_classes=card["num_classes"], weights=weights)

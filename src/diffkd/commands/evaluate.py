@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 from torch import nn
 
-from diffkd.data.splits import measured_split
+from diffkd.data.splits import choose_split
 from diffkd.export.plain_student import named_model
 from diffkd.export.student_file import Which, find_student, read_card
 from diffkd.recipes.trust import Trust, trust_words
@@ -108,7 +108,7 @@ def evaluate(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        name_of_split, loader = measured_split(data, split)
+        name_of_split, loader = choose_split(data, split)
         setattr(data, "val_dataloader", loader)  # noqa: B010, as no method can be assigned to
         trainer.validate(training, datamodule=data, verbose=False)
     measured = training.measured
@@ -122,8 +122,12 @@ def evaluate(
     width = max(map(len, measured))
     for metric, value in measured.items():
         recorded = card.get("metrics", {}).get(metric)
-        note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}{of_val}, {card.get('which', '')})"
-        console.print(f"{metric:{width}}  {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
+        note = (
+            ""
+            if recorded is None
+            else f"  (recorded {_format_metric(metric, recorded)}{of_val}, {card.get('which', '')})"
+        )
+        console.print(f"{metric:{width}}  {_format_metric(metric, value)}{note}", highlight=False, soft_wrap=True)
     return measured
 
 
@@ -143,7 +147,7 @@ def _pairs_as_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _shown(metric: str, value: float) -> str:
+def _format_metric(metric: str, value: float) -> str:
     return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
 
 
@@ -188,8 +192,8 @@ def described_data(card: dict[str, Any], trust: Sequence[str] = ()) -> tuple[typ
     module, _, name = str(description.get("class_path", "")).rpartition(".")
     if not module:
         raise ValueError("nothing says what to measure on; give --data, such as diffkd.data.FashionMNIST")
-    ours = module == "diffkd.data" or module.startswith("diffkd.data.") or Trust(trust).believes(module)
-    home = module if Trust(trust).believes(module) else "diffkd.data"
+    ours = module == "diffkd.data" or module.startswith("diffkd.data.") or Trust(trust).includes(module)
+    home = module if Trust(trust).includes(module) else "diffkd.data"
     kind = getattr(importlib.import_module(home), name, None)
     if not ours or not isinstance(kind, type) or not issubclass(kind, LightningDataModule):
         raise ValueError(

@@ -195,7 +195,7 @@ def _mappings(values: Any) -> list[dict[str, Any]]:
     return [one for one in values if isinstance(one, dict)] if isinstance(values, list) else []
 
 
-class _Plain(ElementTree.TreeBuilder):
+class _NoDoctypeBuilder(ElementTree.TreeBuilder):
     """A tree builder that refuses document type declarations, whose entities could expand without limit."""
 
     def doctype(self, name: str, public: str | None, system: str | None) -> None:
@@ -204,7 +204,7 @@ class _Plain(ElementTree.TreeBuilder):
 
 def _voc(path: Path) -> Iterator[str]:
     try:
-        root = ElementTree.parse(path, ElementTree.XMLParser(target=_Plain())).getroot()
+        root = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctypeBuilder())).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{path} is no XML that is read here ({error}): fetch it again") from error
     objects = root.findall("object")

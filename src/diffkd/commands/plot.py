@@ -18,7 +18,7 @@ from diffkd.distill.observation import Observation
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.reports.plots import saliency
-from diffkd.reports.run_figures import draw_course, draw_gammas, draw_looks, draw_scores
+from diffkd.reports.run_figures import draw_curves, draw_gammas, draw_saliency, draw_scores
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.task import Task
 from diffkd.training.checkpointing import read_checkpoint
@@ -66,7 +66,7 @@ def plot(
         drawn.append(path)
         console.print(str(path), highlight=False, soft_wrap=True)
 
-    note(draw_course(out / "course.png", read_csv(folder.metrics), training.task.headlines[0]))
+    note(draw_curves(out / "course.png", read_csv(folder.metrics), training.task.headlines[0]))
     if training.distiller is None:
         return drawn
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -147,7 +147,7 @@ def _draw_pairs(training: Training, batch: Any, chosen: list[int], classes: tupl
         shape = columns["teacher"][0].shape
         if len(shape) == 4:
             maps = {title: [saliency(one)[0] for one in seen] for title, seen in columns.items()}
-            paths.append(draw_looks(out / f"looks-{file}.png", images, maps))
+            paths.append(draw_saliency(out / f"looks-{file}.png", images, maps))
         elif training.task.name == "classification" and shape[1] == len(classes):
             scores = {title: torch.cat(seen).softmax(dim=1) for title, seen in columns.items()}
             paths.append(draw_scores(out / f"scores-{file}.png", images, scores, classes))

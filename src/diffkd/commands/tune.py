@@ -319,10 +319,10 @@ def _search(
 
         study.optimize(run, n_trials=1)
         last = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == begun[0])
-        console.print(_said(last), highlight=False, markup=False, soft_wrap=True)
+        console.print(_describe_trial(last), highlight=False, markup=False, soft_wrap=True)
 
 
-def _said(trial: Any) -> str:
+def _describe_trial(trial: Any) -> str:
     value = "-" if trial.value is None else f"{100 * trial.value:.2f} %"
     reason = f" ({trial.user_attrs['reason']})" if "reason" in trial.user_attrs else ""
     chosen = ", ".join(f"{name.rpartition('.')[2]} {_short(value)}" for name, value in trial.params.items())

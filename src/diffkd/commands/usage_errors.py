@@ -64,11 +64,12 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         if keys and kind is not None:
             listed = f"`diffkd {command} {option}.help {kind[1]}` lists its options"
             owner = kind[1].rpartition(".")[2]
-            return f"{option}.{name}: {owner} has no option {name!r}; {_near(name, _arguments(kind[1])) or listed}"
+            nearest = _nearest_names(name, _arguments(kind[1]))
+            return f"{option}.{name}: {owner} has no option {name!r}; {nearest or listed}"
         listed = f"`diffkd {command} --help` lists all"
         if (meant := _ELSEWHERE.get(name)) and (meant in options or meant.partition(".")[0] in options):
             return f"there is no option --{name}; it is {meant}"
-        return f"there is no option --{name}; {_near(f'--{name}', options) or listed}"
+        return f"there is no option --{name}; {_nearest_names(f'--{name}', options) or listed}"
     if found := re.search(r"ambiguous option: (\S+) could match (.*)$", text):
         near = [one.strip() for one in found[2].split(",")]
         near = [one for one in near if not one.endswith("+")] or near
@@ -81,7 +82,9 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
         base = HOMES.get(keys[-1] if keys else "", ("", "object"))[1]
         names = [f"{found[1]}.{name}" for name in _classes(found[1], base)]
-        return "; ".join(filter(None, (f"{option}: there is no {found[1]}.{found[2]}", _near(found[2], names))))
+        return "; ".join(
+            filter(None, (f"{option}: there is no {found[1]}.{found[2]}", _nearest_names(found[2], names)))
+        )
     if keys and (
         found := re.search(r"(?:Unexpected import path format|dot import path string): (\S+?):(\w+)(?= |$)", text)
     ):
@@ -90,7 +93,9 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         return f"{option}: write {path.stem}.{found[2]}, {how}"
     if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in HOMES:
         names = _classes(*HOMES[keys[-1]])
-        return f"{option}: there is no {found[1]!r}; {_near(found[1], names) or 'there are ' + ', '.join(names)}"
+        return (
+            f"{option}: there is no {found[1]!r}; {_nearest_names(found[1], names) or 'there are ' + ', '.join(names)}"
+        )
     if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*?) Subclass types expect", text):
         return f"{option}: {found[2]} is no {found[1]}, which has its values by name"
     if found := re.search(r"Expected an import path or a subclass spec, but got ([^ .]+)", text):
@@ -129,7 +134,7 @@ def _kind(wanted: str) -> str:
     return _KINDS.get(name, f"a {name}")
 
 
-def _near(name: str, known: Iterable[str]) -> str:
+def _nearest_names(name: str, known: Iterable[str]) -> str:
     """Return "nearest: ..." with close known names, or "" if there are none; ignores case and module."""
     by_end = {one.rpartition(".")[2].lower() if "--" not in one else one: one for one in known}
     end = name if "--" in name else name.rpartition(".")[2].lower()
@@ -170,7 +175,7 @@ _SCHEDULE_KINDS = {
 }
 
 
-def check_idle(words: list[str], values: Any) -> None:
+def check_unused_options(words: list[str], values: Any) -> None:
     """Raise UsageError if an option on a command line of `fit` has no effect.
 
     An option in a file may have no effect: another file or option may have disabled the feature.
@@ -179,18 +184,18 @@ def check_idle(words: list[str], values: Any) -> None:
         words: arguments of the command line.
         values: the values resolved from words and files, by name.
     """
-    for option, mend in _idle(set(_given(words)), values):
+    for option, mend in _unused_options(set(_given_options(words)), values):
         raise UsageError(f"--{option} has no effect {mend}, or leave --{option} out")
 
 
-def _given(words: list[str]) -> Iterator[str]:
+def _given_options(words: list[str]) -> Iterator[str]:
     """Yield the names of the options among the words; for nested ones, such as `--schedule.every`, also the parent."""
     for word in words:
         if found := re.match(r"--(\w+)((?:\.\w+)*)", word):
             yield from (found[1], found[1] + found[2])
 
 
-def _idle(given: set[str], values: Any) -> Iterator[tuple[str, str]]:
+def _unused_options(given: set[str], values: Any) -> Iterator[tuple[str, str]]:
     """Yield options without effect, with the reason and a fix."""
     if values.teacher is None and "teacher" not in given:  # may be disabled on the same command line
         for name in _OF_A_TEACHER:

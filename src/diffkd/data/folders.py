@@ -24,10 +24,10 @@ def absent_classes(labels: Iterable[int], classes: Sequence[str]) -> list[str]:
 _SPELLED_OUT = 5
 
 
-def quoted(names: Sequence[object]) -> str:
+def format_names(names: Sequence[object]) -> str:
     """Return names joined for a message; of more than five, the first five and the count of the rest.
 
-    >>> quoted("abcdefg")
+    >>> format_names("abcdefg")
     "'a', 'b', 'c', 'd', 'e' and 2 more"
     """
     more = f" and {len(names) - _SPELLED_OUT} more" if len(names) > _SPELLED_OUT else ""
@@ -112,7 +112,7 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
     unknown = sorted(set(_class_names(evaluated)) - set(classes)) if val else []
     if unknown:
         raise ValueError(
-            f"{evaluated}: class(es) {quoted(unknown)} are not in {learned}; add images to train or remove them."
+            f"{evaluated}: class(es) {format_names(unknown)} are not in {learned}; add images to train or remove them."
         )
     real = top.resolve()
     others: Counter[str] = Counter()
@@ -120,7 +120,7 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
     scan = FolderScan(classes, _samples(learned, classes, real, others), held)
     empty = absent_classes(scan.train.labels, classes)
     if empty:
-        raise ValueError(f"{learned}: no images of class(es) {quoted(empty)}, {_contents(learned / empty[0])}")
+        raise ValueError(f"{learned}: no images of class(es) {format_names(empty)}, {_contents(learned / empty[0])}")
     if val and not scan.val.paths:
         raise ValueError(f"{evaluated}: no images, {_contents(evaluated)}")
     for split in splits:
@@ -128,12 +128,12 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
         if loose:
             rank_zero_warn(
                 f"{split}: {len(loose)} image(s) beside the class folders are of no class and passed over "
-                f"({quoted(loose)}); move them into the folder of their class."
+                f"({format_names(loose)}); move them into the folder of their class."
             )
     if others:
         rank_zero_warn(
             f"{top}: {others.total()} file(s) are passed over, whose names are not those of images "
-            f"({quoted(sorted(others))}); save images as .png or .jpg."
+            f"({format_names(sorted(others))}); save images as .png or .jpg."
         )
     return scan
 
@@ -148,7 +148,7 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 def _contents(folder: Path) -> str:
     """Describe what a folder contains instead of images, and how to fix it."""
     others = sorted({_kind(path) for path in folder.rglob("*") if path.is_file()})
-    found = f"{folder} holds only {quoted(others)}" if others else f"{folder} is empty"
+    found = f"{folder} holds only {format_names(others)}" if others else f"{folder} is empty"
     return f"{found}; add images ({', '.join(sorted(EXTENSIONS))}) or remove the folder."
 
 
@@ -158,10 +158,10 @@ def _kind(path: Path) -> str:
 
 def _samples(split: Path, classes: tuple[str, ...], root: Path, others: Counter[str]) -> FolderSamples:
     samples = FolderSamples([], [])
-    stay_inside(split, root)
+    check_inside(split, root)
     for label, name in enumerate(classes):
         folder = split / name
-        stay_inside(folder, root)
+        check_inside(folder, root)
         paths = image_files(folder, root, others) if folder.is_dir() else []
         samples.paths.extend(paths)
         samples.labels.extend([label] * len(paths))
@@ -182,7 +182,7 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink():
-                stay_inside(Path(entry.path), root)
+                check_inside(Path(entry.path), root)
                 if entry.is_dir() and (not _FOLLOWS_LINKS.get() or _loops(Path(entry.path))):
                     raise ValueError(
                         f"{entry.path}: a link to a folder inside a class could loop; move the images here."
@@ -214,7 +214,7 @@ _FOLLOWS_LINKS = ContextVar("follows_links", default=False)
 
 
 @contextmanager
-def links_followed(follow: bool) -> Iterator[None]:
+def allow_outside_links(follow: bool) -> Iterator[None]:
     """Within this context, allow symbolic links out of the data folder; names with `..` are still refused."""
     token = _FOLLOWS_LINKS.set(follow)
     try:
@@ -223,16 +223,16 @@ def links_followed(follow: bool) -> Iterator[None]:
         _FOLLOWS_LINKS.reset(token)
 
 
-def stay_inside(path: Path, root: Path) -> None:
+def check_inside(path: Path, root: Path) -> None:
     """Raise ValueError for a symbolic link that leads out of the folder `root`, which must be resolved."""
-    if path.is_symlink() and leaves(path, root):
+    if path.is_symlink() and leads_outside(path, root):
         raise ValueError(
             f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder, or set "
             "follow_links=true where you trust its links."
         )
 
 
-def leaves(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> bool:
+def leads_outside(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> bool:
     """Return whether a path leads out of a resolved folder, by its name or by a link that may not be followed.
 
     Args:
@@ -256,7 +256,7 @@ def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]
     path = Path(root) / folder
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give the name of a folder in {root}, or its absolute path.")
-    if not Path(folder).is_absolute() and leaves(path, Path(root).resolve(), named=folder):
+    if not Path(folder).is_absolute() and leads_outside(path, Path(root).resolve(), named=folder):
         raise ValueError(f"{path}: leads to {path.resolve()}, outside of {root}; give its absolute path instead.")
     return path
 
@@ -292,7 +292,7 @@ def enclosed_files(folder: Path, names: Iterable[str], source: str | os.PathLike
         parents = [parent for parent in pure.parents if parent not in checked]
         for part in (*reversed(parents), pure):
             try:
-                stay_inside(folder / part, root)
+                check_inside(folder / part, root)
             except ValueError as error:
                 raise ValueError(f"{source}: file name {name!r}: {error}") from None
         checked.update(parents)

@@ -51,7 +51,7 @@ def hold_out(data: Any, share: float = 0.2, seed: int = 0) -> ImageData:
     return changed
 
 
-def drawn_part(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
+def stratified_split(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Split indices at random, with the same share of every stratum held out.
 
     Args:
@@ -65,7 +65,7 @@ def drawn_part(strata: Sequence[Hashable], share: float, seed: int) -> tuple[lis
     Raises:
         ValueError: if one of the two is empty.
 
-    >>> kept, held = drawn_part([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
+    >>> kept, held = stratified_split([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
     >>> len(kept), len(held), min(held) < 4 <= max(held)
     (6, 2, True)
     """
@@ -86,7 +86,7 @@ def drawn_part(strata: Sequence[Hashable], share: float, seed: int) -> tuple[lis
     return kept, sorted(held)
 
 
-class Part(Dataset[Any]):
+class KeyedSubset(Dataset[Any]):
     """A subset of a data set, with its own indices from 0.
 
     Args:
@@ -119,7 +119,7 @@ def _in_memory(loaders: InMemory, share: float, seed: int) -> InMemory:
     def part(indices: list[int]) -> ImageSet:
         return ImageSet(images[indices], labels[indices])
 
-    kept, held = drawn_part(labels.tolist(), share, seed)
+    kept, held = stratified_split(labels.tolist(), share, seed)
     changed = copy.copy(loaders)
     changed.train, changed.val = part(kept), part(held)
     return changed
@@ -129,14 +129,14 @@ def _split(loaders: SplitLoaders, share: float, seed: int) -> Loaders:
     train: Any = loaders.train
     if type(train) is not type(loaders.val):
         raise ValueError("training and evaluation images are read in two ways, so that none can take the others' place")
-    kept, held = drawn_part(_strata(train), share, seed)
+    kept, held = stratified_split(_strata(train), share, seed)
     plain = copy.copy(train)
     for name in ("transform", "augmentation", "flip"):  # applied to training images only
         if hasattr(train, name):
             setattr(plain, name, getattr(loaders.val, name))
     # If a batch may hold only one image size, use batches of one image.
     alone = {"sizes": None, "val_batch_size": 1} if loaders.sizes is not None else {}
-    return replace(loaders, train=Part(train, kept), val=Part(plain, held), test=None, **alone)  # type: ignore[arg-type]
+    return replace(loaders, train=KeyedSubset(train, kept), val=KeyedSubset(plain, held), test=None, **alone)  # type: ignore[arg-type]
 
 
 def _strata(dataset: Any) -> list[Hashable]:

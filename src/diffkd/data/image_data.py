@@ -112,17 +112,17 @@ class ImageData(LightningDataModule):
         return self._loaders.example()
 
 
-_MEASURES_ALONE = ContextVar("measures_alone", default=False)
+_TRAINING_IMAGES_OPTIONAL = ContextVar("measures_alone", default=False)
 
 
 @contextmanager
-def measured_alone() -> Iterator[None]:
+def allow_missing_training_images() -> Iterator[None]:
     """Within this context, data modules without training images use the evaluation images in their place."""
-    token = _MEASURES_ALONE.set(True)
+    token = _TRAINING_IMAGES_OPTIONAL.set(True)
     try:
         yield
     finally:
-        _MEASURES_ALONE.reset(token)
+        _TRAINING_IMAGES_OPTIONAL.reset(token)
 
 
 def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bool]:
@@ -138,7 +138,7 @@ def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bo
     try:
         return train(), True
     except FileNotFoundError as missing:
-        if not _MEASURES_ALONE.get():
+        if not _TRAINING_IMAGES_OPTIONAL.get():
             raise
         try:
             return val(), False

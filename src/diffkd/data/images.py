@@ -13,7 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from diffkd.data.folders import FolderSamples, absent_classes, quoted
+from diffkd.data.folders import FolderSamples, absent_classes, format_names
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
@@ -26,9 +26,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 # Keys under which Pillow stores the orientation from a PNG's header; a further search would decode the pixels.
-_TOLD_BY_PNG = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
+_PNG_ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
 # End of the message about a broken image; removed if such images are already skipped.
-MEND = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
+BAD_IMAGE_HINT = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
 
 
 WHITE = 65535  # the value of 16-bit images that becomes 255
@@ -66,12 +66,12 @@ def read_rgb(path: str | os.PathLike[str], white: int = WHITE) -> Image.Image:
             `PIL.Image.MAX_IMAGE_PIXELS` pixels (a decompression bomb); the message names the file and the fix.
     """
     try:
-        return opened(path, partial(_decoded, white=white))
+        return with_open_image(path, partial(_decoded, white=white))
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
         raise _unreadable(path, error) from error
 
 
-def opened(file: str | os.PathLike[str] | bytes, use: Callable[[Image.Image], _T]) -> _T:
+def with_open_image(file: str | os.PathLike[str] | bytes, use: Callable[[Image.Image], _T]) -> _T:
     """Open an image and return `use(image)`; text chunks of a PNG that are too large for Pillow are removed first.
 
     Args:
@@ -96,14 +96,14 @@ def _without_texts(png: bytes) -> Iterator[bytes]:
     while start + 12 <= len(png):
         end = start + 12 + int.from_bytes(png[start : start + 4])
         kind, content = png[start + 4 : start + 8], png[start + 8 : end - 4]
-        if kind not in (b"iCCP", b"zTXt", b"iTXt", b"tEXt") or _tells_orientation(kind, content):
+        if kind not in (b"iCCP", b"zTXt", b"iTXt", b"tEXt") or _has_orientation(kind, content):
             yield png[start:end]
         start = end
 
 
-def _tells_orientation(kind: bytes, content: bytes) -> bool:
+def _has_orientation(kind: bytes, content: bytes) -> bool:
     key, _, text = content.partition(b"\0")
-    if key.decode("latin-1") not in _TOLD_BY_PNG or kind == b"iCCP":
+    if key.decode("latin-1") not in _PNG_ORIENTATION_KEYS or kind == b"iCCP":
         return False
     compressed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
     unpacking = zlib.decompressobj()
@@ -157,7 +157,7 @@ def white_level(given: int | None, paths: Sequence[str]) -> int:
     brightest = 0
     for path in paths[:: len(paths) // _LOOKED_AT + 1]:
         try:
-            value = opened(path, _brightest)
+            value = with_open_image(path, _brightest)
         except Exception:  # the later decoding reports what is wrong with the file
             continue
         if value is None or value > WHITE // 16:
@@ -189,7 +189,7 @@ def header_of(image: Image.Image) -> Header:
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
     stored = image.height, image.width
-    seen = image.format != "PNG" or any(key in image.info for key in _TOLD_BY_PNG)
+    seen = image.format != "PNG" or any(key in image.info for key in _PNG_ORIENTATION_KEYS)
     turned = seen and _orientation(image) in (5, 6, 7, 8)
     if turned and image.format == "TIFF":  # Pillow has swapped the sides of these already
         return Header(stored, stored[::-1])
@@ -210,12 +210,12 @@ def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         ValueError: if the header cannot be read, or states too many pixels; the message names the file and the fix.
     """
     try:
-        return opened(path, header_of).size
+        return with_open_image(path, header_of).size
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
 
 
-class Turn(NamedTuple):
+class Orientation(NamedTuple):
     """The EXIF orientation of an image and its sizes.
 
     Args:
@@ -227,10 +227,10 @@ class Turn(NamedTuple):
     header: Header
 
 
-def turn_of(path: str | os.PathLike[str]) -> Turn:
+def read_orientation(path: str | os.PathLike[str]) -> Orientation:
     """Return the orientation of an image file from its header; raise ValueError as `upright_size`."""
     try:
-        return opened(path, lambda image: Turn(_orientation(image), header_of(image)))
+        return with_open_image(path, lambda image: Orientation(_orientation(image), header_of(image)))
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
 
@@ -244,7 +244,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    return ValueError(f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}){MEND}")
+    return ValueError(f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}){BAD_IMAGE_HINT}")
 
 
 class Verified(NamedTuple):
@@ -287,14 +287,16 @@ def check_every_class(train: FolderSamples, val: FolderSamples, classes: Sequenc
     """Warn of classes without evaluation images; raise ValueError if one has no training image or `val` is empty."""
     empty = absent_classes(train.labels, classes)
     if empty:
-        raise ValueError(f"train: no readable image of class(es) {quoted(empty)} is left; add some or remove them.")
+        raise ValueError(
+            f"train: no readable image of class(es) {format_names(empty)} is left; add some or remove them."
+        )
     if not val.paths:
         raise ValueError("val: no readable image is left; add some.")
     unmeasured = absent_classes(val.labels, classes)
     if unmeasured:
         rank_zero_warn(
-            f"val: no image of class(es) {quoted(unmeasured)}, of which accuracy will say nothing; add some, or remove "
-            "them from train."
+            f"val: no image of class(es) {format_names(unmeasured)}, of which accuracy will say nothing; add some, or "
+            "remove them from train."
         )
 
 

@@ -48,7 +48,7 @@ def digest_of(*parts: Tensor | Iterable[object]) -> str:
     return digest.hexdigest()[:32]
 
 
-def held_back(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+def split_by_class(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Draw samples to hold out for evaluation, the same share of each class.
 
     Args:
@@ -62,7 +62,7 @@ def held_back(labels: Sequence[int], share: float, seed: int) -> tuple[list[int]
     Raises:
         ValueError: if the share is out of range, or no class has two samples.
 
-    >>> held_back([0, 0, 0, 0, 1, 1, 1, 2], share=0.3, seed=0)[1]
+    >>> split_by_class([0, 0, 0, 0, 1, 1, 1, 2], share=0.3, seed=0)[1]
     [3, 5]
     """
     if not 0 < share < 1:

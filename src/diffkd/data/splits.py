@@ -14,7 +14,7 @@ from diffkd.data.image_data import ImageData
 from diffkd.data.loaders import SplitLoaders
 
 
-def measured_split(data: LightningDataModule, split: str | None = None) -> tuple[str, Callable[[], Any]]:
+def choose_split(data: LightningDataModule, split: str | None = None) -> tuple[str, Callable[[], Any]]:
     """Return the name of the split to evaluate on and a function that makes its loader.
 
     Args:

@@ -78,7 +78,7 @@ def rebuild(
     plain: nn.Module = AnySize(built) if facts.task == "segmentation" else _Logits(built)
     if normalize:
         zeros, ones = (0.0,) * facts.in_channels, (1.0,) * facts.in_channels
-        plain = nn.Sequential(TeacherInput(zeros, ones, _of_card(card, "mean"), _of_card(card, "std")), plain)
+        plain = nn.Sequential(TeacherInput(zeros, ones, _card_value(card, "mean"), _card_value(card, "std")), plain)
     whole = (("batch", "height", "width"),) if facts.task == "segmentation" else ()
     # Two images, since `torch.export` treats a batch size of one as a constant.
     example = torch.rand(2, *size, generator=draw)
@@ -95,7 +95,7 @@ def named_model(card: Mapping[str, Any], path: str | Path, trust: Sequence[str] 
     if not isinstance(name, str):
         raise ValueError(f"{path} has no card that says which model it is; give --model, such as cifar/resnet20")
     code = code_of_model(name)
-    if code is not None and not Trust(trust).believes(code):
+    if code is not None and not Trust(trust).includes(code):
         raise ValueError(
             f"the card of {path} names code to run, {name!r}; if you trust it, give it yourself: --model {name}, or"
             f"{trust_words([code])}"
@@ -130,7 +130,7 @@ def _facts(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] 
     task = card.get("task", "classification")
     if task not in get_args(TaskName):
         raise ValueError(f"the card of {path} is for {task!r}, which is none of {', '.join(get_args(TaskName))}")
-    sides = tuple(_of_card(card, "image_size") if image_size is None else image_size)
+    sides = tuple(_card_value(card, "image_size") if image_size is None else image_size)
     size = sides * 2 if len(sides) == 1 else sides
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image_size {list(sides)} is no height and width in pixels; give --image_size=[224,224]")
@@ -138,8 +138,8 @@ def _facts(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] 
     trained = card.get("image_size") or size
     shorter = arguments.get("min_size") or min(trained)
     return DataFacts(
-        num_classes=int(_of_card(card, "num_classes")),
-        in_channels=int(_of_card(card, "in_channels")),
+        num_classes=int(_card_value(card, "num_classes")),
+        in_channels=int(_card_value(card, "in_channels")),
         image_size=size,
         mean=tuple(card.get("mean", IMAGENET_MEAN)),
         std=tuple(card.get("std", IMAGENET_STD)),
@@ -151,7 +151,7 @@ def _facts(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] 
     )
 
 
-def _of_card(card: Mapping[str, Any], name: str) -> Any:
+def _card_value(card: Mapping[str, Any], name: str) -> Any:
     if card.get(name) is None:
         raise ValueError(
             f"there is no card that says {name!r}: put a .json of the weights' name beside them, such as "

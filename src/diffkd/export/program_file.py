@@ -79,7 +79,7 @@ def _exported(student: PlainStudent, axes: Sequence[str]) -> Any:
     dynamic = {_AXES[axis]: torch.export.Dim.DYNAMIC for axis in axes}
     example = student.example if student.example.shape[0] == 1 or "batch" in axes else student.example[:1]
     # Tracing can raise any exception of the model's code.
-    with _converting():
+    with _export_errors():
         return torch.export.export(student.module, (example,), dynamic_shapes=(dynamic or None,), strict=False)
 
 
@@ -87,7 +87,7 @@ def _write_onnx(
     program: Any, file: Path, student: PlainStudent, axes: Sequence[str], card: str, opset: int | None
 ) -> Callable[[Tensor], list[Tensor]]:
     runtime = require("onnxruntime", "onnx", "checking the exported file")
-    with _converting():
+    with _export_errors():
         converted: Any = torch.onnx.export(
             program,
             (),
@@ -111,14 +111,14 @@ def _write_onnx(
     try:
         if checked != file:
             _write_with_threshold_zero(file, checked)
-        with _converting():
+        with _export_errors():
             session = runtime.InferenceSession(str(checked), providers=["CPUExecutionProvider"])
     finally:
         if checked != file:
             checked.unlink(missing_ok=True)
 
     def run(images: Tensor) -> list[Tensor]:
-        with _converting():
+        with _export_errors():
             return [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
 
     return run
@@ -155,7 +155,7 @@ def _write_pt2(program: Any, file: Path, card: str) -> Callable[[Tensor], list[T
     module = loaded.module()
 
     def run(images: Tensor) -> list[Tensor]:
-        with _converting():
+        with _export_errors():
             output = module(images)
         return [output] if isinstance(output, Tensor) else list(output)
 
@@ -179,11 +179,15 @@ def _largest_difference(
     for batch in (1, 3) if "batch" in axes else (1,):
         for size in sizes:
             images = torch.rand(batch, channels, *size, generator=draw)
-            with _threshold_zero(student.original), _converting():
+            with _threshold_zero(student.original), _export_errors():
                 expected = student.original(images)
             expected = [expected] if isinstance(expected, Tensor) else list(expected)
             found = run(images)
-            difference = unlike(expected, found, student.limit) if student.limit else _apart(expected[0], found[0])
+            difference = (
+                detection_difference(expected, found, student.limit)
+                if student.limit
+                else _relative_difference(expected[0], found[0])
+            )
             if not difference <= tolerance:  # also if it is NaN
                 raise ValueError(
                     f"the exported file differs from the student by {difference:.1e} for images {tuple(images.shape)}, "
@@ -194,14 +198,14 @@ def _largest_difference(
     return largest
 
 
-def _apart(expected: Tensor, found: Tensor) -> float:
+def _relative_difference(expected: Tensor, found: Tensor) -> float:
     if expected.shape != found.shape:
         return float("inf")
     scale = max(_SMALL, float(expected.abs().max()))
     return float((expected - found).abs().max()) / scale
 
 
-def unlike(expected: Sequence[Tensor], found: Sequence[Tensor], limit: int) -> float:
+def detection_difference(expected: Sequence[Tensor], found: Sequence[Tensor], limit: int) -> float:
     """Return the largest difference of nearest detections: boxes relative to the largest coordinate, or scores.
 
     The order of detections with equal scores is ignored, and which of them are cut off at the limit.
@@ -245,7 +249,7 @@ def _threshold_zero(original: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _converting() -> Iterator[None]:
+def _export_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -44,7 +44,7 @@ def class_path(thing: Any) -> str:
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
 
 
-def factory_of(factory: Callable[..., Any]) -> Callable[..., Any]:
+def unwrap_factory(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Unwrap a factory of the command line's parser, so that the class it builds is accessible.
 
     The parser's wrappers hide class attributes, such as the kind of features that a method needs.

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.files.prefixes import UNINITIALIZED, best_prefix, cleaned, shape_of
+from diffkd.files.prefixes import UNINITIALIZED, best_prefix, shape_of, without_wrapper_parts
 from diffkd.files.weights import (
     Contents,
     choose_key,
+    format_names,
     is_averaged,
-    listed,
     read_contents,
     shard_hint,
     unwrap,
@@ -76,7 +76,7 @@ class Report:
             where += ", the average"
         parts = [f"{self.taken} tensors{where}"]
         if self.others:
-            parts.append(f"not taken: {listed(self.others)} (choose by its key)")
+            parts.append(f"not taken: {format_names(self.others)} (choose by its key)")
         parts.extend(self.notes)
         if self.left_out:
             parts.append(f"left out: {_few(self.left_out)}")
@@ -243,7 +243,7 @@ def fit_contents(
     fit = _try(model, {added + name: value for name, value in weights.items()})
     inside = f"{prefix}." if prefix else ""
     fit.key, fit.others = prefix, others
-    names = cleaned(own, contents.tensors)
+    names = without_wrapper_parts(own, contents.tensors)
     fit.outside = [name for name in names if not name.startswith(inside)]
     if others:
         fit.outside = [name for name in fit.outside if not name.startswith(tuple(f"{one}." for one in others))]

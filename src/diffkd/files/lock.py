@@ -13,7 +13,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder for this process; the folder is created if missing and removed again if it stays empty.
 
     This is a lock of the operating system, released when the process ends, also by a crash: the file alone does not

@@ -144,14 +144,14 @@ def _from_stream(file: BinaryIO) -> Any:
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         width = _width(storages[key].dtype)
-        left = _left(file)
+        left = _remaining_bytes(file)
         if not 0 <= count * width <= left:
             raise ValueError("it ends before its tensors do")
         storages[key].content = bytearray(file.read(count * width))
     return _built(content)
 
 
-def _left(file: BinaryIO) -> int:
+def _remaining_bytes(file: BinaryIO) -> int:
     here = file.tell()
     end = file.seek(0, io.SEEK_END)
     file.seek(here)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from diffkd.files.weights import Contents, choose_key, is_averaged, listed, without_wrappers
+from diffkd.files.weights import Contents, choose_key, format_names, is_averaged, without_wrappers
 
 # Name parts that wrappers add, also in the middle of names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
@@ -20,7 +20,7 @@ def best_prefix(
     path: str | Path, own: Mapping[str, Any], contents: Contents, key: str | None
 ) -> tuple[tuple[str, str, dict[str, Tensor]], tuple[str, ...]]:
     """Return (prefix in the file, prefix to add, weights without it), and other prefixes that fit equally well."""
-    tensors = cleaned(own, contents.tensors)
+    tensors = without_wrapper_parts(own, contents.tensors)
     targets = {added: {name.removeprefix(added) for name in own} for added in _common_beginnings(own)}
     votes: dict[tuple[str, str], list[str]] = {}
     for name in tensors:
@@ -43,7 +43,7 @@ def best_prefix(
             known = sorted(likely | set(contents.keys) - {""})
             if key in contents.keys:
                 return (key, "", without_wrappers(contents.under(key))), ()
-            there = f"; there are {listed(known)}" if known else ""
+            there = f"; there are {format_names(known)}" if known else ""
             raise ValueError(f"{path} has no weights under the key {key!r}{there}")
         votes = kept
     if not votes:
@@ -74,7 +74,7 @@ def best_prefix(
     elif len(prefixes) > 1 and (prefixes[0] != "" or averaged):
         raise ValueError(
             f"{path} holds several weights that fit: give the key of one, --teacher_weights_key or "
-            f"--student_weights_key, {listed(prefixes)}"
+            f"--student_weights_key, {format_names(prefixes)}"
         )
     others = tuple(one for one in prefixes if one != pick) if averaged else ()
     return (pick, found[pick][0], inside(pick)), others
@@ -115,7 +115,7 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         yield ".".join(parts[:count]), ".".join(parts[count:])
 
 
-def cleaned(own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_wrapper_parts(own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove name parts added by wrappers, unless the network's own names have them."""
     used = {part for name in own for part in name.split(".")}
     added = [part for part in _WRAPPERS if part not in used]

@@ -82,7 +82,7 @@ class RunFolder:
         Raises:
             OSError: if they cannot be written.
         """
-        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(to_yaml_values(config), sort_keys=False, allow_unicode=True)
         write_text(self.config, text)
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -125,7 +125,9 @@ def _with_later_options(stored: Any, given: Any) -> Any:
     ):
         later = {key: value for key, value in chosen.items() if key not in options}
         defaults = _defaults(str(stored["class_path"])) if later else {}
-        options |= {key: value for key, value in later.items() if key in defaults and defaults[key] == plain(value)}
+        options |= {
+            key: value for key, value in later.items() if key in defaults and defaults[key] == to_yaml_values(value)
+        }
     return filled
 
 
@@ -136,7 +138,9 @@ def _defaults(class_path: str) -> dict[str, Any]:
         parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     except (ImportError, AttributeError, ValueError, TypeError):
         return {}
-    return {name: plain(describe(one.default)) for name, one in parameters.items() if one.default is not one.empty}
+    return {
+        name: to_yaml_values(describe(one.default)) for name, one in parameters.items() if one.default is not one.empty
+    }
 
 
 def _same(there: Any, here: Any) -> bool:
@@ -145,13 +149,13 @@ def _same(there: Any, here: Any) -> bool:
         return len(there) == len(here) and all(map(_same, there, here))
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         return all(_same(there.get(key), here.get(key)) for key in {**there, **here})
-    return bool(plain(there) == plain(here)) or (there is None and here is False)
+    return bool(to_yaml_values(there) == to_yaml_values(here)) or (there is None and here is False)
 
 
-def plain(value: Any) -> Any:
+def to_yaml_values(value: Any) -> Any:
     """Return `value` as after a YAML round trip: sequences as lists, paths as strings."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_yaml_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_yaml_values(item) for item in value]
     return str(value) if isinstance(value, Path) else value

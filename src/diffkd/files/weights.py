@@ -141,7 +141,7 @@ def choose_key(path: str | Path, keys: Collection[str], key: str | None = None) 
     """
     if key is not None:
         if key not in keys:
-            raise ValueError(f"{path} has no weights under the key {key!r}; there are {listed(keys)}")
+            raise ValueError(f"{path} has no weights under the key {key!r}; there are {format_names(keys)}")
         return key
     if len(keys) == 1 or "" in keys:
         return "" if "" in keys else next(iter(keys))
@@ -149,7 +149,7 @@ def choose_key(path: str | Path, keys: Collection[str], key: str | None = None) 
     averaged = [one for one in keys if is_averaged(one)]
     found = averaged if averaged else usual
     if len(found) != 1 or len(usual) > 1:
-        raise ValueError(f"{path} holds several state dicts: give one of their keys, {listed(keys)}")
+        raise ValueError(f"{path} holds several state dicts: give one of their keys, {format_names(keys)}")
     return found[0]
 
 
@@ -162,7 +162,7 @@ def is_averaged(key: str) -> bool:
     return _AVERAGED.search(key) is not None
 
 
-def listed(names: Collection[str], count: int = 8) -> str:
+def format_names(names: Collection[str], count: int = 8) -> str:
     """Return quoted names for a message, at most `count` of them."""
     shown = ", ".join(repr(_short(name)) for name in list(names)[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"

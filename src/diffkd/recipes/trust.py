@@ -58,7 +58,7 @@ class Trust:
         self.names = list(dict.fromkeys(names))
         self._files = {Path(name).expanduser().resolve() for name in self.names if _is_file_name(name)}
 
-    def believes(self, source: str) -> bool:
+    def includes(self, source: str) -> bool:
         """Return whether a file or module, or a package that contains it, is trusted."""
         if _is_file_name(source):
             file = Path(source).expanduser().resolve()
@@ -221,9 +221,9 @@ class Gate:
         """
         for option, name in values.items():
             code = code_of_model(name)
-            if code is not None and not self.trust.believes(code):
+            if code is not None and not self.trust.includes(code):
                 self._source = self._models.get(option, ("", "a file"))[1]
-                raise UsageError(self._foreign(name, option, code))
+                raise UsageError(self._untrusted_message(name, option, code))
 
     def _check(self, value: Any, leaves: Leaves, where: str, option: str = "", around: tuple[int, ...] = ()) -> None:
         if id(value) in around:
@@ -235,7 +235,7 @@ class Gate:
             if isinstance(parsed, (list, Mapping)):
                 self._check(parsed, leaves, where, option, around)
             elif leaves is None or any(_imports(leaf) for leaf in leaves):
-                self._keep(option, self._judge(value.strip(), leaves, where))
+                self._keep(option, self._check_name(value.strip(), leaves, where))
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 self._check(item, leaves, f"{where}[{index}]", "", (*around, id(value)))
@@ -264,7 +264,7 @@ class Gate:
     ) -> None:
         kind = self._classes.get(option) or _dataclass_in(leaves)
         if isinstance(path := value.get("class_path"), str):
-            kind = self._judge(path.strip(), leaves, where)
+            kind = self._check_name(path.strip(), leaves, where)
             self._keep(option, kind)
         fields = self._fields(kind)
         for name, item in value.items():
@@ -283,37 +283,37 @@ class Gate:
             elif not isinstance(name, str) or dot or not isinstance(item, str):
                 self._check(item, None, where, "", around)
             elif name != "class_path":  # "class_path+"
-                self._judge(item.strip(), leaves, where)
+                self._check_name(item.strip(), leaves, where)
 
-    def _judge(self, name: str, leaves: Leaves, where: str) -> Any:
+    def _check_name(self, name: str, leaves: Leaves, where: str) -> Any:
         """Return the class of a name, None if the parser resolves or reports it itself; raise if it is not allowed."""
         parts = name.split(".")
         if not all(part.isidentifier() for part in parts) or name in _FUNCTIONS:
             return None
         if len(parts) == 1:
             return _short(name, where)
-        trusted = not _is_pythons(name) and self.trust.believes(".".join(parts[:-1]))
+        trusted = not _is_pythons(name) and self.trust.includes(".".join(parts[:-1]))
         if not trusted and parts[0] not in PACKAGES:
             if not _importable(parts[0]):
                 return None
-            raise UsageError(self._foreign(name, where, ".".join(parts[:-1])))
+            raise UsageError(self._untrusted_message(name, where, ".".join(parts[:-1])))
         if any(part.startswith("__") for part in parts):
-            raise UsageError(self._wrong(name, where, "no class", leaves))
+            raise UsageError(self._wrong_kind_message(name, where, "no class", leaves))
         try:
             thing = _resolve(parts)
         except (ImportError, AttributeError):
             return None
         if not isinstance(thing, type):
-            if trusted and inspect.isfunction(thing) and self.trust.believes(thing.__module__):
+            if trusted and inspect.isfunction(thing) and self.trust.includes(thing.__module__):
                 return None
             article = "a module" if inspect.ismodule(thing) else "a function" if callable(thing) else "no class"
-            raise UsageError(self._wrong(name, where, article, leaves))
-        if trusted and self.trust.believes(thing.__module__):
+            raise UsageError(self._wrong_kind_message(name, where, article, leaves))
+        if trusted and self.trust.includes(thing.__module__):
             return thing
         anything = leaves is None or Any in leaves
         fits = issubclass(thing, _kinds(leaves)) or (anything and _is_ours(thing))
         if not fits or not (trusted or thing.__module__.partition(".")[0] in PACKAGES):
-            raise UsageError(self._wrong(name, where, "a class of another kind", leaves))
+            raise UsageError(self._wrong_kind_message(name, where, "a class of another kind", leaves))
         return thing
 
     def _fields(self, kind: Any) -> dict[str, Leaves]:
@@ -332,7 +332,7 @@ class Gate:
             if isinstance(path, str) and key in HOMES:
                 self._classes[key] = path if "." in path else _short(path, key)
 
-    def _foreign(self, name: str, where: str, code: str) -> str:
+    def _untrusted_message(self, name: str, where: str, code: str) -> str:
         start = f"{self._source}: {where} names {name!r}, which is of none of {', '.join(PACKAGES)}"
         if _is_pythons(code):
             return f"{start}; a file is data, and runs no other code: name a class of these"
@@ -341,7 +341,7 @@ class Gate:
             mend += f": diffkd fit {shlex.quote(self._source)} --resume{trust_words([code])}"
         return f"{start}; a file is data, and runs no other code: {mend}"
 
-    def _wrong(self, name: str, where: str, what: str, leaves: Leaves) -> str:
+    def _wrong_kind_message(self, name: str, where: str, what: str, leaves: Leaves) -> str:
         kinds = " or ".join(kind.__name__ for kind in _kinds(leaves))
         return (
             f"{self._source}: {where} names {name!r}, {what}, where a file may name only classes below {kinds}: name "

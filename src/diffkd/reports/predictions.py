@@ -19,7 +19,7 @@ MOST_NAMES = 40
 """Largest number of classes in a legend; more would leave no room for the images."""
 
 
-def as_written(legend: Legend) -> None:
+def _disable_mathtext(legend: Legend) -> None:
     """Show the names literally: a dollar sign does not start mathtext."""
     for text in legend.get_texts():
         text.set_parse_math(False)
@@ -71,7 +71,7 @@ def draw_boxes(
             _draw(axes, found[row], colors, threshold)
     shown = list(classes[:MOST_NAMES])
     handles = [Rectangle((0, 0), 1, 1, color=colors[index % len(colors)]) for index in range(len(shown))]
-    as_written(figure.legend(handles, shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9))
+    _disable_mathtext(figure.legend(handles, shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9))
     return write_figure(path, figure)
 
 
@@ -142,7 +142,7 @@ def draw_overlays(
         for colour, name in zip(colours[:named], classes[:named], strict=True)
     ]
     legend = figure.legend(handles=patches, loc="outside lower center", ncols=max(1, 2 * len(columns)), fontsize=7)
-    as_written(legend)
+    _disable_mathtext(legend)
     return write_figure(path, figure)
 
 

@@ -13,7 +13,7 @@ from diffkd.files.history import Row
 from diffkd.reports.plots import draw_image, draw_maps, write_figure
 
 
-def draw_course(path: Path, rows: Sequence[Row], score: str) -> Path:
+def draw_curves(path: Path, rows: Sequence[Row], score: str) -> Path:
     """Draw per epoch the score, the training losses by term and, if present, the mean gammas (Fig. 5).
 
     Args:
@@ -65,7 +65,7 @@ def draw_gammas(path: Path, gammas: Mapping[str, Tensor]) -> Path:
     return write_figure(path, figure)
 
 
-def draw_looks(path: Path, images: Sequence[Tensor], maps: Mapping[str, Sequence[Tensor]]) -> Path:
+def draw_saliency(path: Path, images: Sequence[Tensor], maps: Mapping[str, Sequence[Tensor]]) -> Path:
     """Draw a row for each image, with the saliency maps of features beside it (Fig. 2 and 7).
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
-from diffkd.data.folders import absent_classes, quoted
+from diffkd.data.folders import absent_classes, format_names
 from diffkd.data.image_data import ImageData
 
 Layout = Literal["auto", "NHWC", "NCHW"]
@@ -146,7 +146,7 @@ class Arrays(ImageData):
         train_set, classes = read_npz(train, layout)
         test_set, test_classes = read_npz(test, layout)
         if classes is None:
-            classes = test_classes or _counted(train_set.labels, train)
+            classes = test_classes or _numbered_classes(train_set.labels, train)
         elif test_classes not in (None, classes):
             raise ValueError(f"{test}: its classes {test_classes} are not those of {train}, {classes}; write the same.")
         check_image_set(train_set, len(classes), os.fspath(train))
@@ -154,7 +154,7 @@ class Arrays(ImageData):
         unseen = absent_classes(train_set.labels.tolist(), classes)
         if unseen:
             rank_zero_warn(
-                f"{train}: no image of class(es) {quoted(unseen)}, which cannot be learned; number the classes "
+                f"{train}: no image of class(es) {format_names(unseen)}, which cannot be learned; number the classes "
                 "from 0 without gaps, or add images."
             )
         shape, test_shape = tuple(train_set.images.shape[1:]), tuple(test_set.images.shape[1:])
@@ -172,7 +172,7 @@ class Arrays(ImageData):
         self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
 
 
-def _counted(labels: Tensor, source: str | os.PathLike[str]) -> tuple[str, ...]:
+def _numbered_classes(labels: Tensor, source: str | os.PathLike[str]) -> tuple[str, ...]:
     """Return the class indices as class names, for data without names."""
     count = int(labels.max()) + 1 if len(labels) else 1
     if count > _MOST_CLASSES:

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.folders import FolderSamples, links_followed, scan_folder
+from diffkd.data.folders import FolderSamples, allow_outside_links, scan_folder
 from diffkd.data.image_data import ImageData, train_or_val
 from diffkd.data.images import (
-    MEND,
+    BAD_IMAGE_HINT,
     WHITE,
     OnBadImage,
     Verified,
@@ -28,7 +28,7 @@ from diffkd.data.images import (
 )
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
-from diffkd.data.seeding import digest_of, held_back, mix_seed
+from diffkd.data.seeding import digest_of, mix_seed, split_by_class
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 
 
@@ -211,11 +211,11 @@ class ImageFolder(ImageData):
             )
         check_statistics(mean, std)
         check_on_bad_image(on_bad_image)
-        with links_followed(follow_links):
+        with allow_outside_links(follow_links):
             scan = partial(scan_folder, root, val=val_share is None)
             (classes, train, val), _ = train_or_val(scan, partial(scan, train=False))
         if val_share is not None:
-            train, val = (train.select(part) for part in held_back(train.labels, val_share, seed))
+            train, val = (train.select(part) for part in split_by_class(train.labels, val_share, seed))
         white = white_level_of(white_level, train.paths)
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         skipped: list[str] = []
@@ -268,6 +268,6 @@ def _verified(
     if problems and on_bad_image == "error":
         raise ValueError(f"{counted} broken; the first: {problems[0]}")
     if problems:
-        listed = "\n  ".join(problem.removesuffix(MEND) for problem in problems[:10])
+        listed = "\n  ".join(problem.removesuffix(BAD_IMAGE_HINT) for problem in problems[:10])
         rank_zero_warn(f"{counted} left out:\n  {listed}")
     return verified

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from diffkd.data.images import WHITE, read_rgb, turn_of
+from diffkd.data.images import WHITE, read_orientation, read_rgb
 
 # In pixels. Narrower boxes could round to zero width when a detector scales the image down, which raises an error.
 SMALLEST = 0.01
@@ -171,7 +171,7 @@ class AnnotatedFiles:
         )
 
     def _as_stored(self, index: int) -> str:
-        turn = turn_of(self.paths[index])
+        turn = read_orientation(self.paths[index])
         if turn.orientation == 1 or tuple(self.sizes[index].tolist()) != turn.header.stored:
             return ""
         return "; or set boxes_as_stored=true, since this is its size before its EXIF turns it"
@@ -196,21 +196,21 @@ class AnnotatedFiles:
         return pixels
 
 
-def turned_along(image: ReadImage) -> ReadImage:
+def to_upright(image: ReadImage) -> ReadImage:
     """Convert size and boxes of an image from the stored orientation to the upright one.
 
     If the stated size is not the stored one, nothing is changed. Raises ValueError if the file's header cannot be read.
     """
-    turn = turn_of(image.path)
+    turn = read_orientation(image.path)
     (height, width), orientation = image.size, turn.orientation
-    if orientation not in _TURNED or image.size != turn.header.stored:
+    if orientation not in _UPRIGHT_CORNERS or image.size != turn.header.stored:
         return image
-    boxes = [box._replace(corners=_TURNED[orientation](*box.corners, width, height)) for box in image.boxes]
+    boxes = [box._replace(corners=_UPRIGHT_CORNERS[orientation](*box.corners, width, height)) for box in image.boxes]
     return image._replace(size=turn.header.size, boxes=boxes)
 
 
 # By orientation: (left, top, right, bottom, width, height) of the stored image to the corners in the upright image.
-_TURNED: dict[int, Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]] = {
+_UPRIGHT_CORNERS: dict[int, Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]] = {
     2: lambda left, top, right, bottom, w, h: (w - right, top, w - left, bottom),
     3: lambda left, top, right, bottom, w, h: (w - right, h - bottom, w - left, h - top),
     4: lambda left, top, right, bottom, w, h: (left, h - bottom, right, h - top),

@@ -13,11 +13,11 @@ from diffkd.data.detection.annotated_files import (
     ReadImage,
     annotated_files,
     flag,
-    turned_along,
+    to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import enclosed_files, enclosed_folder, quoted
-from diffkd.data.images import turn_of, upright_size
+from diffkd.data.folders import enclosed_files, enclosed_folder, format_names
+from diffkd.data.images import read_orientation, upright_size
 
 _UNKNOWN = (0, 0)  # height and width if the file does not state them
 
@@ -59,7 +59,9 @@ def read_coco(
     if chosen is not None:
         unknown = sorted(set(chosen) - set(own.values()) - set((categories or {}).values()))
         if unknown:
-            raise ValueError(f"{source}: no categories {quoted(unknown)}; there are {quoted(list(own.values()))}.")
+            raise ValueError(
+                f"{source}: no categories {format_names(unknown)}; there are {format_names(list(own.values()))}."
+            )
         others = {number for number, name in own.items() if name not in chosen}
         own = {number: name for number, name in own.items() if number not in others}
     if categories is None:
@@ -111,7 +113,7 @@ def read_coco(
             by_id[image_id].boxes.append(box)
     if as_stored:
         listed = [
-            turned_along(image) if image.size != _UNKNOWN and Path(image.path).is_file() else image for image in listed
+            to_upright(image) if image.size != _UNKNOWN and Path(image.path).is_file() else image for image in listed
         ]
     return annotated_files(source, listed, [categories[number] for number in ids], ids, malformed)
 
@@ -181,7 +183,7 @@ def _numbered_texts(entries: list[dict[str, Any]]) -> dict[str, int]:
     """Return an integer id per image if all ids are strings and some are not numbers; otherwise an empty mapping."""
     ids = [entry.get("id") for entry in entries]
     texts = [value for value in ids if isinstance(value, str)]
-    if len(texts) < len(ids) or all(_whole(text) is not None for text in texts):
+    if len(texts) < len(ids) or all(_whole_number(text) is not None for text in texts):
         return {}
     return {text: number for number, text in enumerate(dict.fromkeys(texts))}
 
@@ -224,7 +226,7 @@ def _read_size(path: str, skip_bad: bool, as_stored: bool) -> tuple[int, int]:
     if not Path(path).is_file():
         return _UNKNOWN  # the later check counts and names all missing files
     try:
-        return turn_of(path).header.stored if as_stored else upright_size(path)
+        return read_orientation(path).header.stored if as_stored else upright_size(path)
     except ValueError:
         if not skip_bad:
             raise
@@ -239,7 +241,7 @@ def _value(entry: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _id(entry: Mapping[str, Any], where: str) -> int:
     value: Any = _value(entry, "id", where)
-    number = _whole(value)
+    number = _whole_number(value)
     if number is None or abs(number) >= 1 << 63:
         raise ValueError(f"{where} has the id {value!r}; ids are integers of 64 bits.")
     return number
@@ -247,11 +249,11 @@ def _id(entry: Mapping[str, Any], where: str) -> int:
 
 def _known_id(value: Any, known: Collection[int], texts: Mapping[str, int] | None = None) -> int | None:
     """Return the id given by a value, None if it is not a known id."""
-    number = texts.get(str(value)) if texts else _whole(value)
+    number = texts.get(str(value)) if texts else _whole_number(value)
     return number if number in known else None
 
 
-def _whole(value: Any) -> int | None:
+def _whole_number(value: Any) -> int | None:
     """Parse a whole number, also given as a float or string; None for anything else."""
     if isinstance(value, str) and len(value) <= 20 and value.strip().removeprefix("-").isdecimal():
         return int(value)
@@ -319,7 +321,7 @@ class CocoDetection(DetectionData):
         ValueError: if a file is damaged or inconsistent, or names a file outside of its folder; see `read_coco`.
     """
 
-    class_mend = "or leave the class out with categories=[...]"
+    class_hint = "or leave the class out with categories=[...]"
 
     def __init__(
         self,

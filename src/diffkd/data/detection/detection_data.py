@@ -14,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from diffkd.data.detection.annotated_files import AnnotatedFiles
 from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection.dataset import DetectionDataset, collate_detection
-from diffkd.data.folders import FolderSamples, absent_classes, links_followed, quoted
+from diffkd.data.folders import FolderSamples, absent_classes, allow_outside_links, format_names
 from diffkd.data.image_data import ImageData, train_or_val
-from diffkd.data.images import MEND, OnBadImage, check_on_bad_image, check_readable, upright_size
+from diffkd.data.images import BAD_IMAGE_HINT, OnBadImage, check_on_bad_image, check_readable, upright_size
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
-from diffkd.data.seeding import held_back
+from diffkd.data.seeding import split_by_class
 
 Split = Literal["train", "val", "test"]
 # Reads the images and boxes of a split; returns None if the split does not exist. The second argument is the result for
@@ -67,7 +67,7 @@ class DetectionData(ImageData):
     """
 
     task = "detection"
-    class_mend = "or remove the class if it is none"  # advice for a class without boxes
+    class_hint = "or remove the class if it is none"  # advice for a class without boxes
 
     def __init__(
         self,
@@ -90,21 +90,21 @@ class DetectionData(ImageData):
         check_on_bad_image(on_bad_image)
         skip = on_bad_image == "skip"
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-        narrowest = _Narrowest(max_size, augmentation.min_crop)
+        narrowest = _SizeLimits(max_size, augmentation.min_crop)
         check = _Check(skip=skip, decode=verify or skip, threads=num_workers, narrowest=narrowest)
-        with links_followed(follow_links):
+        with allow_outside_links(follow_links):
             train, trains = train_or_val(partial(read, "train", None, skip), partial(read, "val", None, skip))
             val = read("val", train, skip) if val_share is None else None
             test = read("test", train, skip)
         if train is not None and val_share is not None:
-            kept, held = held_back([0] * len(train.paths), val_share, seed)
+            kept, held = split_by_class([0] * len(train.paths), val_share, seed)
             train, val = train.select(kept), replace(train.select(held), dropped=(), cut=0)
         if train is None or val is None:
             raise ValueError("there must be images to train on and to evaluate on.")
         white = white_level_of(white_level, train.paths)
         train, val = replace(train, white=white), replace(val, white=white)
         test = None if test is None else replace(test, white=white)
-        train = _to_train(check(train), keep_empty, self.class_mend) if trains else val
+        train = _training_files(check(train), keep_empty, self.class_hint) if trains else val
         training = DetectionDataset(train.annotations, train.read, augmentation, seed)
         evaluation = _evaluation(check(val))
         loaders = SplitLoaders(
@@ -129,7 +129,7 @@ class DetectionData(ImageData):
         self.skipped, self.dropped = check.skipped, check.dropped
 
 
-class _Narrowest(NamedTuple):
+class _SizeLimits(NamedTuple):
     """Limits that decide how narrow an image may be.
 
     Args:
@@ -145,7 +145,8 @@ class _Narrowest(NamedTuple):
         narrow = max(1.0, min(size) * self.min_crop)
         if not min(size) or narrow * self.max_size >= max(size):
             return None
-        return f"image {path} is {size[1]}x{size[0]} pixels, of which nothing is left at max_size={self.max_size}{MEND}"
+        what = f"image {path} is {size[1]}x{size[0]} pixels, of which nothing is left at max_size={self.max_size}"
+        return f"{what}{BAD_IMAGE_HINT}"
 
 
 class _Check:
@@ -162,7 +163,7 @@ class _Check:
         dropped: one message per box that the readers left out.
     """
 
-    def __init__(self, *, skip: bool, decode: bool, threads: int, narrowest: _Narrowest) -> None:
+    def __init__(self, *, skip: bool, decode: bool, threads: int, narrowest: _SizeLimits) -> None:
         self._skip, self._decode, self._threads, self._narrowest = skip, decode, threads, narrowest
         self.skipped: list[str] = []
         self.dropped: list[str] = []
@@ -206,13 +207,13 @@ class _Check:
         good = [index for index, problem in enumerate(problems) if problem is None]
         if not good:
             raise ValueError(f"{counted} broken, and none is left; the first: {found[0]}")
-        listed = "\n  ".join(problem.removesuffix(MEND) for problem in found[:10])
+        listed = "\n  ".join(problem.removesuffix(BAD_IMAGE_HINT) for problem in found[:10])
         rank_zero_warn(f"{counted} left out:\n  {listed}")
         self.skipped += found
         return files.select(good)
 
 
-def _to_train(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFiles:
+def _training_files(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFiles:
     """Return training images without crowd boxes; warn of absent classes, raise ValueError if there is no box."""
     stated = len(files.annotations.boxes.labels)
     files = replace(files, annotations=files.annotations.without_crowds())
@@ -223,8 +224,8 @@ def _to_train(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFi
     absent = absent_classes((files.annotations.boxes.labels - 1).tolist(), files.classes)
     if absent:
         rank_zero_warn(
-            f"{files.source}: no box of class(es) {quoted(absent)} to train on, which cannot be learned; add some, "
-            f"{mend}."
+            f"{files.source}: no box of class(es) {format_names(absent)} to train on, which cannot be learned; "
+            f"add some, {mend}."
         )
     return files if keep_empty else files.select(full)
 

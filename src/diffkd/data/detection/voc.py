@@ -15,11 +15,11 @@ from diffkd.data.detection.annotated_files import (
     ReadImage,
     annotated_files,
     flag,
-    turned_along,
+    to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
 from diffkd.data.folders import EVALUATION_SPLITS, EXTENSIONS, enclosed_files, enclosed_folder
-from diffkd.data.images import turn_of, upright_size
+from diffkd.data.images import read_orientation, upright_size
 
 
 class VocSplit(NamedTuple):
@@ -124,7 +124,7 @@ def read_voc(
         try:
             path = _image(file, root, split.images)
             image = image._replace(path=path, size=_size(root, file, path, as_stored))
-            image = turned_along(image) if as_stored and Path(path).is_file() else image
+            image = to_upright(image) if as_stored and Path(path).is_file() else image
         except ValueError as error:
             if not skip_bad:
                 raise
@@ -148,7 +148,7 @@ def _classes(split: VocSplit, roots: Sequence[ElementTree.Element], skip_bad: bo
     return sorted(found)
 
 
-class _Builder:
+class _NoDoctypeBuilder:
     """A tree builder that refuses document type declarations, which could expand or fetch entities."""
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ def _parse(file: str) -> ElementTree.Element:
 
 
 def _tree(content: str | bytes) -> ElementTree.Element:
-    parser = ElementTree.XMLParser(target=_Builder())
+    parser = ElementTree.XMLParser(target=_NoDoctypeBuilder())
     parser.feed(content)
     root: ElementTree.Element = parser.close()
     return root
@@ -241,7 +241,7 @@ def _size(root: ElementTree.Element, file: str, path: str, as_stored: bool) -> t
     """Return the stated height and width, or those of the image file if none are stated."""
     stated = [(root.findtext(f"size/{side}") or "").strip() for side in ("height", "width")]
     if all(side in ("", "0") for side in stated):
-        return turn_of(path).header.stored if as_stored else upright_size(path)
+        return read_orientation(path).header.stored if as_stored else upright_size(path)
     height, width = (_number(side, file) for side in stated)
     if not all(1 <= side < 1 << 31 and side == int(side) for side in (height, width)):
         raise ValueError(f"{file}: its size is {stated[1]}x{stated[0]}; write numbers of pixels, 1 or more.")

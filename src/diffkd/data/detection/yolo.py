@@ -17,8 +17,8 @@ from diffkd.data.folders import (
     EVALUATION_SPLITS,
     enclosed_files,
     enclosed_folder,
+    format_names,
     image_files,
-    quoted,
     with_slashes,
 )
 from diffkd.data.images import upright_size
@@ -252,8 +252,8 @@ class _LabelFiles:
             if unused:
                 rank_zero_warn(
                     f"{source}: {len(without)} of {len(texts)} images have no label file and pass for images without "
-                    f"boxes, and {len(unused)} label file(s) belong to none of the images: {quoted(unused)}; that of "
-                    f"the first would be {texts[without[0]]}."
+                    f"boxes, and {len(unused)} label file(s) belong to none of the images: {format_names(unused)}; "
+                    f"that of the first would be {texts[without[0]]}."
                 )
 
     def _listed(self, folder: PurePath) -> dict[str, str]:

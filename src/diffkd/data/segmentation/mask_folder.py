@@ -198,8 +198,8 @@ class MaskFolder(SegmentationData):
             raise FileNotFoundError(f"{top}: no such folder; give a root with {train}/{images} and {train}/{masks}.")
         table = None if colors is None else class_colors(colors, top)
         names = class_names(classes, top) if classes is not None else tuple(table) if table else None
-        counted = _counted(names, num_classes, ignore_index)
-        coded = None if table is None else _coded(table, counted, ignore_index)
+        counted = _evaluated_classes(names, num_classes, ignore_index)
+        coded = None if table is None else _ids_and_colors(table, counted, ignore_index)
         id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
         code = MaskCode(len(counted), ignore_index, id_map=id_map, colors=coded, unknown_colors=unknown_colors)
 
@@ -238,7 +238,7 @@ def _folder(name: str, split: str) -> str:
     return name.replace("{split}", split) if "{split}" in name else f"{split}/{name}"
 
 
-def _counted(names: tuple[str, ...] | None, num_classes: int | None, ignore_index: int) -> tuple[str, ...]:
+def _evaluated_classes(names: tuple[str, ...] | None, num_classes: int | None, ignore_index: int) -> tuple[str, ...]:
     """Return the names of the classes, without a last name that belongs to the ignored id."""
     if names is None:
         if num_classes is None:
@@ -264,7 +264,7 @@ def _counted(names: tuple[str, ...] | None, num_classes: int | None, ignore_inde
     return names
 
 
-def _coded(table: dict[str, Color], classes: tuple[str, ...], ignore_index: int) -> list[tuple[int, Color]]:
+def _ids_and_colors(table: dict[str, Color], classes: tuple[str, ...], ignore_index: int) -> list[tuple[int, Color]]:
     missing = [name for name in classes if name not in table]
     if missing:
         raise ValueError(f"colors: none for {', '.join(map(repr, missing[:5]))}; give a colour for each class.")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from diffkd.data.images import WHITE, Header, header_of, opened, read_rgb, upright
+from diffkd.data.images import WHITE, Header, header_of, read_rgb, upright, with_open_image
 
 _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # lossy compressions of a TIFF
 _LOSSLESS = ("PNG", "BMP", "GIF", "TIFF", "PPM")
@@ -23,7 +23,7 @@ _COLOURS = ("1", "L", "P", "RGB", "RGBA")
 def image_header(path: str | os.PathLike[str]) -> Header:
     """Read the size of an image without decoding it; raise ValueError, naming the file, if that fails."""
     try:
-        return opened(path, header_of)
+        return with_open_image(path, header_of)
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
         raise ValueError(f"image {path} {_unreadable(error)}; replace it, or remove it and its mask.") from error
 
@@ -43,7 +43,7 @@ def mask_header(path: str | os.PathLike[str], *, colours: bool) -> Header:
             ids are expected or vice versa; the message names the file and the fix.
     """
     try:
-        kind, mode, header, lossy = opened(path, _mask_facts)
+        kind, mode, header, lossy = with_open_image(path, _mask_facts)
     except Exception as error:
         raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
     if lossy or kind not in _LOSSLESS:
@@ -90,8 +90,8 @@ def read_mask(path: str | os.PathLike[str], *, colours: bool = False) -> npt.NDA
         content = Path(path).read_bytes()
         is_png = content.startswith(b"\x89PNG")
         if is_png:
-            opened(content, methodcaller("verify"))
-        pixels = opened(content, partial(_mask_pixels, colours=colours))
+            with_open_image(content, methodcaller("verify"))
+        pixels = with_open_image(content, partial(_mask_pixels, colours=colours))
     except Exception as error:
         raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
     if colours:
@@ -199,7 +199,9 @@ class MaskCode:
         unknown = ids == _UNKNOWN
         if unknown.any():
             row, column = (int(place) for place in np.argwhere(unknown)[0])
-            raise ValueError(f"mask {path} {self._complaint(stored[row, column], row, column, int(unknown.sum()))}")
+            raise ValueError(
+                f"mask {path} {self._unknown_value_message(stored[row, column], row, column, int(unknown.sum()))}"
+            )
         return ids.astype(self.dtype)
 
     def _id_table(self, id_map: Mapping[int, int] | None, otherwise: int) -> npt.NDArray[np.int32]:
@@ -237,7 +239,7 @@ class MaskCode:
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return np.where(self._keys[places] == keys, self._values[places], np.int32(self._unknown_color))
 
-    def _complaint(self, value: Any, row: int, column: int, count: int) -> str:
+    def _unknown_value_message(self, value: Any, row: int, column: int, count: int) -> str:
         where = f"at row {row}, column {column} ({count} such pixels)"
         if self.holds_colors:
             return (

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from diffkd.data.folders import image_files, leaves, quoted
+from diffkd.data.folders import format_names, image_files, leads_outside
 from diffkd.data.segmentation.masks import image_header, mask_header
 
 _LISTED = 10  # problems listed in an error
@@ -117,7 +117,9 @@ def check_pairs(
         good.sizes.append(size)
     if skip_bad:
         return good
-    listed = [f"{message} Likewise {quoted(files[1:])}." if files[1:] else message for message, files in alike.values()]
+    listed = [
+        f"{message} Likewise {format_names(files[1:])}." if files[1:] else message for message, files in alike.values()
+    ]
     count = sum(len(files) for _, files in alike.values())
     refuse(listed, f"{root}: {count} pair(s) of image and mask cannot be used")
     return good
@@ -154,7 +156,7 @@ def _by_key(root: Path, name: str, suffix: str, kind: str) -> dict[str, str]:
         seen = f"; {folder.parent} holds {', '.join(map(repr, beside[:10]))}" if beside else ""
         raise FileNotFoundError(f"{folder}: no such folder of {kind}s{seen}; give the folders of images and masks.")
     real = root.resolve()
-    if leaves(folder, real, named=name):
+    if leads_outside(folder, real, named=name):
         raise ValueError(f"{folder}: leads to {folder.resolve()}, outside of {root}; copy the files into the folder.")
     found: dict[str, str] = {}
     for path in image_files(folder, real):

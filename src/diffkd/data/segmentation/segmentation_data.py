@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from diffkd.data.folders import links_followed, quoted
+from diffkd.data.folders import allow_outside_links, format_names
 from diffkd.data.image_data import ImageData, train_or_val
 from diffkd.data.images import OnBadImage, check_on_bad_image
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
-from diffkd.data.seeding import held_back
+from diffkd.data.seeding import split_by_class
 from diffkd.data.segmentation.dataset import PairDataset
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, refuse
@@ -95,12 +95,12 @@ class SegmentationData(ImageData):
         val_share: float | None = None,
         white_level: int | None = None,
     ) -> None:
-        with links_followed(follow_links):
+        with allow_outside_links(follow_links):
             train_pairs, _ = train_or_val(partial(read, "train"), partial(read, "val"))
             if val_share is None:
                 val_pairs = read("val")
             else:
-                kept, held = held_back([0] * len(train_pairs.images), val_share, seed)
+                kept, held = split_by_class([0] * len(train_pairs.images), val_share, seed)
                 train_pairs, val_pairs = train_pairs.select(kept), train_pairs.select(held)
         if cache not in ("none", "memory"):
             raise ValueError(f"cache={cache!r}: give 'none' or 'memory'.")
@@ -194,7 +194,7 @@ def _check_ids(training: PairDataset, evaluation: PairDataset, all_learned: set[
         )
     absent = set(range(code.num_classes)) - {code.ignore_index} - (all_learned or set())
     if all_learned is not None and absent:
-        listed = quoted(sorted(absent))
+        listed = format_names(sorted(absent))
         rank_zero_warn(f"no training mask holds class(es) {listed}, which cannot be learned. {mend}")
     if evaluation.ids_seen(1) == set():
         rank_zero_warn(f"nothing to evaluate on: {nothing}{evaluation.pairs.masks[0]}. {mend}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from diffkd.data.folders import EXTENSIONS, leaves
+from diffkd.data.folders import EXTENSIONS, leads_outside
 from diffkd.data.segmentation.mask_folder import class_names
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, check_pairs, refuse
@@ -81,7 +81,7 @@ class VocSegmentation(SegmentationData):
         def read(split: Split) -> Pairs:
             pairs = _listed(top, lists[split], masks)
             if split == "train" and classes is None:
-                _hint_at_own_classes(pairs, code)
+                _warn_about_custom_classes(pairs, code)
             return pairs
 
         super().__init__(read, code, names, batch_size=batch_size, augmentation=augmentation, seed=seed, **options)
@@ -93,7 +93,7 @@ class VocSegmentation(SegmentationData):
 _LOOKED_AT = 64
 
 
-def _hint_at_own_classes(pairs: Pairs, code: MaskCode) -> None:
+def _warn_about_custom_classes(pairs: Pairs, code: MaskCode) -> None:
     """Warn if the masks contain only the first few ids, as with custom classes in PASCAL VOC's folder layout."""
     seen: set[int] = set()
     for mask in pairs.masks[:: len(pairs.masks) // _LOOKED_AT + 1]:
@@ -124,7 +124,7 @@ def _listed(root: Path, split: str, masks: str) -> Pairs:
     real = root.resolve()
     pairs = [_pair(root, name, masks) for name in names]
     for path in (path for pair in pairs for path in pair):
-        if leaves(path, real, named=path.relative_to(root) if path.is_relative_to(root) else path):
+        if leads_outside(path, real, named=path.relative_to(root) if path.is_relative_to(root) else path):
             raise ValueError(f"{source}: {path.stem!r} leads to {path.resolve()}, outside of {root}; remove it.")
     missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
     refuse(missing, f"{source}: {len(missing)} of the files it names are missing; add them or remove their names")
