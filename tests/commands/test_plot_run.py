@@ -13,7 +13,7 @@ from tiny_recipe import MODELS, TRUST, write_recipe
 from diffkd.commands import cli
 from diffkd.commands.plot import _gammas, plot, saved_training
 from diffkd.files.run_folder import RunFolder
-from diffkd.reports.run_figures import draw_course, draw_gammas, draw_scores
+from diffkd.reports.run_figures import draw_curves, draw_gammas, draw_scores
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +101,9 @@ def test_numbers_of_images_are_checked(run):
 
 def test_the_course_shows_what_there_is(tmp_path):
     rows = [{"epoch": 1, "top1": 0.5, "train/task": 2.0, "gamma/a": 0.9}, {"epoch": 2, "top1": 0.75, "train/task": 0.0}]
-    with Image.open(draw_course(tmp_path / "all.png", rows, "top1")) as all_panels:
+    with Image.open(draw_curves(tmp_path / "all.png", rows, "top1")) as all_panels:
         three = all_panels.width
-    with Image.open(draw_course(tmp_path / "some.png", [{"epoch": 1, "top1": 0.5}], "top1")) as one_panel:
+    with Image.open(draw_curves(tmp_path / "some.png", [{"epoch": 1, "top1": 0.5}], "top1")) as one_panel:
         assert three == 3 * one_panel.width
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from diffkd import Distiller
 from diffkd.commands.arguments import fit_with
 from diffkd.commands.compare import find_method
-from diffkd.files.config import factory_of
+from diffkd.files.config import unwrap_factory
 from diffkd.models import load_detector
 from diffkd.recipes import recipe_names
 from diffkd.training.models import inherit
@@ -33,7 +33,7 @@ def setting(preset, recipe="demo"):
 def values(preset):
     """Return the method's class, all its options, the student's levels ("auto": all) and what else the preset sets."""
     given = setting(preset)
-    method = factory_of(given["method"])
+    method = unwrap_factory(given["method"])
     kind = getattr(method, "func", method)
     defaults = {**(kind.__init__.__kwdefaults__ or {}), **getattr(method, "keywords", {})}
     pairs = given["pairs"] if given["pairs"] == "auto" else [pair.student for pair in given["pairs"]]
@@ -127,11 +127,11 @@ def segmenters(preset):
     images, labels = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.randint(0, 5, (2, 16, 24))
     given = setting(preset)
     if given["pairs"] == "auto":
-        how = {"method": [factory_of(one) for one in [given["method"]]]}
+        how = {"method": [unwrap_factory(one) for one in [given["method"]]]}
         pairs = "auto"
     else:
         how = {}
-        pairs = [type(pair)(**{**vars(pair), "method": factory_of(pair.method)}) for pair in given["pairs"]]
+        pairs = [type(pair)(**{**vars(pair), "method": unwrap_factory(pair.method)}) for pair in given["pairs"]]
     distiller = Distiller(*nets, pairs, example=images, **how).double()
     losses = distiller(images, labels=labels)[1]
     trunks = [net.trunk(images) for net in nets]
@@ -194,7 +194,7 @@ def test_maskd_on_class_maps():
 
 
 def test_cirkd_stands_beside_kd():
-    kinds = [getattr(method, "func", method) for method in map(factory_of, setting("segmentation/cirkd")["method"])]
+    kinds = [getattr(method, "func", method) for method in map(unwrap_factory, setting("segmentation/cirkd")["method"])]
     assert [kind.__name__ for kind in kinds] == ["KD", "CIRKD"]
 
 

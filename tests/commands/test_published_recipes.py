@@ -16,7 +16,7 @@ from torch import nn
 from diffkd import Distiller
 from diffkd.commands.arguments import fit_with
 from diffkd.commands.compare import find_method
-from diffkd.files.config import factory_of
+from diffkd.files.config import unwrap_factory
 from diffkd.methods.crd import other_class_samples
 from diffkd.methods.ofd import margin_of
 from diffkd.models import load_model
@@ -54,9 +54,12 @@ def effective(preset, student, teacher, *, epoch=0.0, size=16, **options):
     pairs = given["pairs"]
     method = given["method"]
     if pairs == "auto":
-        pairs_or_auto, methods = "auto", [factory_of(one) for one in (method if isinstance(method, list) else [method])]
+        pairs_or_auto, methods = (
+            "auto",
+            [unwrap_factory(one) for one in (method if isinstance(method, list) else [method])],
+        )
     else:
-        pairs_or_auto = [type(pair)(**{**vars(pair), "method": factory_of(pair.method)}) for pair in pairs]
+        pairs_or_auto = [type(pair)(**{**vars(pair), "method": unwrap_factory(pair.method)}) for pair in pairs]
         methods = []
     distiller = Distiller(
         student, teacher, pairs_or_auto, example=images, **({"method": methods} if methods else {}), **options
@@ -353,8 +356,8 @@ def test_reviewkd_from_resnet50_to_mobilenetv1():
     pair = setting("imagenet/resnet50-mobilenetv1/reviewkd")["pairs"][0]
     assert pair.student_names == ("blocks.1@pre", "blocks.2@pre", "blocks.3@pre", "blocks.4@pre", "bn2")
     assert pair.teacher_names == ("layer1@pre", "layer2@pre", "layer3@pre", "layer4@pre", "layer4")
-    assert factory_of(pair.method).keywords["hidden_channels"] == 256
-    assert factory_of(pair.method).keywords["weight"] == 8
+    assert unwrap_factory(pair.method).keywords["hidden_channels"] == 256
+    assert unwrap_factory(pair.method).keywords["weight"] == 8
     COVERED.add("methods/imagenet/resnet50-mobilenetv1/reviewkd")
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 
 from diffkd.commands.evaluate import evaluate
 from diffkd.data import ImageFolder, MaskFolder
-from diffkd.data.splits import measured_split
+from diffkd.data.splits import choose_split
 from diffkd.training.fit import fit
 
 QUIET = {"accelerator": "cpu"}
@@ -61,7 +61,7 @@ def test_what_is_measured_is_that_split(run):
     data = ImageFolder(**arguments)
     counts = {}
     for split in ("test", "val", None):
-        name, loader = measured_split(data, split)
+        name, loader = choose_split(data, split)
         counts[name, split] = sum(len(batch[1]) for batch in loader())
     assert counts == {("test", "test"): 6, ("val", "val"): 4, ("test", None): 6}
 
@@ -73,9 +73,9 @@ def test_without_test_images_the_split_is_still_named(tmp_path):
         ({"train": 2, "valid": 1}, "valid"),
     ):
         data = ImageFolder(pictures(tmp_path / name, splits), image_size=8, num_workers=0)
-        assert measured_split(data)[0] == name
+        assert choose_split(data)[0] == name
     with pytest.raises(ValueError, match=r"has no test split.*--split val"):
-        measured_split(ImageFolder(tmp_path / "val", image_size=8, num_workers=0), "test")
+        choose_split(ImageFolder(tmp_path / "val", image_size=8, num_workers=0), "test")
 
 
 def test_masks_of_a_test_split(tmp_path, capsys):

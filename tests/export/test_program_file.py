@@ -14,7 +14,7 @@ from torch import nn
 
 from diffkd import save_student
 from diffkd.commands.export import export
-from diffkd.export.program_file import unlike
+from diffkd.export.program_file import detection_difference
 from diffkd.export.student_file import read_card
 from diffkd.models import load_detector, load_model, load_segmenter
 from diffkd.models.segmenters.any_size import AnySize
@@ -117,7 +117,7 @@ def test_a_detector_as_onnx(tmp_path, capsys):
     expected = model([images[0]])[0]
     found = [torch.from_numpy(value) for value in run(tmp_path / "all.onnx", images)]
     assert len(found[1]) > 5
-    assert unlike([expected[name] for name in ("boxes", "scores", "labels")], found, 100) < 1e-5
+    assert detection_difference([expected[name] for name in ("boxes", "scores", "labels")], found, 100) < 1e-5
 
 
 def test_a_batch_that_is_fixed_is_said_to_be(tmp_path, capsys):
@@ -179,11 +179,11 @@ def test_detections_are_compared_whatever_their_order():
         torch.tensor([1, 2]),
     )
     one, other = (boxes, scores, labels), (boxes.flip(0), scores, labels.flip(0))
-    assert unlike(one, other, 100) == 0
-    assert unlike(one, (boxes + 1, scores, labels), 100) == pytest.approx(0.1)
-    assert unlike(one, (boxes, scores - 0.25, labels), 100) == pytest.approx(0.25)
-    assert unlike(one, (boxes, scores, labels + 1), 100) == float("inf")
-    assert unlike(one, (boxes[:1], scores[:1], labels[:1]), 100) == float("inf")
-    assert unlike((boxes[:0], scores[:0], labels[:0]), (boxes[:0], scores[:0], labels[:0]), 100) == 0
+    assert detection_difference(one, other, 100) == 0
+    assert detection_difference(one, (boxes + 1, scores, labels), 100) == pytest.approx(0.1)
+    assert detection_difference(one, (boxes, scores - 0.25, labels), 100) == pytest.approx(0.25)
+    assert detection_difference(one, (boxes, scores, labels + 1), 100) == float("inf")
+    assert detection_difference(one, (boxes[:1], scores[:1], labels[:1]), 100) == float("inf")
+    assert detection_difference((boxes[:0], scores[:0], labels[:0]), (boxes[:0], scores[:0], labels[:0]), 100) == 0
     # Which of those with the lowest score are cut off at the limit is left open.
-    assert unlike(one, (boxes + 1, scores, labels), 2) == 0
+    assert detection_difference(one, (boxes + 1, scores, labels), 2) == 0

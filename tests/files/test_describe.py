@@ -9,7 +9,7 @@ import torch
 from diffkd import DiffKD, FeatureShape
 from diffkd.data import Arrays, Augmentation, FashionSubset
 from diffkd.distill.matching import wants_of
-from diffkd.files.config import class_path, describe, factory_of
+from diffkd.files.config import class_path, describe, unwrap_factory
 
 
 def test_everything_becomes_json():
@@ -39,15 +39,15 @@ def test_a_parsers_factory_shows_its_class():
         return instantiate(kind, *args, **options)
 
     hidden = functools.partial(helper, lambda kind, *args, **options: kind(*args, **options), DiffKD, ae_channels=3)
-    assert wants_of(factory_of(hidden)) == DiffKD.wants
-    built = factory_of(hidden)(FeatureShape(4, (2, 2)), FeatureShape(5, (2, 2)))
+    assert wants_of(unwrap_factory(hidden)) == DiffKD.wants
+    built = unwrap_factory(hidden)(FeatureShape(4, (2, 2)), FeatureShape(5, (2, 2)))
     assert built.latent_channels == 3
 
 
 def test_other_factories_are_left_as_they_are():
-    assert factory_of(DiffKD) is DiffKD
+    assert unwrap_factory(DiffKD) is DiffKD
     usual = functools.partial(DiffKD, ae_channels=2)
-    assert factory_of(usual) is usual
+    assert unwrap_factory(usual) is usual
 
 
 def test_data_of_a_run_from_python_can_be_made_again(image_files):

@@ -12,13 +12,13 @@ import pytest
 from short_trainings import arrays, train
 
 from diffkd.files import lock
-from diffkd.files.lock import held
+from diffkd.files.lock import lock_folder
 
 # Holds a folder, as does a worker process that it forks.
 HOLDER = """
 import os, runpy, sys, time
 from pathlib import Path
-with runpy.run_path(sys.argv[1])["held"](Path(sys.argv[2])):
+with runpy.run_path(sys.argv[1])["lock_folder"](Path(sys.argv[2])):
     worker = os.fork()
     if worker:
         print(os.getpid(), worker, flush=True)
@@ -62,12 +62,12 @@ def test_what_is_refused_leaves_nothing(tmp_path, image_files):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_is_not_held(tmp_path):
     tmp_path.chmod(0o500)
-    with held(tmp_path):
+    with lock_folder(tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_holds_a_folder_again_and_again(tmp_path):
     for _ in range(2):
-        with held(tmp_path):
+        with lock_folder(tmp_path):
             assert str(os.getpid()) in (tmp_path / lock.LOCK).read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Options of the command line, made from the arguments of typed functions; recipes and other files of values."""
+"""Command line options generated from the arguments of typed functions; recipes and other config files."""
 
 import ast
 import inspect
@@ -15,25 +15,25 @@ from typing import Any
 
 import yaml
 
-from diffkd.commands.usage_errors import check_idle, explain
+from diffkd.commands.usage_errors import check_unused_options, explain
 from diffkd.recipes.trust import Gate, Trust, UsageError, given_value, named_code, take_trust
 
-# What the parser forgets the values of an earlier method, and of an earlier optimiser, by.
-_NONE = {"method": "null", "optimizer": "torch.optim.Optimizer"}
+# Words that make the parser discard the values of an earlier method or optimiser.
+_RESET = {"method": "null", "optimizer": "torch.optim.Optimizer"}
 
 
-def with_own_values(words: list[str], optimizer: Any) -> list[str]:
-    """Make the words of a command line forget a method's or optimiser's values where they name one of another class.
+def reset_replaced_classes(words: list[str], optimizer: Any) -> list[str]:
+    """Reset a method's or optimiser's values where the command line selects one of another class.
 
-    The parser would keep those that both know by the same name: AT would count with the weight of KD, and AdamW take
-    the learning rate of SGD. One of the same class keeps what is not given anew.
+    Otherwise the parser keeps values of arguments with the same name: AT would get the weight of KD, and AdamW the
+    learning rate of SGD. With the same class, values that are not given again are kept.
 
     Args:
-        words: of the command line, which may name files of values.
-        optimizer: what the words find, `{"class_path": ...}`.
+        words: command line arguments, which may include config files.
+        optimizer: the default optimiser, `{"class_path": ...}`.
 
     Returns:
-        The words, with more between them.
+        The words with resets inserted.
     """
     classes = {"method": _classes(None), "optimizer": _classes(optimizer)}
     result = []
@@ -41,26 +41,26 @@ def with_own_values(words: list[str], optimizer: Any) -> list[str]:
         for option, value in _values(word, after):
             given = _classes(value)
             if given and classes[option] and given != classes[option]:
-                result.append(f"--{option}={_NONE[option]}")
+                result.append(f"--{option}={_RESET[option]}")
             classes[option] = classes[option] if given is None else given
         result.append(word)
     return result
 
 
 def _values(word: str, after: str) -> Iterator[tuple[str, Any]]:
-    """Yield the methods and optimisers that a word names, itself or in a file."""
+    """Yield the methods and optimisers set by a word, directly or in a config file."""
     option, equals, value = word.partition("=")
     text = value if equals else after
     if option == "--config" and Path(text).is_file():
         values = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-        yield from ((name, value) for name, value in values.items() if name in _NONE)
-    elif option[2:] in _NONE:
-        with suppress(yaml.YAMLError):  # of which the parser complains
+        yield from ((name, value) for name, value in values.items() if name in _RESET)
+    elif option[2:] in _RESET:
+        with suppress(yaml.YAMLError):  # reported by the parser
             yield option[2:], yaml.safe_load(text)
 
 
 def _classes(value: Any) -> tuple[str, ...] | None:
-    """Return the classes of a method, of several, or of an optimiser; () for none, None if the value does not say."""
+    """Return the classes of one or several methods, or of an optimiser; () for none, None if the value has no class."""
     if isinstance(value, list):
         found = [_classes(one) for one in value]
         return tuple(name for one in found for name in one or ())
@@ -72,14 +72,14 @@ def _classes(value: Any) -> tuple[str, ...] | None:
 
 
 def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
-    """Call :func:`~diffkd.training.fit.fit` with the words of a command line: [RECIPE] [OPTIONS].
+    """Call :func:`~diffkd.training.fit.fit` with command line arguments: [RECIPE] [OPTIONS].
 
     Args:
         words: of the command line.
-        use: something else to call with the arguments meant for `fit`.
+        use: function to call instead of `fit`, with the same arguments.
 
     Raises:
-        UsageError: if the words do not fit.
+        UsageError: if the words are not valid options.
         FileNotFoundError: if there is no such recipe.
     """
     words = _with_recipe(words)
@@ -90,13 +90,13 @@ def fit_with(words: list[str], use: Callable[..., Any] | None = None) -> Any:
 
 
 def values_of_fit(words: list[str]) -> dict[str, Any]:
-    """Return the values that :func:`fit_with` would record as those of the run, building nothing.
+    """Return the values that :func:`fit_with` would record as the run's config, without building anything.
 
     Args:
         words: of the command line.
 
     Raises:
-        UsageError: if the words do not fit.
+        UsageError: if the words are not valid options.
         FileNotFoundError: if there is no such recipe.
     """
     words = _with_recipe(words)
@@ -113,16 +113,16 @@ def _fit(**arguments: Any) -> Any:
 
 
 def fit_arguments() -> type:
-    """Return the options of `fit` with its data, which only Lightning, slow to import, can type."""
+    """Return the options of `fit` including the data, whose type needs the slow import of Lightning."""
     from lightning.pytorch import LightningDataModule
 
-    import diffkd.data  # noqa: F401  (its modules can then be named without their package)
+    import diffkd.data  # noqa: F401  (so that its modules can be named without the package)
 
     return _options_of_fit(LightningDataModule)
 
 
 def _options_of_fit(data: type) -> type:
-    """Return a class whose arguments are all those of `fit`.
+    """Return a class with all arguments of `fit`.
 
     Args:
         data: type of the data.
@@ -140,11 +140,11 @@ def _options_of_fit(data: type) -> type:
 
 
 def _check_early(words: Sequence[str]) -> None:
-    """Raise UsageError if a file of values cannot be read, or an option of `fit` is unknown, before slow imports."""
+    """Raise UsageError before slow imports if a config file cannot be read or an option of `fit` is unknown."""
     for word, after in zip(words, [*words[1:], ""], strict=False):
         if word == "--config" or word.startswith("--config="):
             _check_file(Path(after if word == "--config" else word.removeprefix("--config=")))
-    # Read, not imported: the types of the options need PyTorch.
+    # Parsed from source, not imported: the types of the options need PyTorch.
     source = files("diffkd").joinpath("training", "options.py").read_text(encoding="utf-8")
     (options,) = (one for one in ast.parse(source).body if isinstance(one, ast.ClassDef) and one.name == "FitOptions")
     fields = (one.target for one in options.body if isinstance(one, ast.AnnAssign))
@@ -168,30 +168,30 @@ def call(
     configurable: bool = False,
     use: Callable[..., Any] | None = None,
 ) -> Any:
-    """Make options of a function's arguments, parse `words`, and call it.
+    """Generate options from a function's arguments, parse `words`, and call the function.
 
     Args:
-        function: typed; its docstring describes the options.
+        function: a typed function; its docstring provides the help texts.
         words: of the command line.
-        command: the command's name, for messages.
-        skip: arguments that are no options.
-        fixed: values of arguments that are no options.
-        positional: the argument that the first word stands for, where it is no option.
-        configurable: take `--config FILE` for any number of files of values, later ones before earlier ones, and hand
-            the function what was resolved as its argument `config`.
-        use: what to call with the arguments instead of `function`.
+        command: name of the command, for messages.
+        skip: arguments that are not options.
+        fixed: values of arguments that are not options.
+        positional: the argument that receives the first word, unless the word is an option.
+        configurable: accept any number of `--config FILE`, later ones overriding earlier ones, and pass the resolved
+            values to the function as `config`.
+        use: function to call with the arguments instead of `function`.
 
     Returns:
-        What the function returns; None after `--help`.
+        The function's result; None after `--help`.
 
     Raises:
-        UsageError: if the words do not fit.
+        UsageError: if the words are not valid options.
     """
     if positional is not None and words and not words[0].startswith("-"):
         words = [f"--{positional}={words[0]}", *words[1:]]
     parser = _parser(function, command, skip={*(skip or ()), *(fixed or ())}, configurable=configurable)
     if {"-h", "--help"} & set(words):
-        # The parser lists every known subclass of Module, pages of them.
+        # The parser lists all known subclasses of Module, several pages.
         print(re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", parser.format_help()), end="")  # noqa: T201
         return None
     values = _parsed(parser, function, words)
@@ -203,7 +203,7 @@ def call(
 
 
 def _with_recipe(words: list[str]) -> list[str]:
-    """Let `RECIPE` stand for `--config=FILE`, and resume the run whose `config.yaml` it is where that lies now."""
+    """Replace `RECIPE` by `--config=FILE`; with `--resume` and a run's `config.yaml`, set `--out` to its folder."""
     from diffkd.recipes import find_recipe
 
     if not words or words[0].startswith("-"):
@@ -216,7 +216,7 @@ def _with_recipe(words: list[str]) -> list[str]:
         run = RunFolder(recipe.parent)
         if recipe == run.config and (run.checkpoint.is_file() or run.result.is_file()):
             out = [f"--out={run.path}"]
-    # Before the other words, so that an --out among them counts.
+    # Before the other words, so that an --out among them takes precedence.
     return [f"--config={recipe}", *out, *words[1:]]
 
 
@@ -225,14 +225,14 @@ def _parser(function: Callable[..., Any], command: str, *, skip: set[str | int],
     from jsonargparse import ArgumentParser
 
     parameters = inspect.signature(function).parameters
-    # Words cut short, such as --conf, would be read as options that nobody here looks for.
+    # No abbreviations such as --conf, which other checks of the words would miss.
     parser = ArgumentParser(prog=f"diffkd {command}", exit_on_error=False, allow_abbrev=False)
     if configurable:
-        parser.usage = f"diffkd {command} [RECIPE] [OPTIONS]"  # which are too many to be named twice
+        parser.usage = f"diffkd {command} [RECIPE] [OPTIONS]"  # there are too many options to list them twice
         parser.add_argument("--config", action="config", help="recipe: a file of values for these options")
         trust = "a file or module of your own whose code recipes may name; may be repeated"
         parser.add_argument("--trust", default=SUPPRESS, metavar="FILE_OR_MODULE", help=trust)
-    # Arguments without a type, as of a method of one's own, take any plain value.
+    # Untyped arguments, as of custom methods, accept any plain value.
     if isinstance(function, type):
         parser.add_class_arguments(function, skip=skip, fail_untyped=False)
     else:
@@ -257,9 +257,9 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
     if names and "trust" in parameters:
         words = [*words, f"--trust={json.dumps(names)}"]
     if "optimizer" in parameters:
-        words = with_own_values(words, parser.get_default("optimizer"))
+        words = reset_replaced_classes(words, parser.get_default("optimizer"))
     flags = {f"--{name}" for name, parameter in parameters.items() if parameter.annotation is bool}
-    bare = {word for word, after in zip(words, [*words[1:], "--"], strict=False) if _stands_alone(word, after)}
+    bare = {word for word, after in zip(words, [*words[1:], "--"], strict=False) if _is_bare_flag(word, after)}
     try:
         values = parser.parse_args(_with_lists(_with_values(words, flags | bare), parameters))
     except ArgumentError as error:
@@ -271,7 +271,7 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
             raise UsageError(f"{option}: give its value after it; only what is true or false can stand alone")
     if "optimizer" in parameters:
         gate.check_models({name: values.get(name) for name in ("student", "teacher")})
-        check_idle(words, values)
+        check_unused_options(words, values)
     return values
 
 
@@ -286,7 +286,7 @@ def _faulty_pairs(parser: Any, words: list[str]) -> bool:
 
 
 def _check_file(file: Path) -> None:
-    """Raise UsageError, naming the file, which the parser would not do, if it is there and holds no values by name."""
+    """Raise UsageError with the file's name, which the parser omits, if an existing file is not a mapping."""
     import yaml
 
     try:
@@ -300,14 +300,14 @@ def _check_file(file: Path) -> None:
         )
 
 
-def _stands_alone(word: str, after: str) -> bool:
-    """Return whether a word is an option of a part, such as `--data.verify`, that has no value after it."""
+def _is_bare_flag(word: str, after: str) -> bool:
+    """Return whether a word is a nested option, such as `--data.verify`, without a value after it."""
     option = re.fullmatch(r"--\w+\.[\w.]+", word)
     return option is not None and not word.endswith(".help") and after.startswith("--")
 
 
 def _is_on(values: Any, keys: list[str]) -> bool:
-    """Return whether the value of those names is true, below the arguments of a class or of one of a list too."""
+    """Return whether the value at nested keys is true, also inside `init_args` and lists."""
     if isinstance(values, list):
         return any(_is_on(one, keys) for one in values)
     if not keys:
@@ -319,7 +319,7 @@ def _is_on(values: Any, keys: list[str]) -> bool:
 
 
 def _recorded(parser: Any, values: Any) -> dict[str, Any]:
-    """Return parsed values in plain numbers, text, lists and mappings."""
+    """Return parsed values as plain numbers, strings, lists and mappings."""
     import yaml
 
     dumped = yaml.safe_load(parser.dump(values, skip_validation=True))
@@ -328,16 +328,16 @@ def _recorded(parser: Any, values: Any) -> dict[str, Any]:
 
 
 def _with_values(words: list[str], flags: set[str]) -> list[str]:
-    """Let `--resume` stand for `--resume=true`."""
+    """Replace `--resume` by `--resume=true`, for all flags."""
     spoken = ("true", "false", "yes", "no")
     pairs = zip(words, [*words[1:], ""], strict=False)
     return [f"{word}=true" if word in flags and after.lower() not in spoken else word for word, after in pairs]
 
 
 def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Let `--methods kd dist` stand for `--methods=["kd", "dist"]`, for arguments that are lists of plain values.
+    """Replace `--methods kd dist` by `--methods=["kd", "dist"]`, for arguments that are lists of plain values.
 
-    One word is a list of one only where the argument must be a list: `--devices 2` means two devices, not the third.
+    A single word becomes a list only if the argument must be a list: `--devices 2` means two devices, not device 2.
     """
     lists = {
         f"--{name}" for name, one in parameters.items() if str(one.annotation).startswith(("list[str]", "list[int]"))
@@ -360,12 +360,12 @@ def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -
 
 
 def name_pair(message: str, pairs: Any, complains: Callable[[list[str]], bool]) -> str:
-    """Return a message about `--pairs` with the number of the pair, the class of its method, and a mend.
+    """Return a message about `--pairs` with the number of the pair, the class of its method, and a fix.
 
     Args:
-        message: that begins with the option, such as "--pairs.method.scale: 'x' is not a number".
-        pairs: all of them, as they were given.
-        complains: whether the parser complains about the pairs among some words of a command line.
+        message: the message, beginning with the option, such as "--pairs.method.scale: 'x' is not a number".
+        pairs: all pairs, as given.
+        complains: function that returns whether the parser rejects the pairs in some words of a command line.
     """
     if not message.startswith("--pairs.") or not isinstance(pairs, Sequence) or isinstance(pairs, str):
         return message

@@ -1,4 +1,4 @@
-"""The command line: `diffkd COMMAND`, each command a typed function whose arguments are its options."""
+"""The command line: `diffkd COMMAND`; each command is a typed function whose arguments are its options."""
 
 import json
 import os
@@ -30,16 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: the words after `diffkd`; None: those of this process.
+        argv: the arguments after `diffkd`; None: `sys.argv[1:]`.
 
     Returns:
-        0 if all went well, 1 if the command failed, 2 if it was called wrongly, 128 and the signal's number if it was
-        interrupted.
+        0 on success, 1 if the command failed, 2 for a usage error, 128 plus the signal's number if it was interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     wants_traceback = "--traceback" in words or os.environ.get("DIFFKD_TRACEBACK") == "1"
-    # A shell leaves the ~ of --out=~/runs to the program, which would make a folder of that name.
-    words = [re.sub(r"^(--[\w.]+=)?~(?=/)", _at_home, word) for word in words if word != "--traceback"]
+    # A shell does not expand the ~ of --out=~/runs, so a folder named ~ would be created.
+    words = [re.sub(r"^(--[\w.]+=)?~(?=/)", _expand_home, word) for word in words if word != "--traceback"]
     commands = _commands()
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, commands))
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
@@ -81,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (signum := getattr(error, "signum", None)) is not None:
             return _fail(str(error), 128 + signum)
         if wants_traceback or not type(error).__module__.startswith("lightning."):
-            raise  # a mistake of this package's: all that is known of it should be seen
+            raise  # a bug in this package: show the whole traceback
         return _fail(str(error), 1)
     return 0
 
 
-def _at_home(found: re.Match[str]) -> str:
+def _expand_home(found: re.Match[str]) -> str:
     return f"{found[1] or ''}{Path.home()}"
 
 
@@ -106,7 +105,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
 
 
 def _demo(words: list[str]) -> None:
-    """Distil a small student with each method, in minutes, with data that come with the package."""
+    """Distil a small student with several methods, in minutes, on data of the package."""
     from diffkd.commands.demo import demo
 
     call(demo, words, "demo")
@@ -138,14 +137,14 @@ def _test(words: list[str]) -> None:
     """Measure a trained student: diffkd test RUN_OR_FILE [OPTIONS]."""
     import diffkd.data  # noqa: F401
     from diffkd.commands.evaluate import evaluate
-    from diffkd.data.image_data import measured_alone
+    from diffkd.data.image_data import allow_missing_training_images
 
-    with measured_alone():
+    with allow_missing_training_images():
         call(evaluate, _with_data_of_card(words), "test", positional="student")
 
 
 def _with_data_of_card(words: list[str]) -> list[str]:
-    """Let `--data.NAME VALUE` without `--data` change the data that the student's card names."""
+    """Apply `--data.NAME VALUE` without `--data` to the data named in the student's card."""
     from diffkd.commands.evaluate import described_data, evaluate
     from diffkd.export.student_file import card_file, find_student, read_card
     from diffkd.recipes.trust import Gate, Trust, take_trust
@@ -159,7 +158,7 @@ def _with_data_of_card(words: list[str]) -> list[str]:
     kind, arguments = described_data(read_card(student), trust)
     home = "diffkd.data" if kind.__module__.startswith("diffkd.data.") else kind.__module__
     described = {"class_path": f"{home}.{kind.__name__}", "init_args": arguments}
-    # Among the words it would be believed.
+    # Checked here, since values on the command line are not checked.
     Gate(evaluate, Trust(trust)).check({"data": described}, str(card_file(student)))
     return [*words[: changes[0]], f"--data={json.dumps(described)}", *words[changes[0] :]]
 
@@ -201,7 +200,7 @@ def _recipes(words: list[str]) -> None:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Let warnings of this package be written without the line of code that they come from."""
+    """Print this package's warnings without their source line."""
     usual, package = warnings.formatwarning, Path(__file__).parents[1]
 
     def plain(
@@ -219,7 +218,7 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the message of an error, of one in a process that loads data without the traceback in it."""
+    """Return the message of an error; for one of a data loader worker, without the worker's traceback."""
     text = str(error)
     if caught := re.match(r"Caught (\w+) in DataLoader worker process", text):
         text = re.split(rf"^(?:[\w.]+\.)?{caught[1]}: ", text, flags=re.MULTILINE)[-1]

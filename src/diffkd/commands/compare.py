@@ -42,15 +42,15 @@ from diffkd.reports.tables import (
 from diffkd.training.checkpointing import Interrupted
 
 COSTS = "step_cost.json"
-# Columns that a terminal shows only if there is room, the first to go first.
-_SPARED = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
+# Columns left out on a narrow terminal, in this order.
+_OPTIONAL_COLUMNS = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
 _MOST_RUNS = 10_000
 DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a comparison: its method, its seed, and the folder it leaves."""
+    """One run of a comparison: method, seed and folder."""
 
     method: str
     seed: int
@@ -74,26 +74,27 @@ def compare(
 ) -> list[Row]:
     """Train a recipe with several methods, each from several seeds, and write one table.
 
-    Every run is a `diffkd fit` of its own in `out/METHOD/seed-N`. Called again, it leaves finished runs alone, goes on
-    with those that were interrupted, and makes the table anew: `comparison.json`, `.md`, `.tex` and `.png` in `out`,
-    and `measurements.json` and `.md` with all that was measured beside the headline.
+    Every run is a separate `diffkd fit` in `out/METHOD/seed-N`. If called again, it skips finished runs, resumes
+    interrupted ones, and rewrites the table: `comparison.json`, `.md`, `.tex` and `.png` in `out`, and
+    `measurements.json` and `.md` with all other measurements.
 
     Args:
         recipe: file, or name of a recipe in the package.
         out: folder of the comparison.
         methods: names of methods in the package ("alone", "kd", "diffkd", ...; `diffkd recipes` lists them under
-            "methods/"), or files that set other values of the recipe. A plain name means the values for the recipe's
-            pair of networks, its data or its task, where there are such (:func:`find_method`). Of a recipe's method of
-            the same class they keep the options that they do not set.
-        seeds: how many, from 0.
-        jobs: runs at the same time. On a CPU each gets its share of the cores.
-        devices: GPUs to spread the runs over, such as [0, 1]; None: the first, or the CPU.
-        cost: measure what a training step of each method costs, side by side, when all have been trained.
+            "methods/"), or files that set other values of the recipe. A plain name selects the values for the recipe's
+            pair of networks, data or task, if there are any (:func:`find_method`). If the recipe's method has the same
+            class, its other options are kept.
+        seeds: number of seeds, from 0.
+        jobs: runs at the same time. On a CPU they share the cores equally.
+        devices: GPUs to distribute the runs over, such as [0, 1]; None: the first, or the CPU.
+        cost: measure the relative cost of a training step of each method after all runs.
         json: print the table as JSON.
         markdown: print it as Markdown.
         latex: print it as LaTeX.
         trust: files and modules of your own whose code recipe and methods may name; may be repeated.
-        options: further options of `diffkd fit`, for all runs; those of teacher and method not for a student alone.
+        options: further options of `diffkd fit` for all runs; options of teacher and method are not applied to the
+            student alone.
 
     Returns:
         A row per method.
@@ -115,12 +116,12 @@ def compare(
         )
     recipe_file = find_recipe(recipe)
     presets = {name: find_method(method, recipe) for name, method in zip(names, methods, strict=True)}
-    # Of all runs, also of a student alone, which loses options that name code.
+    # For all runs, also those without a teacher, whose options that name code are removed.
     trusted = [f"--trust={name}" for name in dict.fromkeys([*(trust or ()), *named_code(options)])]
-    # A student alone stays so, whatever teacher the options give the others.
+    # Runs without a teacher stay so, even if the options set a teacher for the others.
     alone = [*_without_method(options), "--teacher=null"]
     meant = {name: alone if _sets_no_teacher(preset) else options for name, preset in presets.items()}
-    # Seed by seed, so that an interrupted comparison has something of every method.
+    # Seed by seed, so that an interrupted comparison has results of every method.
     runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
     console = Console(stderr=True)
     commands = {
@@ -140,7 +141,7 @@ def compare(
                 raise UsageError(f"{error} ({run.method} with the options of the comparison)") from error
             RunFolder(run.folder).check(values, resume=True)
     for name, preset in presets.items():
-        console.print(f"{name}: {_shown(preset)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name}: {_preset_name(preset)}", markup=False, highlight=False, soft_wrap=True)
     failed = train_all(commands, jobs, console)
     if cost:
         write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
@@ -158,9 +159,9 @@ def compare(
 
 
 def find_method(method: str, recipe: str | None = None) -> Path:
-    """Return the file that sets a method's values: a path, or the name of one in the package.
+    """Return the file with a method's values: a path, or the name of a file in the package.
 
-    For a recipe, a plain name such as "dkd" is looked for in "methods/cifar100/resnet56-resnet20" (the recipe's own
+    For a recipe, a plain name such as "dkd" is searched in "methods/cifar100/resnet56-resnet20" (the recipe's own
     name), then in "methods/cifar100", in "methods/detection" or "methods/segmentation" if that is its task, and last in
     "methods".
 
@@ -177,14 +178,14 @@ def find_method(method: str, recipe: str | None = None) -> Path:
     return find_recipe(f"methods/{method}")
 
 
-def _shown(preset: Path) -> str:
-    """Return the name of a preset of the package, or the path of a file."""
+def _preset_name(preset: Path) -> str:
+    """Return the name of a preset in the package, or the path of another file."""
     names = {find_recipe(name): name for name in recipe_names() if name.startswith("methods/")}
     return names.get(preset, str(preset))
 
 
 def _task_of(recipe: str) -> str:
-    """Return "detection" or "segmentation" if the data of a recipe are for that, "" otherwise."""
+    """Return "detection" or "segmentation" if the data of a recipe are for that task, "" otherwise."""
     values = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8")) or {}
     data = values.get("data") if isinstance(values, dict) else None
     name = str(data.get("class_path") if isinstance(data, dict) else data)
@@ -200,7 +201,7 @@ def _sets_no_teacher(preset: Path) -> bool:
 
 
 def _without_method(options: Sequence[str]) -> list[str]:
-    """Return options of `diffkd fit` less those of the method and its pairs, with their values."""
+    """Remove the options of the method and its pairs, with their values, from options of `diffkd fit`."""
     kept: list[str] = []
     dropped = False
     for word in options:
@@ -212,7 +213,7 @@ def _without_method(options: Sequence[str]) -> list[str]:
 
 
 def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) -> None:
-    """Measure the cost of a step of every method, unless the file of costs holds them all, and write that file."""
+    """Measure the step cost of every method and write the file of costs, unless it already has all of them."""
     file = out / COSTS
     reference = next((method for method in REFERENCES[::-1] if method in commands), next(iter(commands), None))
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -229,7 +230,7 @@ def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) 
 
 
 def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
-    """Write table and curves of what is finished in the folder of a comparison, and return the rows."""
+    """Write table and curves of the finished runs in a comparison's folder, and return the rows."""
     results: dict[str, dict[int, Any]] = {}
     curves: dict[str, list[list[float]]] = {}
     for method in methods:
@@ -258,9 +259,9 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
 
 
 def rich_table(rows: Sequence[Row], width: int) -> Table:
-    """Return the rows as a table for a terminal of `width` columns; a narrow one leaves out what files still hold."""
+    """Return the rows as a table for a terminal of `width` columns; a narrow one omits some columns."""
     kept = {title: column for title, *column in zip(*cells(rows), strict=True)}
-    for title in _SPARED:
+    for title in _OPTIONAL_COLUMNS:
         if sum(3 + max(map(len, [title, *column])) for title, column in kept.items()) <= width:
             break
         kept.pop(title, None)
@@ -273,16 +274,16 @@ def rich_table(rows: Sequence[Row], width: int) -> Table:
 
 
 def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) -> list[Run]:
-    """Train runs in processes of their own, and return those that failed.
+    """Train each run in a separate process, and return the runs that failed.
 
     Args:
         commands: for each run, the words of its `diffkd fit`.
-        jobs: runs at the same time; on a CPU each gets its share of the cores.
-        console: says how it goes.
+        jobs: runs at the same time; on a CPU they share the cores equally.
+        console: console for progress messages.
     """
     failed, started = [], time.monotonic()
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // jobs)
-    # Not forked: CUDA and threads do not survive that.
+    # Not forked: CUDA and threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     previous = {signum: signal.signal(signum, _stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
@@ -298,7 +299,7 @@ def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) ->
                 )
         except BaseException:
             for child in multiprocessing.active_children():
-                child.terminate()  # a run that is asked to stop saves first
+                child.terminate()  # a run saves a checkpoint on SIGTERM
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         finally:
@@ -312,21 +313,21 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _start_worker(threads: int) -> None:
-    """Use so many threads, and leave Ctrl-C, which reaches the workers too, to the comparison: it tells them."""
+    """Set the number of threads, and ignore Ctrl-C, which also reaches workers: the parent process stops them."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def cores() -> int:
-    """Return how many processor cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _train(run: Run, words: list[str]) -> str:
-    """Train one run, its output going to a log beside its folder; return why it failed, "" if it did not."""
+    """Train one run, with its output in a log beside its folder; return why it failed, "" on success."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        os._exit(1)  # the comparison is gone, and nobody would read the result
+        os._exit(1)  # the parent process has ended, so the result is not needed
     if (run.folder / "result.json").is_file():
         return ""
     run.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -334,7 +335,7 @@ def _train(run: Run, words: list[str]) -> str:
         try:
             fit_with(words)
         except Interrupted as stopped:
-            # The process ends with its run: it would take the next one from the queue, which is not to be begun.
+            # End the process with its run, so that it does not take the next one from the queue.
             print(stopped, flush=True)  # noqa: T201
             os._exit(128 + stopped.signum)
         except Exception as error:

@@ -32,12 +32,12 @@ def demo(
 ) -> list[Row]:
     """Train a small student alone and with several methods, and compare.
 
-    Images and teacher come with the package: nothing is fetched. Nothing is fixed in advance either: what is measured
-    is shown. Interrupted and called again, it goes on where it was.
+    Images and teacher come with the package: nothing is downloaded. All results are measured in this run. If
+    interrupted and called again, it continues.
 
     Args:
-        out: folder for the table (JSON, Markdown), the picture, the DiffKD student and all runs.
-        task: what to demonstrate.
+        out: folder for the table (JSON, Markdown), the figure, the DiffKD student and all runs.
+        task: task of the demonstration.
         seeds: runs of each method; None: 3 for classification, 1 for the others.
         epochs: length of each run; None: 7 for classification, 6 for detection, 8 for segmentation.
         jobs: runs at the same time; None: one per core.
@@ -65,7 +65,7 @@ def demo(
         ]
         for method in DEFAULT_METHODS
     }
-    images, maps = _look(run)
+    images, maps = _saliency_maps(run)
     draw_results(out / "demo.png", curves, images, maps)
     console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
@@ -74,8 +74,8 @@ def demo(
     return rows
 
 
-def _look(run: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return test images of six classes, and where student, denoised student and teacher look."""
+def _saliency_maps(run: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return test images of six classes, and the saliency maps of student, denoised student and teacher."""
     training, data = saved_training(RunFolder(run))
     distiller = training.distiller
     assert distiller is not None

@@ -1,4 +1,4 @@
-"""`diffkd demo --task detection`: distil the packaged detector into a smaller one, and draw what each finds."""
+"""`diffkd demo --task detection`: distil the packaged detector into a smaller one, and draw the detections of each."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ from diffkd.tasks.task_of_data import load
 from diffkd.training.models import build_teacher
 
 RECIPE = "scenes/detection"
-METHODS = ("alone", "fitnet", "diffkd-ae")  # its teacher's features are far from scale 1
+METHODS = ("alone", "fitnet", "diffkd-ae")  # with autoencoder, since the scale of its teacher's features is far from 1
 TEACHER = "scenes/detection-teacher.safetensors"
 SHOWN = 5
 
@@ -27,14 +27,14 @@ SHOWN = 5
 def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, console: Console) -> list[Row]:
     """Train a small detector alone, with FitNet and with DiffKD on generated scenes, and compare.
 
-    Scenes and teacher come with the package: nothing is fetched. Interrupted and called again, it goes on where it was.
+    Scenes and teacher come with the package: nothing is downloaded. If interrupted and called again, it continues.
 
     Args:
-        out: folder for the table, the picture `boxes.png`, the DiffKD student and all runs.
+        out: folder for the table, the figure `boxes.png`, the DiffKD student and all runs.
         seeds: runs of each method.
         epochs: length of each run; None: the recipe's.
         jobs: runs at the same time; None: one per core.
-        console: says how it goes.
+        console: console for progress messages.
 
     Returns:
         A row per method.
@@ -49,7 +49,7 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
     rows = compare(RECIPE, out, methods=methods, seeds=seeds, jobs=cores() if jobs is None else jobs, options=options)
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(out / METHODS[-1] / "seed-0" / f"student{suffix}", out / f"student{suffix}")
-    picture = draw_what_is_found(out)
+    picture = draw_detections(out)
     console.print(f"table   {out / 'comparison.json'}\npicture {picture}", soft_wrap=True)
     console.print(
         f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
@@ -57,8 +57,8 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
     return rows
 
 
-def draw_what_is_found(out: Path) -> Path:
-    """Draw what the student alone, the distilled students and the teacher find in evaluation scenes, and the truth."""
+def draw_detections(out: Path) -> Path:
+    """Draw evaluation scenes with the boxes of the students, the teacher and the ground truth."""
     card = read_card(out / "student.safetensors")
     data = data_of(card)
     facts = facts_of(data)

@@ -1,4 +1,4 @@
-"""`diffkd demo --task segmentation`: distil the packaged segmenter into a smaller one, and draw what each finds."""
+"""`diffkd demo --task segmentation`: distil the packaged segmenter into a smaller one, and draw their class maps."""
 
 import shutil
 from pathlib import Path
@@ -18,24 +18,24 @@ from diffkd.reports.tables import Row, class_table_of
 RECIPE = "scenes/segmentation"
 METHODS = ("alone", "kd", "cwd", "diffkd")
 TEACHER_WEIGHTS = "scenes/teacher.safetensors"
-IMAGES = 5  # scenes in the picture
+IMAGES = 5  # scenes in the figure
 
 
 def segmentation_demo(
     out: Path, seeds: int, epochs: int, jobs: int | None, console: Console, *, recipe: str = RECIPE
 ) -> list[Row]:
-    """Train a small segmenter alone and with KD, CWD and DiffKD, compare, and draw what it sees.
+    """Train a small segmenter alone and with KD, CWD and DiffKD, compare, and draw the class maps.
 
-    Scenes are generated and the teacher comes with the package: nothing is fetched. Interrupted and called again, it
-    goes on where it was.
+    Scenes are generated and the teacher comes with the package: nothing is downloaded. If interrupted and called again,
+    it continues.
 
     Args:
-        out: folder for the tables, the picture, the DiffKD student and all runs.
+        out: folder for the tables, the figure, the DiffKD student and all runs.
         seeds: runs of each method.
         epochs: length of each run.
         jobs: runs at the same time; None: one per core.
-        console: says how it goes.
-        recipe: on scenes, with the packaged teacher.
+        console: console for progress messages.
+        recipe: a recipe on scenes with the packaged teacher.
 
     Returns:
         A row per method.
@@ -48,7 +48,7 @@ def segmentation_demo(
     run = out / "diffkd" / "seed-0"
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
-    look(out, out / "demo.png")
+    draw_class_maps(out, out / "demo.png")
     console.print(f"tables  {out / 'comparison.md'}, {out / 'classes.md'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
         f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
@@ -56,16 +56,16 @@ def segmentation_demo(
     return rows
 
 
-def look(out: Path, picture: Path, count: int = IMAGES) -> Path:
-    """Draw evaluation scenes of a finished demonstration, as student, distilled student and teacher see them.
+def draw_class_maps(out: Path, picture: Path, count: int = IMAGES) -> Path:
+    """Draw evaluation scenes of a finished demonstration with the class maps of all students and the teacher.
 
     Args:
         out: folder of the demonstration.
         picture: PNG or SVG file to write.
-        count: how many scenes.
+        count: number of scenes.
 
     Returns:
-        The picture.
+        The path of the picture.
     """
     weights = {
         "student alone": out / "alone" / "seed-0" / "student.safetensors",
@@ -75,15 +75,15 @@ def look(out: Path, picture: Path, count: int = IMAGES) -> Path:
     card = read_card(weights["student alone"])
     data = SegmentationScenes(**(card["data"]["init_args"] | {"seed": card["seed"], "train_count": 2}))
     images, masks, _ = next(iter(data.val_dataloader()))
-    # Those with most classes show most.
+    # Scenes with the most classes are shown.
     order = sorted(range(len(masks)), key=lambda index: -len(masks[index].unique()))[:count]
     images, masks = images[order], masks[order]
-    maps = {title: _seen(file, images) for title, file in weights.items()} | {"truth": masks}
+    maps = {title: _predict(file, images) for title, file in weights.items()} | {"truth": masks}
     return draw_overlays(picture, images, maps, data.classes, ignore_index=data.ignore_index)
 
 
-def _seen(weights: Path, images: Tensor) -> Tensor:
-    """Return the class ids (B, H, W) that a saved segmenter finds in normalised images."""
+def _predict(weights: Path, images: Tensor) -> Tensor:
+    """Return the class ids (B, H, W) that a saved segmenter predicts for normalised images."""
     card = read_card(weights)
     model = load_segmenter(card["model"], num_classes=card["num_classes"], weights=weights)
     with torch.no_grad():

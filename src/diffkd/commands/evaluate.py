@@ -1,4 +1,4 @@
-"""`diffkd test`: measure a saved student exactly as at the end of its training."""
+"""`diffkd test`: evaluate a saved student exactly as at the end of its training."""
 
 import importlib
 import inspect
@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 from torch import nn
 
-from diffkd.data.splits import measured_split
+from diffkd.data.splits import choose_split
 from diffkd.export.plain_student import named_model
 from diffkd.export.student_file import Which, find_student, read_card
 from diffkd.recipes.trust import Trust, trust_words
@@ -38,31 +38,32 @@ def evaluate(
     progress: bool = True,
     trust: list[str] | None = None,
 ) -> dict[str, float]:
-    """Measure a student on the test images of its data, or where there are none on those of the evaluation.
+    """Evaluate a student on the test split of its data, or on the evaluation split if there is no test split.
 
-    What is not given is read off the card beside the weights. A card is believed where it names models of the known
-    libraries and data of this package; code of anybody's own runs only if it is named or trusted here.
+    Arguments that are not given are read from the card beside the weights. A card may name models of the known
+    libraries and data of this package; other code runs only if it is named or trusted on this call.
 
     Args:
         student: folder of a run, or file of weights.
         model: name of the model, as for fit.
-        data: data to measure on; on the command line, `--data.NAME VALUE` without it changes one value of the card's.
-        which: of a run, the student of the last or of the best epoch.
-        split: test or val; by default test where there is one. What was recorded in training is of val.
+        data: data to evaluate on; on the command line, `--data.NAME VALUE` without `--data` changes one value of the
+            card's data.
+        which: for a run, the student of the last or of the best epoch.
+        split: test or val; None: test if it exists. Measurements recorded in training are of val.
         segmentation: as for fit, such as the windows of the evaluation; None: as in training.
         precision: as for fit; None: as in training.
         accelerator: cpu, gpu, mps, or auto.
-        progress: print what was found.
+        progress: print the measurements.
         trust: files and modules of your own whose code the card may name; may be repeated.
 
     Returns:
-        The measurements by name, shares of 1 all but "loss": for classification "top1", with more than five classes
+        The measurements by name, in [0, 1] except "loss": for classification "top1", with more than five classes
         "top5", and "loss", the mean cross entropy.
 
     Raises:
-        FileNotFoundError: if there are no such weights, or the data are not where they were.
-        ValueError: if the weights do not fit the model, the data have their classes in another order, or neither the
-            arguments nor the card say what is needed.
+        FileNotFoundError: if there are no such weights, or the data are not found.
+        ValueError: if the weights do not fit the model, the data have their classes in another order, or a required
+            value is given neither by the arguments nor by the card.
     """
     path = find_student(student, which)
     card = read_card(path)
@@ -107,7 +108,7 @@ def evaluate(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        name_of_split, loader = measured_split(data, split)
+        name_of_split, loader = choose_split(data, split)
         setattr(data, "val_dataloader", loader)  # noqa: B010, as no method can be assigned to
         trainer.validate(training, datamodule=data, verbose=False)
     measured = training.measured
@@ -121,8 +122,12 @@ def evaluate(
     width = max(map(len, measured))
     for metric, value in measured.items():
         recorded = card.get("metrics", {}).get(metric)
-        note = "" if recorded is None else f"  (recorded {_shown(metric, recorded)}{of_val}, {card.get('which', '')})"
-        console.print(f"{metric:{width}}  {_shown(metric, value)}{note}", highlight=False, soft_wrap=True)
+        note = (
+            ""
+            if recorded is None
+            else f"  (recorded {_format_metric(metric, recorded)}{of_val}, {card.get('which', '')})"
+        )
+        console.print(f"{metric:{width}}  {_format_metric(metric, value)}{note}", highlight=False, soft_wrap=True)
     return measured
 
 
@@ -142,16 +147,16 @@ def _pairs_as_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _shown(metric: str, value: float) -> str:
+def _format_metric(metric: str, value: float) -> str:
     return f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
 
 
 def data_of(card: dict[str, Any], trust: Sequence[str] = ()) -> LightningDataModule:
-    """Build the data module that a card names, if it is one of this package's or of trusted code."""
+    """Build the data module named in a card, if it is of this package or of trusted code."""
     kind, arguments = described_data(card, trust)
     parameters = inspect.signature(kind).parameters
     if isinstance(arguments.get("augmentation"), dict):
-        # Each kind of data has its own description of augmentation, which is the default's type.
+        # Each data module has its own class of augmentation options, the type of the default.
         described = parameters["augmentation"].default
         arguments["augmentation"] = type(described)(**_pairs_as_tuples(arguments["augmentation"]))
     try:
@@ -162,33 +167,33 @@ def data_of(card: dict[str, Any], trust: Sequence[str] = ()) -> LightningDataMod
 
 
 def _with_test_masks(card: dict[str, Any], data: LightningDataModule) -> LightningDataModule:
-    """Return masks in folders again with the test split in the place of the evaluation's, where there is one."""
+    """Rebuild a `MaskFolder` with the test split as its evaluation split, if a test split exists."""
     if type(data).__name__ != "MaskFolder" or getattr(data, "val", None) in (None, "test"):
         return data
     arguments = (card.get("data") or {}).get("init_args") or {}
     described = {"class_path": "diffkd.data.MaskFolder", "init_args": {**arguments, "val": "test"}}
     try:
         return data_of({**card, "data": described})
-    except (ValueError, OSError):  # no such folder, or one without masks
+    except (ValueError, OSError):  # no test folder, or no masks in it
         return data
 
 
 def described_data(card: dict[str, Any], trust: Sequence[str] = ()) -> tuple[type[LightningDataModule], dict[str, Any]]:
-    """Return the kind of data that a card names and its arguments, as the card holds them.
+    """Return the class of the data module named in a card, and its arguments as stored in the card.
 
     Args:
-        card: of a student.
+        card: the card of a student.
         trust: files and modules whose code the card may name.
 
     Raises:
-        ValueError: if the card names none, or one that is neither this package's nor trusted.
+        ValueError: if the card names no data module, or one that is neither of this package nor trusted.
     """
     description = card.get("data") or {}
     module, _, name = str(description.get("class_path", "")).rpartition(".")
     if not module:
         raise ValueError("nothing says what to measure on; give --data, such as diffkd.data.FashionMNIST")
-    ours = module == "diffkd.data" or module.startswith("diffkd.data.") or Trust(trust).believes(module)
-    home = module if Trust(trust).believes(module) else "diffkd.data"
+    ours = module == "diffkd.data" or module.startswith("diffkd.data.") or Trust(trust).includes(module)
+    home = module if Trust(trust).includes(module) else "diffkd.data"
     kind = getattr(importlib.import_module(home), name, None)
     if not ours or not isinstance(kind, type) or not issubclass(kind, LightningDataModule):
         raise ValueError(
@@ -197,13 +202,13 @@ def described_data(card: dict[str, Any], trust: Sequence[str] = ()) -> tuple[typ
         )
     arguments = dict(description.get("init_args") or {})
     if "seed" in inspect.signature(kind).parameters and card.get("seed") is not None:
-        # The command line gives the data the run's own seed, which generated scenes are drawn from.
+        # The command line passes the run's seed to the data; generated scenes depend on it.
         arguments.setdefault("seed", card["seed"])
     return kind, arguments
 
 
 def _renormalised(model: nn.Module, card: dict[str, Any], facts: DataFacts) -> nn.Module:
-    """Let the model see images normalised as in its training, whatever the data's own normalisation."""
+    """Wrap the model so that its input is normalised as in its training, whatever the data's normalisation."""
     mean, std = tuple(card.get("mean", facts.mean)), tuple(card.get("std", facts.std))
     if facts.task == "detection" or (mean, std) == (facts.mean, facts.std):
         return model

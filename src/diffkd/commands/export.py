@@ -1,4 +1,4 @@
-"""`diffkd export`: take the plain student out of a run or a checkpoint, as weights or as a program."""
+"""`diffkd export`: save the plain student of a run or a checkpoint, as weights or as a program."""
 
 import json
 from collections.abc import Mapping
@@ -34,26 +34,26 @@ def export(
 ) -> Path:
     """Save the plain student of a run or of a checkpoint, with its card beside it.
 
-    As .safetensors its own weights under its own names; as .onnx or .pt2 (`torch.export`) a program, which is compared
-    with the student before the file stays. The programs take `images` and return
+    As .safetensors, its weights under its own names; as .onnx or .pt2 (`torch.export`), a program, which is compared
+    with the student before the file is kept. The programs take `images` and return
 
-    - of classifiers and segmenters `logits`, (B, K) or (B, K, H, W), for images (B, C, H, W) normalised as in training.
-      The batch may change, and of segmenters the size; where a model does not allow that, the line that is printed says
-      so;
-    - of torchvision's RetinaNet, FCOS and Faster R-CNN `boxes`, `scores` and `labels` of one image (1, 3, H, W) in
-      [0, 1] of a fixed size. Detectors of transformers and of other makes go as .safetensors alone.
+    - for classifiers and segmenters `logits`, (B, K) or (B, K, H, W), for images (B, C, H, W) normalised as in
+      training. The batch size is dynamic, and for segmenters the image size; the printed line names axes that a model
+      does not allow to change;
+    - for torchvision's RetinaNet, FCOS and Faster R-CNN `boxes`, `scores` and `labels` of one image (1, 3, H, W) in [0,
+      1] of a fixed size. Detectors of transformers and other libraries can be saved only as .safetensors.
 
     Args:
         source: folder of a run, a last.ckpt, a student's file, or a checkpoint of the DiffKD authors' code.
         out: file to write, ends in .safetensors, .onnx or .pt2; None: student.safetensors here.
-        which: of a run, the student of the last or of the best epoch; of one that still goes on, the last checkpoint's
-            or that of the best epoch so far.
-        model: for .onnx and .pt2, name of the model; needed where the card names none, or code of one's own.
+        which: for a run, the student of the last or of the best epoch; for an unfinished run, that of the last
+            checkpoint or of the best epoch so far.
+        model: for .onnx and .pt2, name of the model; needed if the card names none, or names your own code.
         image_size: for these, [H, W] in pixels, or one side of a square; None: as in training.
-        normalize: for these, let the program take images in [0, 1] and normalise them itself. Detectors always do.
-        opset: of ONNX, from 18 on; None: PyTorch's choice.
-        tolerance: for these, largest difference to the student, as a share of its largest logit; of detectors, in
-            scores and as a share of the image.
+        normalize: for these, include the normalisation, so that the input is images in [0, 1]. Detectors always do.
+        opset: ONNX opset, from 18 on; None: PyTorch's default.
+        tolerance: for these, largest difference to the student, relative to its largest logit; for detectors, in scores
+            and as a share of the image size.
         trust: files and modules of your own whose code the card may name; may be repeated.
 
     Returns:
@@ -61,8 +61,8 @@ def export(
 
     Raises:
         FileNotFoundError: if there is no such source.
-        ValueError: if `out` is of another kind, the source is damaged, the card does not say what is needed, or the
-            student cannot be exported as a program.
+        ValueError: if `out` has another suffix, the source is damaged, the card lacks a required value, or the student
+            cannot be exported as a program.
         ModuleNotFoundError: if an extra of this package must be installed first.
         OSError: if the file cannot be written.
     """
@@ -73,13 +73,13 @@ def export(
         raise ValueError(f"opset {opset} is for .onnx, and must be at least 18; leave --opset out")
     run = RunFolder(source)
     if which == "last" and not run.result.is_file() and run.checkpoint.is_file():
-        source = str(run.checkpoint)  # of a run that is still going on, the last checkpoint
+        source = str(run.checkpoint)  # for an unfinished run, the last checkpoint
     if Path(source).suffix == ".ckpt":
         weights, card = _from_checkpoint(read_checkpoint(source))
     else:
         path = find_student(source, which)
         card = read_card(path)
-        # Only files from elsewhere can hold more than a student, or names that a wrapper has changed.
+        # Only other files can contain more than a student, or names with a wrapper's prefix.
         weights = read_weights(path, as_saved=True) if card else split_checkpoint(read_weights(path))[0]
     tensors = {name: value.clone().contiguous() for name, value in weights.items()}
     note = f"{len(tensors)} tensors, {sum(t.numel() for t in tensors.values()):,} values"
@@ -93,7 +93,7 @@ def export(
                 student = rebuild(
                     plain, card, model=model, image_size=image_size, normalize=normalize, trust=trust or ()
                 )
-            except ValueError as error:  # which names the file in between
+            except ValueError as error:  # whose message names the intermediate file
                 raise ValueError(str(error).replace(str(plain), source)) from error
         card = {
             **card,
@@ -108,7 +108,7 @@ def export(
 
 
 def _from_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the student's own entries, those of its average if there is one, and its card."""
+    """Return the student's weights, the averaged (EMA) ones if present, and its card."""
     own = checkpoint["diffkd"]
     if own["average"] is not None:
         return dict(own["average"]["model"]), dict(own["card"])

@@ -1,4 +1,4 @@
-"""`diffkd inspect`: what a file of weights, a run or an annotation file holds, and how it would be read."""
+"""`diffkd inspect`: show the content of a file of weights, a run or an annotation file, and how it would be read."""
 
 import json
 from collections import Counter
@@ -31,21 +31,21 @@ def inspect(
     in_channels: int = 3,
     key: str | None = None,
 ) -> None:
-    """Print what a file of weights, the folder of a run, or an annotation file holds, and how it would be read.
+    """Print the content of a file of weights, a run folder or an annotation file, and how it would be read.
 
-    Nothing in the file is run or changed.
+    No code in the file is run, and the file is not changed.
 
     Args:
-        file: weights of any trainer or library, a run's folder, COCO's JSON, VOC's XML, or YOLO's data.yaml.
-        model: of weights, name of the model that they are to be loaded into, as for fit; says what would be taken.
-        task: of that model.
-        num_classes: of that model; None: its own.
-        in_channels: of that model.
-        key: of weights, where a file holds several: what their names begin with.
+        file: weights of any trainer or library, a run folder, COCO JSON, VOC XML, or YOLO's data.yaml.
+        model: for weights, name of the model to load them into, as for fit; reports what would be loaded.
+        task: task of that model.
+        num_classes: number of classes of that model; None: the model's default.
+        in_channels: input channels of that model.
+        key: for a file with several sets of weights, the prefix of those to use.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or of no kind that is known here.
+        ValueError: if it is damaged or of an unknown format.
     """
     path = Path(file)
     if not path.exists():
@@ -129,7 +129,7 @@ def _fitted(
 
 
 def _names(tensors: Mapping[str, Tensor]) -> str:
-    """Return the first and last name with their shapes."""
+    """Return the first and the last name with their shapes."""
     plain = list(without_wrappers(dict(tensors)).items())
     ends = plain[:1] + plain[1:][-1:]
     return " ... ".join(f"{name} {'x'.join(map(str, value.shape)) or 'number'}" for name, value in ends)
@@ -195,8 +195,8 @@ def _mappings(values: Any) -> list[dict[str, Any]]:
     return [one for one in values if isinstance(one, dict)] if isinstance(values, list) else []
 
 
-class _Plain(ElementTree.TreeBuilder):
-    """Builds elements of a document without definitions, which could grow without end."""
+class _NoDoctypeBuilder(ElementTree.TreeBuilder):
+    """A tree builder that refuses document type declarations, whose entities could expand without limit."""
 
     def doctype(self, name: str, public: str | None, system: str | None) -> None:
         raise ValueError("it defines entities of its own")
@@ -204,7 +204,7 @@ class _Plain(ElementTree.TreeBuilder):
 
 def _voc(path: Path) -> Iterator[str]:
     try:
-        root = ElementTree.parse(path, ElementTree.XMLParser(target=_Plain())).getroot()
+        root = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctypeBuilder())).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{path} is no XML that is read here ({error}): fetch it again") from error
     objects = root.findall("object")

@@ -1,4 +1,4 @@
-"""`diffkd layers`: list the layers of a model, and how two models would be paired."""
+"""`diffkd layers`: list the layers of a model, and how the layers of two models would be paired."""
 
 import torch
 from rich.console import Console
@@ -23,16 +23,16 @@ def layers(
     image_size: int | None = None,
     method: MethodFactory | None = None,
 ) -> None:
-    """Print the layers of a model; with a teacher, how the two are paired.
+    """Print the layers of a model; with a teacher, how their layers are paired.
 
     Args:
         model: name of the model, or of the student.
         teacher: name of the teacher.
-        task: what the models are for.
-        num_classes: classes of both; None: each its own, of detectors and segmenters 20.
-        in_channels: channels of the images.
-        image_size: side of the images in pixels; None: what the model was made for, 32 or 224.
-        method: which pairs are wanted for; None: DiffKD.
+        task: task of the models.
+        num_classes: number of classes of both; None: each model's default, 20 for detectors and segmenters.
+        in_channels: input channels.
+        image_size: side of the images in pixels; None: the model's default size, 32 or 224.
+        method: method to be paired; None: DiffKD.
 
     Raises:
         ValueError: if a model is unknown, cannot take such images, or nothing can be paired.
@@ -55,7 +55,7 @@ def layers(
         return
     table = Table(title=f"{model}, images {in_channels}x{side}x{side}", title_justify="left")
     for column in ("layer", "type", "shape", "layout", ""):
-        table.add_column(column, overflow="fold")  # a name that is cut short cannot be given as that of a pair
+        table.add_column(column, overflow="fold")  # a truncated name could not be copied into a pair
     for layer in list_layers(student, padded_example(facts, student)):
         note = "" if layer.instead is None else f"not distillable; take {layer.instead or 'a layer around it'}"
         if layer.elements:
@@ -68,7 +68,7 @@ def layers(
 
 
 def facts_of_size(task: TaskName, classes: int | None, channels: int, side: int | None) -> DataFacts:
-    """Return what data of that task and size would say of themselves."""
+    """Return the `DataFacts` of data with that task and size."""
     count, size = classes or 1, 224 if side is None else side
     images = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
     return DataFacts(

@@ -1,4 +1,4 @@
-"""`diffkd plot`: draw the figures of a run, as it was last saved."""
+"""`diffkd plot`: draw the figures of a run from its last checkpoint."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ from diffkd.distill.observation import Observation
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.reports.plots import saliency
-from diffkd.reports.run_figures import draw_course, draw_gammas, draw_looks, draw_scores
+from diffkd.reports.run_figures import draw_curves, draw_gammas, draw_saliency, draw_scores
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.task import Task
 from diffkd.training.checkpointing import read_checkpoint
@@ -34,21 +34,21 @@ def plot(
     progress: bool = True,
     trust: list[str] | None = None,
 ) -> list[Path]:
-    """Draw the course of a run, and what its student, teacher and methods make of evaluation images.
+    """Draw the curves of a run, and features and predictions of student, teacher and methods on evaluation images.
 
-    Student and methods are those of the last checkpoint, in evaluation mode; the noise is drawn from one seed.
+    Student and methods are those of the last checkpoint, in evaluation mode; the noise has a fixed seed.
 
     Args:
-        run: folder of a run of fit.
-        out: folder for the figures; None: `figures` in the run's.
-        images: evaluation images to show, for classification of different classes.
-        gammas: evaluation images to draw the histograms of gamma from.
-        progress: print what was drawn.
+        run: folder of a run.
+        out: folder for the figures; None: `figures` in the run's folder.
+        images: number of evaluation images to show, of different classes for classification.
+        gammas: number of evaluation images for the histograms of gamma.
+        progress: print the files written.
         trust: files and modules of your own whose code the run's config.yaml may name; may be repeated.
 
     Returns:
-        The files: `course.png`; of a distillation also `looks-PAIR.png` for pairs of maps, `scores-PAIR.png` for logits
-        of a classifier, and with DiffKD `gamma.png`.
+        The files: `course.png`; for a distillation also `looks-PAIR.png` per pair of feature maps, `scores-PAIR.png`
+        for logits of a classifier, and with DiffKD `gamma.png`.
 
     Raises:
         FileNotFoundError: if there is no run of at least one epoch.
@@ -66,7 +66,7 @@ def plot(
         drawn.append(path)
         console.print(str(path), highlight=False, soft_wrap=True)
 
-    note(draw_course(out / "course.png", read_csv(folder.metrics), training.task.headlines[0]))
+    note(draw_curves(out / "course.png", read_csv(folder.metrics), training.task.headlines[0]))
     if training.distiller is None:
         return drawn
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -82,14 +82,14 @@ def plot(
 
 
 def saved_training(folder: RunFolder, trust: Sequence[str] = ()) -> tuple[Training, LightningDataModule]:
-    """Build what a run trains and its data again, and load the last checkpoint.
+    """Rebuild the training module and the data of a run, and load the last checkpoint.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         trust: files and modules whose code its config.yaml may name.
 
     Raises:
-        FileNotFoundError: if the run has not ended an epoch.
+        FileNotFoundError: if the run has not finished an epoch.
         ValueError: if its models cannot be built again, or the checkpoint does not fit them.
         UsageError: if its config.yaml names code that is not trusted.
     """
@@ -110,7 +110,7 @@ def saved_training(folder: RunFolder, trust: Sequence[str] = ()) -> tuple[Traini
 
 
 def _observe(training: Training, batch: Any) -> tuple[Any, dict[str, Observation]]:
-    """Return the pixels of a batch as they were given, and what is made of them."""
+    """Return the images of a batch, and the observations of all pairs."""
     task: Task = training.task
     if isinstance(task, Classification):
         task = replace(task, mixup=0.0, cutmix=0.0)
@@ -122,7 +122,7 @@ def _observe(training: Training, batch: Any) -> tuple[Any, dict[str, Observation
 
 
 def _chosen(batch: Any, count: int) -> list[int]:
-    """Return which images of a batch to show: the first ones, of as many classes as there are."""
+    """Return the indices of images to show: the first ones, with as many classes as possible."""
     images, labels, _ = batch
     if isinstance(labels, Tensor) and labels.ndim == 1:
         firsts = [labels.tolist().index(label) for label in set(labels.tolist())]
@@ -147,7 +147,7 @@ def _draw_pairs(training: Training, batch: Any, chosen: list[int], classes: tupl
         shape = columns["teacher"][0].shape
         if len(shape) == 4:
             maps = {title: [saliency(one)[0] for one in seen] for title, seen in columns.items()}
-            paths.append(draw_looks(out / f"looks-{file}.png", images, maps))
+            paths.append(draw_saliency(out / f"looks-{file}.png", images, maps))
         elif training.task.name == "classification" and shape[1] == len(classes):
             scores = {title: torch.cat(seen).softmax(dim=1) for title, seen in columns.items()}
             paths.append(draw_scores(out / f"scores-{file}.png", images, scores, classes))
@@ -155,7 +155,7 @@ def _draw_pairs(training: Training, batch: Any, chosen: list[int], classes: tupl
 
 
 def _sides(seen: Mapping[str, Observation]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield for each pair, and each of its levels, the features to show by title, the teacher's last."""
+    """Yield for each pair and level the features to show by title, with the teacher's last."""
     for name, (student, teacher, result) in seen.items():
         if isinstance(student, Tensor) and isinstance(teacher, Tensor):
             yield name, _titled(student, teacher, result)
@@ -172,7 +172,7 @@ def _titled(student: Tensor, teacher: Tensor, result: Any) -> dict[str, Tensor]:
 
 
 def _gammas(training: Training, batches: Iterable[Any], count: int) -> dict[str, Tensor]:
-    """Return by pair the gammas of so many images, or of all there are; empty where no method has any."""
+    """Return per pair the gammas of up to `count` images; empty if no method has a gamma."""
     found: dict[str, list[Tensor]] = {}
     images = 0
     torch.manual_seed(0)

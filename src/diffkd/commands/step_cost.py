@@ -1,4 +1,4 @@
-"""The cost of a training step of each method, measured side by side."""
+"""The cost of a training step of each method, measured in alternation."""
 
 import statistics
 import time
@@ -17,14 +17,14 @@ from diffkd.training.options import FitOptions
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of one method's training step relative to the reference's, over rounds in which each took one.
+    """Duration of a method's training step relative to the reference's, over rounds of one step per method.
 
     Attributes:
-        median: of the ratios.
-        low: their first quartile.
-        high: their third quartile.
-        milliseconds: median duration of the step itself; on a CPU the processor time of all threads.
-        rounds: how many.
+        median: median of the ratios.
+        low: first quartile of the ratios.
+        high: third quartile of the ratios.
+        milliseconds: median duration of the step itself; on a CPU, the CPU time of all threads.
+        rounds: number of rounds.
     """
 
     median: float
@@ -39,14 +39,14 @@ def step_costs(
 ) -> dict[str, StepCost]:
     """Time a whole training step (teacher, student, losses, backward, optimiser) of several methods.
 
-    The methods take turns on the same batch, so that what else the machine does falls on all of them alike; the first
+    The methods alternate on the same batch, so that other load on the machine affects all of them equally; the first
     two rounds are not counted.
 
     Args:
         commands: for each method, the words of its `diffkd fit`.
-        reference: the method that the others are compared with.
-        rounds: counted rounds.
-        device: where to; None: the first GPU, or the CPU.
+        reference: method that the others are compared with.
+        rounds: number of counted rounds.
+        device: device to use; None: the first GPU, or the CPU.
 
     Returns:
         The cost of each method.
@@ -58,7 +58,7 @@ def step_costs(
         raise ValueError(f"{reference!r} must be one of {', '.join(commands)}, and rounds at least 1, got {rounds}")
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # On a CPU the time that this process has computed, which other processes disturb least.
+    # On a CPU, the CPU time of this process, which other processes disturb least.
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     steps = {method: _stepper(words, device) for method, words in commands.items()}
     seconds: dict[str, list[float]] = {method: [] for method in steps}
@@ -79,7 +79,7 @@ def step_costs(
 
 
 def training_of(words: Sequence[str]) -> tuple[Training, LightningDataModule]:
-    """Return what the words of a `diffkd fit` would train, and on which data."""
+    """Return the training module and the data for the words of a `diffkd fit`."""
 
     def build(data: LightningDataModule, config: Any, **values: Any) -> tuple[Training, LightningDataModule]:
         return build_training(FitOptions(**values), data), data

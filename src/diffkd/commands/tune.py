@@ -32,18 +32,18 @@ from diffkd.training.fit import fit
 
 What = Literal["weights", "options", "all"]
 _FACTORS = ("weight", "alpha", "beta", "gamma", "temperature", "balance")
-_LEFT_OUT = ("checkpoint", "features_only", "logits_autoencoder")  # change cost or pairs, not what is learned
+_LEFT_OUT = ("checkpoint", "features_only", "logits_autoencoder")  # these change cost or pairs, not what is learned
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One value of a recipe to be searched.
+    """Search space of one value of a recipe.
 
     Args:
-        choices: to take one of; empty: a number between the two others.
-        low: smallest number.
-        high: largest.
-        log: search its logarithm evenly.
+        choices: the choices; empty: a number between `low` and `high`.
+        low: smallest value.
+        high: largest value.
+        log: sample log-uniformly.
     """
 
     choices: tuple[Any, ...] = ()
@@ -52,16 +52,16 @@ class Axis:
     log: bool = False
 
     def suggest(self, trial: Any, name: str) -> Any:
-        """Return the value of a trial of the study."""
+        """Return the value for a trial of the study."""
         if self.choices:
-            # The storage takes texts, numbers and truth values alone.
+            # The storage supports only strings, numbers and booleans.
             return json_lines.loads(trial.suggest_categorical(name, [json_lines.dumps(one) for one in self.choices]))
         if isinstance(self.low, int) and isinstance(self.high, int):
             return trial.suggest_int(name, self.low, self.high, log=self.log)
         return trial.suggest_float(name, self.low, self.high, log=self.log)
 
     def stored(self, value: Any) -> Any:
-        """Return a value as the storage holds it; None if it is not on the axis."""
+        """Return a value as stored in the study; None if it is not on the axis."""
         if self.choices:
             return json_lines.dumps(value) if value in self.choices else None
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -83,39 +83,39 @@ def tune(
     trust: list[str] | None = None,
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Search the values of a recipe's method with Optuna, and write the best recipe.
+    """Tune the values of a recipe's method with Optuna, and write the best recipe.
 
-    Every trial is a `diffkd fit` whose score is measured on a part of the training data that is held back for it; the
-    evaluation and test data are not read. The study lies in `out/study.db`: called again, in other processes too, it
-    goes on until so many trials are done. The first trial has the recipe's own values. Trials that do worse than the
-    median at the same epoch are stopped, and so are those that diverge or whose options do not go together.
+    Every trial is a `diffkd fit` whose score is measured on a held-out part of the training data; the evaluation and
+    test data are not read. The study is stored in `out/study.db`: if called again, also in other processes, it
+    continues until `trials` are done. The first trial uses the recipe's own values. Trials below the median at the same
+    epoch are stopped, as are trials that diverge or have incompatible options.
 
     Args:
         recipe: file, or name of a recipe in the package.
         out: folder of the study: `best.yaml`, the recipe with the best values; `trials.csv`; `study.png`;
-            `importance.json`, how much each value mattered; and the runs.
+            `importance.json`, the importance of each value; and the runs.
         method: name of a method in the package, or file of its values, as for `diffkd compare`; None: the recipe's.
         space: what to search, as YAML or a file of it: values of the recipe by their dotted names, such as
             `{method.init_args.kd_weight: {low: 0.1, high: 10, log: true}, optimizer.init_args.nesterov: [true,
-            false]}`. Of a list of methods: `method.0.init_args...`. None: what the methods have, see `what`.
-        what: without `space`: "weights" searches every factor and temperature of the methods from a tenth to ten times
-            its value, "options" every switch and every choice, "all" both.
-        trials: how many, those of earlier calls included.
-        jobs: processes at the same time. On a CPU each gets its share of the cores.
-        seeds: trainings of each trial, whose mean counts; all of them start from the seed of the recipe upwards.
-        share: of the training data to hold back.
-        prune: stop trials early.
-        trust: files and modules of your own whose code recipe and method may name; may be repeated.
-        options: further options of `diffkd fit`, for all trials.
+            false]}`. For a list of methods: `method.0.init_args...`. None: values of the methods, see `what`.
+        what: without `space`: "weights" searches all factors and temperatures of the methods from a tenth to ten times
+            their value, "options" all switches and choices, "all" both.
+        trials: number of trials, including those of earlier calls.
+        jobs: processes at the same time. On a CPU they share the cores equally.
+        seeds: trainings of each trial, whose mean is the score; seeds count up from the recipe's seed.
+        share: share of the training data to hold out.
+        prune: stop bad trials early.
+        trust: your own files and modules whose code recipe and method may name; may be repeated.
+        options: further options of `diffkd fit` for all trials.
 
     Returns:
         "score", "value" and "parameters" of the best trial, and "importance" by parameter.
 
     Raises:
         ImportError: if Optuna is not installed.
-        ValueError: if there is nothing to search, a number is out of range, or the study in `out` is another one.
+        ValueError: if there is nothing to search, a number is out of range, or the study in `out` has other settings.
         UsageError: if options do not fit `diffkd fit`.
-        RuntimeError: if no trial has succeeded.
+        RuntimeError: if no trial succeeded.
     """
     if find_spec("optuna") is None:
         raise ImportError("`diffkd tune` needs optuna: pip install 'diffkd[tune]'")
@@ -160,7 +160,7 @@ def tune(
 
 
 def found_space(values: Mapping[str, Any], what: What) -> dict[str, Axis]:
-    """Return what the methods of a recipe's values have to be searched, by dotted name."""
+    """Return the search space of a recipe's methods, by dotted name."""
     axes: dict[str, Axis] = {}
     for name, method in _methods(values):
         chosen = method.get("init_args") or {}
@@ -178,7 +178,7 @@ def found_space(values: Mapping[str, Any], what: What) -> dict[str, Axis]:
 
 
 def value_at(values: Any, name: str) -> Any:
-    """Return the value of a dotted name in nested mappings and lists; None where there is none."""
+    """Return the value at a dotted name in nested mappings and lists; None if there is none."""
     for key in name.split("."):
         if isinstance(values, list):
             values = values[int(key)] if key.isdigit() and int(key) < len(values) else None
@@ -188,10 +188,10 @@ def value_at(values: Any, name: str) -> Any:
 
 
 def with_values(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values with others at dotted names.
+    """Return a copy of nested values with the values at dotted names replaced.
 
     Raises:
-        ValueError: if a name leads to nothing that can hold it.
+        ValueError: if a name does not lead to a mapping or list entry.
 
     >>> with_values({"a": [{"b": 1}], "c": 2}, {"a.0.b": 3})
     {'a': [{'b': 3}], 'c': 2}
@@ -204,7 +204,7 @@ def with_values(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[st
             if isinstance(place, dict) and key == "init_args" and "class_path" in place:
                 place.setdefault(key, {})
             inner = value_at(place, key)
-            if isinstance(inner, str) and "." in inner:  # a class by its name alone
+            if isinstance(inner, str) and "." in inner:  # a class given only by name
                 inner = {"class_path": inner}
                 place[int(key) if isinstance(place, list) else key] = inner
             place = inner
@@ -215,7 +215,7 @@ def with_values(values: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[st
 
 
 def _methods(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the methods of a recipe, those of its pairs included, with their dotted names."""
+    """Yield the methods of a recipe, including those of its pairs, with their dotted names."""
     method = values.get("method")
     named = [(f"method.{index}", one) for index, one in enumerate(method)] if isinstance(method, list) else []
     named += [("method", method)] if method is not None and not isinstance(method, list) else []
@@ -255,7 +255,7 @@ def _given_space(space: str, values: Mapping[str, Any]) -> dict[str, Axis]:
     axes = {}
     for name, one in found.items():
         axes[str(name)] = _axis(str(name), one)
-    # That every name leads somewhere, before anything is trained.
+    # Checks that every name exists before anything is trained.
     with_values(values, {name: axis.choices[0] if axis.choices else axis.low for name, axis in axes.items()})
     return axes
 
@@ -280,7 +280,7 @@ def _study(out: Path, prune: bool, job: int = 0) -> Any:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if prune else optuna.pruners.NopPruner()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # heartbeat and multivariate search are called experimental
+        warnings.simplefilter("ignore")  # Optuna warns that heartbeat and multivariate search are experimental
         storage = optuna.storages.RDBStorage(
             f"sqlite:///{(out / 'study.db').resolve()}",
             engine_kwargs={"connect_args": {"timeout": 60}},
@@ -290,7 +290,7 @@ def _study(out: Path, prune: bool, job: int = 0) -> Any:
         study = optuna.create_study(
             storage=storage, study_name="tune", direction="maximize", load_if_exists=True, pruner=pruner
         )
-        # Of another seed in every process and every call, so that none searches the same values again.
+        # A different seed in every process and call, so that the same values are not sampled again.
         seed = 1000 * job + len(study.get_trials(deepcopy=False))
         study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)
     return study
@@ -307,7 +307,7 @@ def _search(
     trusted: Sequence[str],
     job: int = 0,
 ) -> None:
-    """Run trials until the study has as many as wanted."""
+    """Run trials until the study has `trials` trials."""
     from optuna.trial import TrialState
 
     study = _study(Path(out), prune, job)
@@ -328,10 +328,10 @@ def _search(
 
         study.optimize(run, n_trials=1)
         last = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == begun[0])
-        console.print(_said(last), highlight=False, markup=False, soft_wrap=True)
+        console.print(_describe_trial(last), highlight=False, markup=False, soft_wrap=True)
 
 
-def _said(trial: Any) -> str:
+def _describe_trial(trial: Any) -> str:
     value = "-" if trial.value is None else f"{100 * trial.value:.2f} %"
     reason = f" ({trial.user_attrs['reason']})" if "reason" in trial.user_attrs else ""
     chosen = ", ".join(f"{name.rpartition('.')[2]} {_short(value)}" for name, value in trial.params.items())
@@ -351,7 +351,7 @@ def _trial(
     share: float,
     trusted: Sequence[str],
 ) -> float:
-    """Train with the values of a trial, and return its score on what was held back."""
+    """Train with the values of a trial, and return its score on the held-out data."""
     from optuna import TrialPruned
 
     folder = out / f"trial-{trial.number:04d}"
@@ -375,7 +375,7 @@ def _trial(
             result = fit_with(words, use=_fit_on_part(share, watch))
         except (ValueError, FloatingPointError) as error:
             if trial.number == 0:
-                raise  # the recipe's own values do not train
+                raise  # the recipe's own values fail
             trial.set_user_attr("reason", " ".join(str(error).split())[:200])
             raise TrialPruned from error
         trial.set_user_attr("score", result["score"])
@@ -384,7 +384,7 @@ def _trial(
 
 
 def _fit_on_part(share: float, watch: Callable[[Mapping[str, Any], str], None]) -> Callable[..., dict[str, Any]]:
-    """Return `fit` with a share of the training data held back, always the same, and its own folder made new."""
+    """Return a `fit` that holds out a fixed share of the training data and recreates its folder."""
 
     def run(**arguments: Any) -> dict[str, Any]:
         config = arguments.get("config") or {}
@@ -418,7 +418,7 @@ def _search_side_by_side(jobs: int, work: tuple[Any, ...]) -> None:
 
 
 def _report(study: Any, out: Path, values: dict[str, Any], axes: dict[str, Axis], console: Console) -> dict[str, Any]:
-    """Write and print what was found."""
+    """Write and print the results."""
     from optuna.trial import TrialState
 
     trials = study.get_trials(deepcopy=False)
@@ -465,9 +465,9 @@ def _report(study: Any, out: Path, values: dict[str, Any], axes: dict[str, Axis]
 
 
 def _importance(study: Any, done: Sequence[Any]) -> dict[str, float]:
-    """Return how much each value mattered, shares that add up to 1; {} where too few trials tell.
+    """Return the importance of each value, which add up to 1; {} if there are too few trials.
 
-    By PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023), which needs no further package.
+    Uses PED-ANOVA (Watanabe, Bansal, Hutter, IJCAI 2023), which needs no further package.
     """
     import optuna
 
@@ -484,7 +484,7 @@ def _importance(study: Any, done: Sequence[Any]) -> dict[str, float]:
 
 
 def _draw(path: Path, trials: Sequence[Any], importance: Mapping[str, float], score: str) -> None:
-    """Draw the trials with the best so far, and what mattered."""
+    """Draw the trials with the best so far, and the importance of values."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     course, bars = figure.subplots(1, 2)
     done = [(trial.number, 100 * trial.value) for trial in trials if trial.value is not None]

@@ -1,4 +1,4 @@
-"""Errors of the command line: which option is wrong, why, and what to write instead; options without effect."""
+"""Usage errors of the command line: the wrong option, the reason and a fix; options without effect."""
 
 import importlib
 import inspect
@@ -11,7 +11,7 @@ from typing import Any
 from diffkd.recipes.trust import HOMES, UsageError
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null", "str": "text"}
-# What only the parser understands.
+# Parts of the parser's messages that are internal to it.
 _NOISE = (
     r"Does not validate against any of the Union subtypes Subtypes: .*? Errors:",
     r"Given value type: <class '[^']*'>",
@@ -22,7 +22,7 @@ _NOISE = (
     r"Problem with given class_path '[\w.]+':",
 )
 
-# What other programs call options that are a part's here.
+# Common option names of other programs, and the nested options that replace them.
 _ELSEWHERE = {
     **dict.fromkeys(("lr", "learning_rate", "learning-rate", "base_lr"), "--optimizer.lr"),
     **dict.fromkeys(("weight_decay", "weight-decay", "wd"), "--optimizer.weight_decay"),
@@ -41,15 +41,15 @@ _ELSEWHERE = {
 
 
 def explain(complaint: str, options: Sequence[str], command: str) -> str:
-    """Say in one line what is wrong with the words of a command line.
+    """Rewrite an error of the parser as one line.
 
     Args:
-        complaint: what jsonargparse says, version 4.
-        options: those that the command has, such as "--epochs".
-        command: its name.
+        complaint: error message of jsonargparse 4.
+        options: the options of the command, such as "--epochs".
+        command: name of the command.
 
     Returns:
-        The option, the reason, and where there are any the nearest names.
+        The option, the reason and, if any, the nearest names.
     """
     text = " ".join(complaint.split())
     keys = list(dict.fromkeys(re.findall(r'Parser key "([^"]*)"', text)))
@@ -57,18 +57,19 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
     if found := re.search(r"Option '([^']*)' is not accepted|unrecognized arguments: --([\w.]*)", text):
         name = found[1] or found[2]
         kinds = list(re.finditer(r"class_path[= ]'([\w.]+)'", text))
-        # Of a part inside of another, the inner one, which stands last before the complaint; or it stands after it.
+        # For nested options, the innermost one: the last name before the complaint, or the name after it.
         kind = next((one for one in reversed(kinds) if one.start() < found.start()), kinds[0] if kinds else None)
         if keys and (kind is None or kind[1].rpartition(".")[2] in dict(HOMES.values()).values()):
             return f"{option}.{name}: say first what {option} is, by {option} NAME"
         if keys and kind is not None:
             listed = f"`diffkd {command} {option}.help {kind[1]}` lists its options"
             owner = kind[1].rpartition(".")[2]
-            return f"{option}.{name}: {owner} has no option {name!r}; {_near(name, _arguments(kind[1])) or listed}"
+            nearest = _nearest_names(name, _arguments(kind[1]))
+            return f"{option}.{name}: {owner} has no option {name!r}; {nearest or listed}"
         listed = f"`diffkd {command} --help` lists all"
         if (meant := _ELSEWHERE.get(name)) and (meant in options or meant.partition(".")[0] in options):
             return f"there is no option --{name}; it is {meant}"
-        return f"there is no option --{name}; {_near(f'--{name}', options) or listed}"
+        return f"there is no option --{name}; {_nearest_names(f'--{name}', options) or listed}"
     if found := re.search(r"ambiguous option: (\S+) could match (.*)$", text):
         near = [one.strip() for one in found[2].split(",")]
         near = [one for one in near if not one.endswith("+")] or near
@@ -81,7 +82,9 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
         base = HOMES.get(keys[-1] if keys else "", ("", "object"))[1]
         names = [f"{found[1]}.{name}" for name in _classes(found[1], base)]
-        return "; ".join(filter(None, (f"{option}: there is no {found[1]}.{found[2]}", _near(found[2], names))))
+        return "; ".join(
+            filter(None, (f"{option}: there is no {found[1]}.{found[2]}", _nearest_names(found[2], names)))
+        )
     if keys and (
         found := re.search(r"(?:Unexpected import path format|dot import path string): (\S+?):(\w+)(?= |$)", text)
     ):
@@ -90,7 +93,9 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
         return f"{option}: write {path.stem}.{found[2]}, {how}"
     if (found := re.search(r"Expected a dot import path string: (\S+)", text)) and keys and keys[-1] in HOMES:
         names = _classes(*HOMES[keys[-1]])
-        return f"{option}: there is no {found[1]!r}; {_near(found[1], names) or 'there are ' + ', '.join(names)}"
+        return (
+            f"{option}: there is no {found[1]!r}; {_nearest_names(found[1], names) or 'there are ' + ', '.join(names)}"
+        )
     if found := re.search(r"Not a valid subclass of (\w+)\. Got value: (.*?) Subclass types expect", text):
         return f"{option}: {found[2]} is no {found[1]}, which has its values by name"
     if found := re.search(r"Expected an import path or a subclass spec, but got ([^ .]+)", text):
@@ -106,7 +111,7 @@ def explain(complaint: str, options: Sequence[str], command: str) -> str:
 
 
 def _of_type(text: str, option: str) -> str:
-    """Explain a value of a wrong type; of what is not known to be one, leave out what only the parser understands."""
+    """Explain a value of a wrong type; from any other message, remove the parser's internals."""
     last = re.split(r"\.? Got value: Namespace", text.rpartition("Parser key ")[2])[0]
     wanted = re.findall(r"Expected an? (typing\.Literal\[[^\]]*\]|<class '[\w.]+'>)", last)
     value = re.search(r"(?:Got|Given) value: (?!NestedArg|Namespace)(.*?)(?= Given value| - |$)", last)
@@ -129,8 +134,8 @@ def _kind(wanted: str) -> str:
     return _KINDS.get(name, f"a {name}")
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    """Return "nearest: ..." of the known names, or "" if none is close; the case and the module do not count."""
+def _nearest_names(name: str, known: Iterable[str]) -> str:
+    """Return "nearest: ..." with close known names, or "" if there are none; ignores case and module."""
     by_end = {one.rpartition(".")[2].lower() if "--" not in one else one: one for one in known}
     end = name if "--" in name else name.rpartition(".")[2].lower()
     near = get_close_matches(end, by_end, n=3)
@@ -143,7 +148,7 @@ def _arguments(path: str) -> list[str]:
 
 
 def _classes(module: str, base: str) -> list[str]:
-    """Return the names of the public classes of a module that are below one of the name `base`, sorted."""
+    """Return the sorted names of a module's public classes that derive from a class named `base`."""
     known = inspect.getmembers(importlib.import_module(module), inspect.isclass)
     found = (name for name, one in known if base in [parent.__name__ for parent in one.__mro__[1:]] and name[0] != "_")
     return sorted(found, key=str.lower)
@@ -160,7 +165,7 @@ _OF_A_TEACHER = (
     "method_weight",
     "method_ramp",
 )
-# Kinds of schedule that heed an option.
+# Schedules that use an option.
 _SCHEDULE_KINDS = {
     "milestones": ("step",),
     "every": ("step", "exponential"),
@@ -170,29 +175,29 @@ _SCHEDULE_KINDS = {
 }
 
 
-def check_idle(words: list[str], values: Any) -> None:
+def check_unused_options(words: list[str], values: Any) -> None:
     """Raise UsageError if an option on a command line of `fit` has no effect.
 
-    What only stands in a file may have none: another file, or another option, has switched off what it is for.
+    An option in a file may have no effect: another file or option may have disabled the feature.
 
     Args:
-        words: of the command line.
-        values: what was resolved from words and files, by name.
+        words: arguments of the command line.
+        values: the values resolved from words and files, by name.
     """
-    for option, mend in _idle(set(_given(words)), values):
+    for option, mend in _unused_options(set(_given_options(words)), values):
         raise UsageError(f"--{option} has no effect {mend}, or leave --{option} out")
 
 
-def _given(words: list[str]) -> Iterator[str]:
-    """Yield the names of the options among the words; of those of a part, such as `--schedule.every`, the part too."""
+def _given_options(words: list[str]) -> Iterator[str]:
+    """Yield the names of the options among the words; for nested ones, such as `--schedule.every`, also the parent."""
     for word in words:
         if found := re.match(r"--(\w+)((?:\.\w+)*)", word):
             yield from (found[1], found[1] + found[2])
 
 
-def _idle(given: set[str], values: Any) -> Iterator[tuple[str, str]]:
-    """Yield options without effect, and why and what to do instead."""
-    if values.teacher is None and "teacher" not in given:  # which may be switched off in the same words
+def _unused_options(given: set[str], values: Any) -> Iterator[tuple[str, str]]:
+    """Yield options without effect, with the reason and a fix."""
+    if values.teacher is None and "teacher" not in given:  # may be disabled on the same command line
         for name in _OF_A_TEACHER:
             if name in given and values[name] not in (None, False):
                 yield name, "without a teacher: give --teacher"

@@ -1,4 +1,4 @@
-"""Scanning of folders: class folders and their images, split folders, and paths that must stay inside of a folder."""
+"""Folder scanning: class folders and their images, split folders, and checks that paths stay inside a folder."""
 
 import os
 from collections import Counter
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 
 def absent_classes(labels: Iterable[int], classes: Sequence[str]) -> list[str]:
-    """Return the names of the classes that no label stands for, in their order.
+    """Return the names of the classes that have no label, in class order.
 
     >>> absent_classes([0, 2, 2], ["cat", "dog", "bird"])
     ['dog']
@@ -24,10 +24,10 @@ def absent_classes(labels: Iterable[int], classes: Sequence[str]) -> list[str]:
 _SPELLED_OUT = 5
 
 
-def quoted(names: Sequence[object]) -> str:
-    """Return names for a message, the first five of many.
+def format_names(names: Sequence[object]) -> str:
+    """Return names joined for a message; of more than five, the first five and the count of the rest.
 
-    >>> quoted("abcdefg")
+    >>> format_names("abcdefg")
     "'a', 'b', 'c', 'd', 'e' and 2 more"
     """
     more = f" and {len(names) - _SPELLED_OUT} more" if len(names) > _SPELLED_OUT else ""
@@ -39,7 +39,7 @@ EXTENSIONS = frozenset(
 )
 
 
-# Of the images that are evaluated; the first that is there is taken. Roboflow exports "valid" beside "test".
+# Folder names of the evaluation split; the first that exists is used. Roboflow exports both "valid" and "test".
 EVALUATION_SPLITS = ("val", "valid", "validation", "test")
 
 
@@ -61,7 +61,7 @@ class FolderSamples(NamedTuple):
 
 
 class FolderScan(NamedTuple):
-    """Hold what a root folder offers: the class names, sorted, and the samples for training and evaluation."""
+    """The content of a root folder: sorted class names, training samples and evaluation samples."""
 
     classes: tuple[str, ...]
     train: FolderSamples
@@ -69,11 +69,11 @@ class FolderScan(NamedTuple):
 
 
 def evaluation_split(root: Path, folder: str = "{split}") -> str:
-    """Return which of the usual names the folder of the evaluation images has, "val" if none is there.
+    """Return the name of the evaluation split's folder, "val" if none of the usual names exists.
 
     Args:
         root: the folder of the data.
-        folder: where a split is, "{split}" standing for its name.
+        folder: path of a split's folder below the root; "{split}" is replaced by the split's name.
     """
     return next((name for name in EVALUATION_SPLITS if (root / folder.replace("{split}", name)).is_dir()), "val")
 
@@ -81,21 +81,21 @@ def evaluation_split(root: Path, folder: str = "{split}") -> str:
 def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool = True) -> FolderScan:
     """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
 
-    Files are found by extension at any depth below a class folder; hidden ones are passed over, and with a warning
-    those of other kinds and images beside the class folders. Classes may lack evaluation images.
+    Files are found by extension at any depth below a class folder; hidden files are ignored; other kinds of files and
+    images outside the class folders are ignored with a warning. A class may have no evaluation images.
 
     Args:
         root: the folder.
-        train: whether to look for training images; otherwise those of evaluation stand in.
-        val: whether to look for evaluation images, too.
+        train: whether to scan training images; if False, the evaluation images are used in their place.
+        val: whether to scan evaluation images.
 
     Returns:
         The class names, which are the sorted names of the folders in `train`, and the samples of both splits.
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if there are no classes, a class has no training image, no class an evaluation image, `val` has
-            classes that `train` has not, or a symbolic link leaves the root; names the folder and the mend.
+        ValueError: if there are no classes, a class has no training image, no class has an evaluation image, `val` has
+            classes that `train` lacks, or a symbolic link leaves the root; the message names the folder and the fix.
     """
     top = Path(root)
     evaluated = top / evaluation_split(top)
@@ -112,7 +112,7 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
     unknown = sorted(set(_class_names(evaluated)) - set(classes)) if val else []
     if unknown:
         raise ValueError(
-            f"{evaluated}: class(es) {quoted(unknown)} are not in {learned}; add images to train or remove them."
+            f"{evaluated}: class(es) {format_names(unknown)} are not in {learned}; add images to train or remove them."
         )
     real = top.resolve()
     others: Counter[str] = Counter()
@@ -120,7 +120,7 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
     scan = FolderScan(classes, _samples(learned, classes, real, others), held)
     empty = absent_classes(scan.train.labels, classes)
     if empty:
-        raise ValueError(f"{learned}: no images of class(es) {quoted(empty)}, {_contents(learned / empty[0])}")
+        raise ValueError(f"{learned}: no images of class(es) {format_names(empty)}, {_contents(learned / empty[0])}")
     if val and not scan.val.paths:
         raise ValueError(f"{evaluated}: no images, {_contents(evaluated)}")
     for split in splits:
@@ -128,12 +128,12 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
         if loose:
             rank_zero_warn(
                 f"{split}: {len(loose)} image(s) beside the class folders are of no class and passed over "
-                f"({quoted(loose)}); move them into the folder of their class."
+                f"({format_names(loose)}); move them into the folder of their class."
             )
     if others:
         rank_zero_warn(
             f"{top}: {others.total()} file(s) are passed over, whose names are not those of images "
-            f"({quoted(sorted(others))}); save images as .png or .jpg."
+            f"({format_names(sorted(others))}); save images as .png or .jpg."
         )
     return scan
 
@@ -146,9 +146,9 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 
 
 def _contents(folder: Path) -> str:
-    """Say what a folder holds instead of images, and what to do about it."""
+    """Describe what a folder contains instead of images, and how to fix it."""
     others = sorted({_kind(path) for path in folder.rglob("*") if path.is_file()})
-    found = f"{folder} holds only {quoted(others)}" if others else f"{folder} is empty"
+    found = f"{folder} holds only {format_names(others)}" if others else f"{folder} is empty"
     return f"{found}; add images ({', '.join(sorted(EXTENSIONS))}) or remove the folder."
 
 
@@ -158,10 +158,10 @@ def _kind(path: Path) -> str:
 
 def _samples(split: Path, classes: tuple[str, ...], root: Path, others: Counter[str]) -> FolderSamples:
     samples = FolderSamples([], [])
-    stay_inside(split, root)
+    check_inside(split, root)
     for label, name in enumerate(classes):
         folder = split / name
-        stay_inside(folder, root)
+        check_inside(folder, root)
         paths = image_files(folder, root, others) if folder.is_dir() else []
         samples.paths.extend(paths)
         samples.labels.extend([label] * len(paths))
@@ -173,8 +173,8 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
 
     Args:
         folder: where to look, at any depth.
-        root: what no link may leave.
-        others: counts the extensions of the files that are passed over, hidden ones apart.
+        root: the folder that no link may leave.
+        others: counter that receives the extensions of ignored files, except hidden ones.
     """
     paths = []
     with os.scandir(folder) as entries:
@@ -182,7 +182,7 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink():
-                stay_inside(Path(entry.path), root)
+                check_inside(Path(entry.path), root)
                 if entry.is_dir() and (not _FOLLOWS_LINKS.get() or _loops(Path(entry.path))):
                     raise ValueError(
                         f"{entry.path}: a link to a folder inside a class could loop; move the images here."
@@ -198,7 +198,7 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
 
 
 def _loops(link: Path) -> bool:
-    """Return whether a link to a folder leads to one that it lies in."""
+    """Return whether a link to a folder points to one of its own parent folders."""
     return link.parent.resolve().is_relative_to(link.resolve())
 
 
@@ -214,8 +214,8 @@ _FOLLOWS_LINKS = ContextVar("follows_links", default=False)
 
 
 @contextmanager
-def links_followed(follow: bool) -> Iterator[None]:
-    """Let symbolic links lead out of the folder of the data within this context; names with `..` stay refused."""
+def allow_outside_links(follow: bool) -> Iterator[None]:
+    """Within this context, allow symbolic links out of the data folder; names with `..` are still refused."""
     token = _FOLLOWS_LINKS.set(follow)
     try:
         yield
@@ -223,22 +223,23 @@ def links_followed(follow: bool) -> Iterator[None]:
         _FOLLOWS_LINKS.reset(token)
 
 
-def stay_inside(path: Path, root: Path) -> None:
-    """Refuse a symbolic link that leads out of a folder; `root` is the folder itself, resolved."""
-    if path.is_symlink() and leaves(path, root):
+def check_inside(path: Path, root: Path) -> None:
+    """Raise ValueError for a symbolic link that leads out of the folder `root`, which must be resolved."""
+    if path.is_symlink() and leads_outside(path, root):
         raise ValueError(
             f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder, or set "
             "follow_links=true where you trust its links."
         )
 
 
-def leaves(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> bool:
-    """Return whether a path leads out of a resolved folder: by its name, or by a link that is not followed.
+def leads_outside(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> bool:
+    """Return whether a path leads out of a resolved folder, by its name or by a link that may not be followed.
 
     Args:
         path: the path.
         root: the folder.
-        named: the name that the path comes from; where it is absolute or holds `..`, links are not followed either.
+        named: the name from which the path was made; if it is absolute or contains `..`, links may not be followed
+            either.
     """
     name = Path(named)
     followed = _FOLLOWS_LINKS.get() and ".." not in name.parts and not name.is_absolute()
@@ -246,34 +247,34 @@ def leaves(path: Path, root: Path, *, named: str | os.PathLike[str] = "") -> boo
 
 
 def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
-    """Return a folder given by its name below a root, or by its absolute path.
+    """Return the path of a folder, given by its name below a root or by its absolute path.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is a link that leads out of the root; its absolute path is taken, wherever it is.
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is a link that leads out of the root; an absolute path is accepted anywhere.
     """
     path = Path(root) / folder
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give the name of a folder in {root}, or its absolute path.")
-    if not Path(folder).is_absolute() and leaves(path, Path(root).resolve(), named=folder):
+    if not Path(folder).is_absolute() and leads_outside(path, Path(root).resolve(), named=folder):
         raise ValueError(f"{path}: leads to {path.resolve()}, outside of {root}; give its absolute path instead.")
     return path
 
 
 def with_slashes(name: str, folder: Path) -> str:
-    """Return a name as it is written here, if it was written on Windows and no file in the folder is called so."""
+    """Replace backslashes of a Windows path by slashes, unless a file in the folder has exactly this name."""
     if "\\" not in name or os.path.lexists(folder / name):
         return name
     return PureWindowsPath(name).as_posix()
 
 
 def enclosed_files(folder: Path, names: Iterable[str], source: str | os.PathLike[str]) -> list[str]:
-    """Return the paths of files named relative to a folder; whether they exist is not asked.
+    """Return the paths of files named relative to a folder, without checking that they exist.
 
     Args:
         folder: where they are.
         names: their names, such as `a.jpg`, `night/a.jpg` or, written on Windows, `night\\a.jpg`.
-        source: who says so, for messages.
+        source: the file that lists the names, for messages.
 
     Raises:
         ValueError: if a name is empty or absolute, holds `..` or a null character, or is a link that leads out of the
@@ -287,11 +288,11 @@ def enclosed_files(folder: Path, names: Iterable[str], source: str | os.PathLike
         drive = "\\" in name and PureWindowsPath(name).drive
         if not pure.parts or pure.is_absolute() or drive or ".." in pure.parts or "\0" in name:
             raise ValueError(f"{source}: file name {name!r} is no file inside {folder}; write names relative to it.")
-        # Folders are looked at once and not once per file: there are data sets of a million files.
+        # Each folder is checked once, not once per file: data sets can have a million files.
         parents = [parent for parent in pure.parents if parent not in checked]
         for part in (*reversed(parents), pure):
             try:
-                stay_inside(folder / part, root)
+                check_inside(folder / part, root)
             except ValueError as error:
                 raise ValueError(f"{source}: file name {name!r}: {error}") from None
         checked.update(parents)

@@ -1,4 +1,4 @@
-"""A part of the training data held back, to choose by: the test data stay out of every choice."""
+"""A held-out part of the training data for model selection, so that the test data are never used for it."""
 
 import copy
 from collections import Counter
@@ -18,22 +18,23 @@ from diffkd.data.seeding import digest_of, mix_seed
 
 
 def hold_out(data: Any, share: float = 0.2, seed: int = 0) -> ImageData:
-    """Return the data with a part of the training images in the place of the evaluation and of the test images.
+    """Return a copy of the data whose evaluation and test images are a held-out part of the training images.
 
-    The part is the same for the same data, share and seed, and as large in every class: of classification by the labels
-    of the images, of detection by each image's rarest class. Segmentation images are drawn at random. They are served
-    as evaluation images are, without augmentation; what models must know of the data (normalisation, classes) stays.
+    The part is a function of data, share and seed. It is stratified: by label for classification, by each image's
+    rarest class for detection; for segmentation it is drawn at random. Held-out images are not augmented. Normalisation
+    and classes do not change.
 
     Args:
         data: a data module of this package.
-        share: of the training images to hold back, in (0, 1).
-        seed: of the draw.
+        share: share of the training images to hold out, in (0, 1).
+        seed: seed of the draw.
 
     Returns:
-        A copy that shares the images with `data`, which stays as it is.
+        A copy that shares the images with `data`; `data` is not changed.
 
     Raises:
-        ValueError: if `share` is no share, it leaves nothing on one side, or the data module is of another kind.
+        ValueError: if `share` is not in (0, 1), one of the two parts is empty, or the data module is not of this
+            package.
     """
     if not 0 < share < 1:
         raise ValueError(f"share={share} of the training images cannot be held back: give more than 0 and less than 1")
@@ -50,21 +51,21 @@ def hold_out(data: Any, share: float = 0.2, seed: int = 0) -> ImageData:
     return changed
 
 
-def drawn_part(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Draw a share of every stratum.
+def stratified_split(strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split indices at random, with the same share of every stratum held out.
 
     Args:
-        strata: of each of N samples.
-        share: in (0, 1).
-        seed: of the draw.
+        strata: the stratum of each of N samples.
+        share: share to hold out, in (0, 1).
+        seed: seed of the draw.
 
     Returns:
-        The indices that stay and those that are held back, each in order. A stratum of one sample stays.
+        The indices kept and the indices held out, each sorted. A stratum of one sample is kept.
 
     Raises:
         ValueError: if one of the two is empty.
 
-    >>> kept, held = drawn_part([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
+    >>> kept, held = stratified_split([0, 0, 0, 0, 1, 1, 1, 1], 0.25, seed=0)
     >>> len(kept), len(held), min(held) < 4 <= max(held)
     (6, 2, True)
     """
@@ -85,24 +86,24 @@ def drawn_part(strata: Sequence[Hashable], share: float, seed: int) -> tuple[lis
     return kept, sorted(held)
 
 
-class Part(Dataset[Any]):
-    """Some of the samples of a data set, counted from 0.
+class KeyedSubset(Dataset[Any]):
+    """A subset of a data set, with its own indices from 0.
 
     Args:
-        whole: (image, label or target, index) for each key (epoch, index).
-        indices: which.
+        whole: the data set: (image, label or target, index) for each key (epoch, index).
+        indices: indices of the subset's samples in `whole`.
     """
 
     def __init__(self, whole: KeyedDataset, indices: list[int]) -> None:
         self.whole, self.indices = whole, indices
 
     def __len__(self) -> int:
-        """Return their number."""
+        """Return the number of samples."""
         return len(self.indices)
 
     @property
     def digest(self) -> str:
-        """A digest of the whole and of which are taken."""
+        """A digest of the whole data set and the chosen indices."""
         return digest_of([getattr(self.whole, "digest", None)], self.indices)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
@@ -118,7 +119,7 @@ def _in_memory(loaders: InMemory, share: float, seed: int) -> InMemory:
     def part(indices: list[int]) -> ImageSet:
         return ImageSet(images[indices], labels[indices])
 
-    kept, held = drawn_part(labels.tolist(), share, seed)
+    kept, held = stratified_split(labels.tolist(), share, seed)
     changed = copy.copy(loaders)
     changed.train, changed.val = part(kept), part(held)
     return changed
@@ -128,14 +129,14 @@ def _split(loaders: SplitLoaders, share: float, seed: int) -> Loaders:
     train: Any = loaders.train
     if type(train) is not type(loaders.val):
         raise ValueError("training and evaluation images are read in two ways, so that none can take the others' place")
-    kept, held = drawn_part(_strata(train), share, seed)
+    kept, held = stratified_split(_strata(train), share, seed)
     plain = copy.copy(train)
-    for name in ("transform", "augmentation", "flip"):  # what is done to images in training alone
+    for name in ("transform", "augmentation", "flip"):  # applied to training images only
         if hasattr(train, name):
             setattr(plain, name, getattr(loaders.val, name))
-    # Where images of one size alone share a batch, each gets its own.
+    # If a batch may hold only one image size, use batches of one image.
     alone = {"sizes": None, "val_batch_size": 1} if loaders.sizes is not None else {}
-    return replace(loaders, train=Part(train, kept), val=Part(plain, held), test=None, **alone)  # type: ignore[arg-type]
+    return replace(loaders, train=KeyedSubset(train, kept), val=KeyedSubset(plain, held), test=None, **alone)  # type: ignore[arg-type]
 
 
 def _strata(dataset: Any) -> list[Hashable]:
@@ -146,7 +147,7 @@ def _strata(dataset: Any) -> list[Hashable]:
 
 
 def _rarest(dataset: DetectionDataset) -> list[Hashable]:
-    """Return of each image its class that is in the fewest images; 0 of one without boxes."""
+    """Return for each image the class of its boxes that occurs in the fewest images; 0 without boxes."""
     present = [set(_integers(dataset.annotations.of(index).labels)) for index in range(len(dataset))]
     count = Counter(label for labels in present for label in labels)
     return [min(labels, key=lambda label: (count[label], label), default=0) for labels in present]

@@ -1,4 +1,4 @@
-"""What all data modules share: loaders over their splits, and the facts that models are built from."""
+"""Base of all data modules: loaders over the splits, and the data's properties that models are built from."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 class Loader(Protocol):
-    """Batches of one split, in an order that its seed and epoch decide."""
+    """Batches of one split, in an order that is a function of seed and epoch."""
 
     @property
     def sampler(self) -> EpochSampler:
@@ -24,17 +24,17 @@ class Loader(Protocol):
 
     @property
     def digest(self) -> str | None:
-        """A text that differs where the samples do; None where that is not known."""
+        """A text that differs if the samples differ; None if it cannot be computed."""
 
     def __len__(self) -> int:
-        """Return the batches of one epoch."""
+        """Return the number of batches in an epoch."""
 
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the batches of one epoch."""
 
 
 class Loaders(Protocol):
-    """Makes loaders over the splits of one data set, with batches where the trainer wants them."""
+    """Makes loaders over the splits of one data set, with batches on the trainer's device where possible."""
 
     def train_loader(self, trainer: Trainer | None, start_batch: int = 0) -> Loader:
         """Return shuffled, augmented training batches; the first epoch begins at `start_batch`."""
@@ -43,28 +43,28 @@ class Loaders(Protocol):
         """Return the batches of the evaluation images, in order, each image exactly once over all ranks."""
 
     def test_loader(self, trainer: Trainer | None) -> Loader:
-        """Return the batches of the test images, likewise."""
+        """Return the batches of the test images, in order, each image exactly once over all ranks."""
 
     def example(self) -> Any:
-        """Return two training images as models see them, on the CPU."""
+        """Return two training images, preprocessed as model input, on the CPU."""
 
 
 class ImageData(LightningDataModule):
-    """Serve images by loaders that something else makes, and say what models must know of them.
+    """A data module that delegates its loaders to `loaders` and records classes, image size and normalisation.
 
     Args:
         loaders: makes the loaders.
         classes: names of the K classes.
         image_size: (H, W) in pixels.
-        mean: per channel, of the normalisation, in units of [0, 1]; the default leaves pixels as they are, for
-            detectors, which normalise by themselves.
-        std: likewise.
+        mean: mean of the normalisation per channel, in units of [0, 1]; the default does not normalise, for detectors,
+            which normalise their input themselves.
+        std: standard deviation, likewise.
 
-    The signature of a subclass whose constructor passes `**options` on to its base shows the base's arguments, too. The
-    record of a run, the `test` command and `help()` read the arguments from there.
+    If the constructor of a subclass passes `**options` to its base, its signature also lists the base's arguments. The
+    record of a run, the `test` command and `help()` read that signature.
 
     Attributes:
-        start_batch: batches that the first epoch of training skips, set where a run goes on in mid-epoch.
+        start_batch: batches that the first training epoch skips; set when a run resumes in mid-epoch.
     """
 
     __signature__: ClassVar[inspect.Signature]
@@ -101,44 +101,44 @@ class ImageData(LightningDataModule):
         return self._loaders.val_loader(self.trainer)
 
     def test_dataloader(self) -> Loader:
-        """Return the batches of the test images, or without these of the evaluation images, each exactly once."""
+        """Return the batches of the test images, or of the evaluation images without a test split, each image once."""
         return self._loaders.test_loader(self.trainer)
 
     def example(self) -> Any:
         """Return two training images on the CPU: (2, C, H, W) float32, normalised.
 
-        For detection a list of two (3, H, W) float32 in [0, 1], each of its own size.
+        For detection, a list of two (3, H, W) float32 in [0, 1], which may differ in size.
         """
         return self._loaders.example()
 
 
-_MEASURES_ALONE = ContextVar("measures_alone", default=False)
+_TRAINING_IMAGES_OPTIONAL = ContextVar("measures_alone", default=False)
 
 
 @contextmanager
-def measured_alone() -> Iterator[None]:
-    """Let data modules that are made within this context do without training images; those of evaluation stand in."""
-    token = _MEASURES_ALONE.set(True)
+def allow_missing_training_images() -> Iterator[None]:
+    """Within this context, data modules without training images use the evaluation images in their place."""
+    token = _TRAINING_IMAGES_OPTIONAL.set(True)
     try:
         yield
     finally:
-        _MEASURES_ALONE.reset(token)
+        _TRAINING_IMAGES_OPTIONAL.reset(token)
 
 
 def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bool]:
-    """Return what is read for training, or for evaluation where it is missing and nothing will be trained.
+    """Read the training images, or the evaluation images if the former are missing and nothing will be trained.
 
     Args:
         train: reads the training images.
         val: reads the evaluation images.
 
     Returns:
-        What was read, and whether it is of the training images.
+        The images read, and whether they are the training images.
     """
     try:
         return train(), True
     except FileNotFoundError as missing:
-        if not _MEASURES_ALONE.get():
+        if not _TRAINING_IMAGES_OPTIONAL.get():
             raise
         try:
             return val(), False
@@ -147,9 +147,9 @@ def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bo
 
 
 def _whole_signature(cls: type) -> inspect.Signature:
-    """Return the signature of a class, with the arguments of its base in the place of `**options`.
+    """Return the signature of a class, with `**options` replaced by the arguments of its base.
 
-    Positional-only arguments of the base are left out: a subclass gives them, and not the user.
+    Positional-only arguments of the base are left out: the subclass passes them, not the user.
     """
     _self, *own = inspect.signature(cls.__init__).parameters.values()  # type: ignore[misc]
     if not own or own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
@@ -170,11 +170,11 @@ _NOT_BY_NAME = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIO
 
 @dataclass(frozen=True)
 class Placement:
-    """Name the place of one process.
+    """Device and rank of one process.
 
     Args:
-        device: where the model runs.
-        rank: this process among `world_size`.
+        device: device of the model.
+        rank: rank of this process in [0, world_size).
         world_size: number of processes.
     """
 

@@ -13,7 +13,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from diffkd.data.folders import FolderSamples, absent_classes, quoted
+from diffkd.data.folders import FolderSamples, absent_classes, format_names
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
@@ -25,10 +25,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Where Pillow finds an orientation in the head of a PNG; to look for more, it would decode the pixels.
-_TOLD_BY_PNG = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
-# How the message about a broken image ends; it is no advice where such images are left out already.
-MEND = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
+# Keys under which Pillow stores the orientation from a PNG's header; a further search would decode the pixels.
+_PNG_ORIENTATION_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
+# End of the message about a broken image; removed if such images are already skipped.
+BAD_IMAGE_HINT = '; replace or remove it, or set on_bad_image="skip" to leave such images out.'
 
 
 WHITE = 65535  # the value of 16-bit images that becomes 255
@@ -36,10 +36,10 @@ _T = TypeVar("_T")
 
 
 class Header(NamedTuple):
-    """Hold what the head of an image file says.
+    """Sizes from the header of an image file.
 
     Args:
-        size: (height, width) in pixels, once the picture is upright.
+        size: (height, width) in pixels after the EXIF orientation is applied.
         stored: (height, width) as stored.
     """
 
@@ -52,7 +52,7 @@ def read_rgb(path: str | os.PathLike[str], white: int = WHITE) -> Image.Image:
 
     The EXIF orientation is applied, unless the EXIF is damaged. Grey images are repeated over the channels; 16-bit ones
     are scaled (`white` becomes 255); palettes and CMYK are converted; transparency is dropped and the colours below it
-    are kept, as torchvision does. Of several frames the first is taken.
+    are kept, as torchvision does. Only the first frame is read.
 
     Args:
         path: the file.
@@ -63,20 +63,20 @@ def read_rgb(path: str | os.PathLike[str], white: int = WHITE) -> Image.Image:
 
     Raises:
         ValueError: if the file cannot be read, is corrupt or truncated, holds floats, or states more than
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels (a decompression bomb); names the file and the mend.
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels (a decompression bomb); the message names the file and the fix.
     """
     try:
-        return opened(path, partial(_decoded, white=white))
+        return with_open_image(path, partial(_decoded, white=white))
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
         raise _unreadable(path, error) from error
 
 
-def opened(file: str | os.PathLike[str] | bytes, use: Callable[[Image.Image], _T]) -> _T:
-    """Return what `use` makes of an opened image; a PNG is read without its texts where these are too large for Pillow.
+def with_open_image(file: str | os.PathLike[str] | bytes, use: Callable[[Image.Image], _T]) -> _T:
+    """Open an image and return `use(image)`; text chunks of a PNG that are too large for Pillow are removed first.
 
     Args:
         file: the image file, or its content.
-        use: is given the image, which is closed afterwards.
+        use: function of the opened image, which is closed afterwards.
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
@@ -90,25 +90,25 @@ def opened(file: str | os.PathLike[str] | bytes, use: Callable[[Image.Image], _T
 
 
 def _without_texts(png: bytes) -> Iterator[bytes]:
-    """Yield a PNG without its texts and colour profile; texts that tell the orientation stay unless they are large."""
+    """Yield a PNG without text chunks and colour profile; small text chunks with the orientation are kept."""
     yield png[:8]
     start = 8
     while start + 12 <= len(png):
         end = start + 12 + int.from_bytes(png[start : start + 4])
         kind, content = png[start + 4 : start + 8], png[start + 8 : end - 4]
-        if kind not in (b"iCCP", b"zTXt", b"iTXt", b"tEXt") or _tells_orientation(kind, content):
+        if kind not in (b"iCCP", b"zTXt", b"iTXt", b"tEXt") or _has_orientation(kind, content):
             yield png[start:end]
         start = end
 
 
-def _tells_orientation(kind: bytes, content: bytes) -> bool:
+def _has_orientation(kind: bytes, content: bytes) -> bool:
     key, _, text = content.partition(b"\0")
-    if key.decode("latin-1") not in _TOLD_BY_PNG or kind == b"iCCP":
+    if key.decode("latin-1") not in _PNG_ORIENTATION_KEYS or kind == b"iCCP":
         return False
     compressed = kind == b"zTXt" or (kind == b"iTXt" and text[:1] == b"\1")
     unpacking = zlib.decompressobj()
     try:
-        # What stands before the text of iTXt, its languages, is no beginning of compressed data.
+        # The language fields before the text of an iTXt chunk are not compressed.
         unpacked = unpacking.decompress(text[1:], _LARGEST_TEXT) if compressed and kind == b"zTXt" else text
     except zlib.error:
         return False
@@ -141,11 +141,11 @@ def _has_16_bits(image: Image.Image) -> bool:
 
 
 def white_level(given: int | None, paths: Sequence[str]) -> int:
-    """Return the value of 16-bit images that is to become 255; warn where all would be nearly black.
+    """Return the value of 16-bit images that is mapped to 255; warn if all images would be nearly black.
 
     Args:
         given: the value, None for 65535.
-        paths: the training images, of which a few are looked at if nothing is given.
+        paths: the training images; a few are read if `given` is None.
 
     Raises:
         ValueError: if the value is out of range.
@@ -157,8 +157,8 @@ def white_level(given: int | None, paths: Sequence[str]) -> int:
     brightest = 0
     for path in paths[:: len(paths) // _LOOKED_AT + 1]:
         try:
-            value = opened(path, _brightest)
-        except Exception:  # whoever wants the pixels says what is wrong with the file
+            value = with_open_image(path, _brightest)
+        except Exception:  # the later decoding reports what is wrong with the file
             continue
         if value is None or value > WHITE // 16:
             return WHITE
@@ -185,11 +185,11 @@ def _brightest(image: Image.Image) -> int | None:
 
 
 def header_of(image: Image.Image) -> Header:
-    """Return the sizes of an opened image that is not decoded yet; raise ValueError if it has too many pixels."""
+    """Return the sizes of an opened image without decoding it; raise ValueError if it has too many pixels."""
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width}x{image.height} pixels exceed PIL.Image.MAX_IMAGE_PIXELS")
     stored = image.height, image.width
-    seen = image.format != "PNG" or any(key in image.info for key in _TOLD_BY_PNG)
+    seen = image.format != "PNG" or any(key in image.info for key in _PNG_ORIENTATION_KEYS)
     turned = seen and _orientation(image) in (5, 6, 7, 8)
     if turned and image.format == "TIFF":  # Pillow has swapped the sides of these already
         return Header(stored, stored[::-1])
@@ -197,29 +197,29 @@ def header_of(image: Image.Image) -> Header:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Return an opened image decoded and turned as its EXIF says; as it is stored if the EXIF is damaged."""
+    """Decode an opened image and apply its EXIF orientation; a damaged EXIF is ignored."""
     image.load()
     turn = _TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
 def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return the height and width that `read_rgb` gives an image, from the head of its file.
+    """Return the height and width of the image that `read_rgb` returns, from the file's header.
 
     Raises:
-        ValueError: if the head cannot be read, or states too many pixels; names the file and the mend.
+        ValueError: if the header cannot be read, or states too many pixels; the message names the file and the fix.
     """
     try:
-        return opened(path, header_of).size
+        return with_open_image(path, header_of).size
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
 
 
-class Turn(NamedTuple):
-    """Hold how a stored picture is turned to be upright.
+class Orientation(NamedTuple):
+    """The EXIF orientation of an image and its sizes.
 
     Args:
-        orientation: 1 to 8, as EXIF numbers it; 1 leaves it as it is.
+        orientation: EXIF orientation, 1 to 8; 1 is upright.
         header: the sizes.
     """
 
@@ -227,10 +227,10 @@ class Turn(NamedTuple):
     header: Header
 
 
-def turn_of(path: str | os.PathLike[str]) -> Turn:
-    """Return how an image file is turned, from its head; raise ValueError as `upright_size`."""
+def read_orientation(path: str | os.PathLike[str]) -> Orientation:
+    """Return the orientation of an image file from its header; raise ValueError as `upright_size`."""
     try:
-        return opened(path, lambda image: Turn(_orientation(image), header_of(image)))
+        return with_open_image(path, lambda image: Orientation(_orientation(image), header_of(image)))
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
 
@@ -244,25 +244,25 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _unreadable(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    return ValueError(f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}){MEND}")
+    return ValueError(f"image {os.fspath(path)} cannot be read ({type(error).__name__}: {error}){BAD_IMAGE_HINT}")
 
 
 class Verified(NamedTuple):
-    """Hold the samples that can be decoded, and one message for each that cannot."""
+    """The samples that can be decoded, and one message for each that cannot."""
 
     samples: FolderSamples
     problems: list[str]
 
 
 def verify_images(samples: FolderSamples, threads: int = 1) -> Verified:
-    """Decode every image once and part the good ones from the broken ones.
+    """Decode every image once and separate good from broken files.
 
     Args:
         samples: files and labels.
-        threads: images decoded at a time; decoding frees the interpreter lock.
+        threads: number of decoding threads; decoding releases the GIL.
 
     Returns:
-        The good samples, in their order, and the messages that name the broken files.
+        The good samples in their order, and the messages about broken files.
     """
     with ThreadPoolExecutor(max(threads, 1)) as pool:
         problems = list(pool.map(_problem, samples.paths, chunksize=64))
@@ -274,7 +274,7 @@ def verify_images(samples: FolderSamples, threads: int = 1) -> Verified:
 
 
 def check_readable(samples: FolderSamples) -> None:
-    """Raise ValueError that names the first file which may not be read or is empty; quick, for it decodes nothing."""
+    """Raise ValueError for the first file that is empty or not readable; quick, since nothing is decoded."""
     bad = [path for path in samples.paths if not os.access(path, os.R_OK) or not Path(path).stat().st_size]
     if bad:
         raise ValueError(
@@ -284,17 +284,19 @@ def check_readable(samples: FolderSamples) -> None:
 
 
 def check_every_class(train: FolderSamples, val: FolderSamples, classes: Sequence[str]) -> None:
-    """Warn of classes that cannot be measured; raise ValueError if one cannot be learned, or nothing be measured."""
+    """Warn of classes without evaluation images; raise ValueError if one has no training image or `val` is empty."""
     empty = absent_classes(train.labels, classes)
     if empty:
-        raise ValueError(f"train: no readable image of class(es) {quoted(empty)} is left; add some or remove them.")
+        raise ValueError(
+            f"train: no readable image of class(es) {format_names(empty)} is left; add some or remove them."
+        )
     if not val.paths:
         raise ValueError("val: no readable image is left; add some.")
     unmeasured = absent_classes(val.labels, classes)
     if unmeasured:
         rank_zero_warn(
-            f"val: no image of class(es) {quoted(unmeasured)}, of which accuracy will say nothing; add some, or remove "
-            "them from train."
+            f"val: no image of class(es) {format_names(unmeasured)}, of which accuracy will say nothing; add some, or "
+            "remove them from train."
         )
 
 
@@ -310,6 +312,6 @@ OnBadImage = Literal["error", "skip"]
 
 
 def check_on_bad_image(value: str) -> None:
-    """Raise ValueError if a value is no `OnBadImage`."""
+    """Raise ValueError if a value is not one of `OnBadImage`."""
     if value not in get_args(OnBadImage):
         raise ValueError(f"on_bad_image={value!r}: give 'error' or 'skip'.")

@@ -1,4 +1,4 @@
-"""Loaders over samples that worker processes decode; order and augmentation do not depend on the workers."""
+"""Loaders whose samples are decoded by worker processes; order and augmentation do not depend on the workers."""
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -15,13 +15,13 @@ from diffkd.data.sampler import EpochSampler, SizeBatches, drops_last
 
 
 class PackedBatch:
-    """Hold a batch whose tensors lie one after the other in one tensor for each kind of number.
+    """A batch whose tensors are concatenated into one flat tensor per dtype.
 
-    A worker process sends a file descriptor for every tensor, and a process may hold about a thousand: a batch of a
-    hundred images with boxes, each in tensors of its own, would be more than that.
+    A worker process sends one file descriptor per tensor, and a process may open about a thousand: a batch of a hundred
+    images with boxes in separate tensors would exceed that.
 
     Args:
-        batch: tensors, and lists, tuples and mappings of them.
+        batch: tensors, nested in lists, tuples and mappings.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -63,7 +63,7 @@ class PackedBatch:
 
 
 class _Place(NamedTuple):
-    """Say where a tensor is in the one that holds all of its kind."""
+    """Position and shape of a tensor inside the flat tensor of its dtype."""
 
     dtype: torch.dtype
     start: int
@@ -72,7 +72,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class _Packing:
-    """Put a batch together, and pack it; a class, since worker processes may have to unpickle it."""
+    """Collate samples and pack the batch; a class, so that worker processes can unpickle it."""
 
     collate: Callable[[list[Any]], tuple[Any, Any, Any]]
 
@@ -81,7 +81,7 @@ class _Packing:
 
 
 class KeyedDataset(Protocol):
-    """What is loaded: (image, label, index) for each key (epoch, index)."""
+    """A data set that returns (image, label, index) for each key (epoch, index)."""
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -96,27 +96,27 @@ class FolderLoader:
     """Iterate over (images, labels, indices) of a `KeyedDataset`; the counterpart of `DeviceLoader` for files.
 
     Args:
-        dataset: what is loaded, such as a `FolderDataset`.
+        dataset: the data set, such as a `FolderDataset`.
         batch_size: images per batch and process.
-        shuffle: True for training, False for evaluation; see `EpochSampler` for what this means to the ranks' shards.
+        shuffle: True for training, False for evaluation; see `EpochSampler` for how it affects the ranks' shards.
         seed: seed of the order.
-        num_workers: worker processes, kept over the epochs; 0 decodes in this process.
-        pin_memory: whether batches lie in pinned memory, for copies to CUDA.
-        drop_last: drop a short last batch; None drops it only in training, and only if it holds one image, or two of
-            8 or more.
+        num_workers: persistent worker processes; 0 decodes in this process.
+        pin_memory: put batches in pinned memory, for copies to CUDA.
+        drop_last: drop a short last batch; None drops it only in training, and only if it holds one image, or two at
+            batch size 8 or more.
         rank: this process among `world_size`.
         world_size: number of processes.
         start_batch: batches to skip in the first epoch that is iterated; `len` still counts them.
-        collate: list of samples to batch; None stacks them.
-        sizes: for evaluation, the size of every sample: a batch ends where the next one's differs. None for samples
-            that are all alike.
+        collate: function from a list of samples to a batch; None stacks them.
+        sizes: for evaluation, the size of every sample: a batch ends where the size changes. None if all sizes are
+            equal.
 
     Yields:
         images (B, C, H, W) float32 normalised, labels (B,) or masks (B, H, W) int64, indices (B,) int64 into the data
-        set; on the CPU. Or the three that `collate` makes.
+        set; on the CPU. With `collate`, the three values it returns.
 
     Raises:
-        ValueError: if the data are too few for one batch; while iterating, if a file is broken.
+        ValueError: if there are too few samples for one batch; while iterating, if a file is broken.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class FolderLoader:
         collate: Callable[[list[Any]], tuple[Any, Any, Any]] | None = None,
         sizes: Sequence[Hashable] | None = None,
     ) -> None:
-        # Lightning looks for `sampler.set_epoch` on whatever it iterates, and beside a sampler for a batch sampler.
+        # Lightning calls `sampler.set_epoch` of the loader, and expects a batch sampler beside the sampler.
         self.batch_sampler = None
         self.sampler = EpochSampler(
             len(dataset), seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, start=start_batch * batch_size
@@ -147,13 +147,13 @@ class FolderLoader:
         if sizes is not None:
             batches = {"batch_sampler": SizeBatches(self.sampler, sizes, batch_size)}
         self._loader: DataLoader[Any] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # torch asks for its own class, and needs no more than this one has
+            dataset,  # type: ignore[arg-type]  # typed as `Dataset`; only `__len__` and `__getitem__` are used
             **batches,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             collate_fn=_Packing(collate) if collate is not None and num_workers > 0 else collate,
-            # Workers are seeded from this generator; without it each epoch would draw from the global one.
+            # Seeds the workers; without it each epoch would draw from the global generator.
             generator=torch.Generator(),
         )
 
@@ -163,7 +163,7 @@ class FolderLoader:
 
     @property
     def digest(self) -> str | None:
-        """That of the data set, None if it gives none."""
+        """The digest of the data set, None if it has none."""
         return getattr(self._loader.dataset, "digest", None)
 
     def __len__(self) -> int:
@@ -171,10 +171,10 @@ class FolderLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[tuple[Any, Any, Any]]:
-        """Yield the batches of the current epoch; workers start when the first batch is asked for.
+        """Yield the batches of the current epoch; workers start at the first batch.
 
-        A generator, because Lightning calls `iter` before `set_epoch` when it resumes, and a `DataLoader` would by
-        then have sent its workers the indices of epoch 0.
+        This is a generator because Lightning calls `iter` before `set_epoch` when it resumes: a `DataLoader` would
+        already have sent its workers the indices of epoch 0.
         """
         for batch in self._loader:
             if isinstance(batch, PackedBatch):
@@ -189,15 +189,15 @@ class SplitLoaders:
     Args:
         train: training samples, augmented.
         val: evaluation samples.
-        example: returns two training images as models see them, on the CPU.
+        example: returns two training images, preprocessed as model input, on the CPU.
         batch_size: images per batch and process.
         seed: seed of the order.
-        test: test samples; None takes `val`.
-        val_batch_size: evaluation images per batch and process; None takes `batch_size`.
+        test: test samples; None uses `val`.
+        val_batch_size: evaluation images per batch and process; None uses `batch_size`.
         num_workers: worker processes of each loader.
         drop_last: as for `FolderLoader`.
         collate: likewise.
-        sizes: the size of every evaluation sample, where a batch is to hold one size only.
+        sizes: the size of every evaluation sample, if all samples of a batch must have one size.
     """
 
     train: KeyedDataset
@@ -221,7 +221,7 @@ class SplitLoaders:
         return self._loader(self.val, trainer, self.val_batch_size or self.batch_size, sizes=self.sizes)
 
     def test_loader(self, trainer: Trainer | None) -> FolderLoader:
-        """Return the test samples, likewise."""
+        """Return the test samples in order, each exactly once over all ranks."""
         if self.test is None:
             return self.val_loader(trainer)
         return self._loader(self.test, trainer, self.val_batch_size or self.batch_size)

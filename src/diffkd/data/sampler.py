@@ -1,4 +1,4 @@
-"""The order of the samples in an epoch, a function of seed and epoch, sharded by rank; batches of one image size."""
+"""Sample order as a function of seed and epoch, sharded by rank; batches of one image size."""
 
 from collections.abc import Hashable, Iterator, Sequence
 
@@ -13,12 +13,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Yield (epoch, index) for every sample of this rank's shard.
 
     The order of an epoch is a pure function of (seed, epoch), equal on all ranks and devices. In training
-    (`shuffle=True`) the ranks' shards are disjoint and of equal length: at most `world_size - 1` samples of the
-    epoch's order, other ones in every epoch, are left out. In evaluation (`shuffle=False`) every sample is in exactly
-    one shard, and shards may differ in length by one. With all ranks at batch size B, the union of their b-th batches
-    is the b-th batch of one process at B times `world_size`.
+    (`shuffle=True`) the ranks' shards are disjoint and of equal length: at most `world_size - 1` samples are left out,
+    different ones in every epoch. In evaluation (`shuffle=False`) every sample is in exactly one shard, and shards may
+    differ in length by one. If all ranks use batch size B, the union of their b-th batches is the b-th batch of a
+    single process with batch size B * `world_size`.
 
-    Each item carries the epoch beside the index so that worker processes, which never hear of `set_epoch`, know it too.
+    Each item contains the epoch, because `set_epoch` does not reach worker processes.
 
     Args:
         size: number of samples in the data set.
@@ -26,11 +26,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
         shuffle: True for training, False for evaluation.
         rank: this process among `world_size`.
         world_size: number of processes.
-        start: samples of this shard to skip in the first epoch that is iterated; for a resume in the middle of an
-            epoch.
+        start: samples of this shard to skip in the first iterated epoch; for a resume in mid-epoch.
 
     Attributes:
-        views: set to n, the first n epochs are repeated in turn, with their order and augmentation; None: all differ.
+        views: if set to n, order and augmentation repeat every n epochs; None: every epoch differs.
 
     Raises:
         ValueError: if there are fewer samples than processes in training, or a number is out of range.
@@ -63,17 +62,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     @property
     def view(self) -> int:
-        """The epoch whose order and augmentation are taken: the current one, or with `views` set, it modulo those."""
+        """The epoch that determines order and augmentation: the current epoch, modulo `views` if set."""
         return self.epoch if self.views is None else self.epoch % self.views
 
     def __len__(self) -> int:
-        """Return the length of the whole shard in samples, those skipped by `start` included."""
+        """Return the number of samples of the shard, including those skipped by `start`."""
         if self.shuffle:
             return self.size // self.world_size
         return len(range(self.rank, self.size, self.world_size))
 
     def order(self) -> Tensor:
-        """Return this rank's sample indices of the current epoch, (len(self),) int64 on the CPU, none skipped."""
+        """Return this rank's sample indices in the current epoch, (len(self),) int64 on the CPU; ignores `start`."""
         if not self.shuffle:
             return torch.arange(self.size)[self.rank :: self.world_size].clone()
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.view))
@@ -81,7 +80,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return shuffled[self.rank : len(self) * self.world_size : self.world_size].clone()
 
     def skipped(self) -> int:
-        """Return how many samples the current epoch leaves out at its beginning: `start` in the first one, then 0."""
+        """Return how many samples are skipped at the start of the current epoch: `start` in the first one, then 0."""
         if self._first_epoch is None:
             self._first_epoch = self.epoch
         return self.start if self.epoch == self._first_epoch else 0
@@ -99,13 +98,13 @@ def drops_last(samples: int, batch_size: int, *, train: bool, drop_last: bool | 
     Args:
         samples: samples per process and epoch.
         batch_size: samples per batch and process.
-        train: True for training, where a batch of one is dropped because BatchNorm cannot normalise it, and one of two
-            instead of 8 or more because it makes -1 and 1 of any two values: through several of them, as DiffKD has on
-            logits, gradients grow a millionfold.
-        drop_last: the user's choice; None decides.
+        train: True for training. A batch of one sample is dropped because BatchNorm cannot normalise it. A batch of
+            two, at batch size 8 or more, is dropped because BatchNorm maps any two values to -1 and 1: through several
+            such layers, as in DiffKD on logits, gradients grow a millionfold.
+        drop_last: the user's choice; None applies the rule above.
 
     Returns:
-        True if the last batch is to be dropped.
+        True if the last batch must be dropped.
 
     Raises:
         ValueError: if the batch size is below 1, or if no batch would be left.
@@ -124,12 +123,12 @@ def drops_last(samples: int, batch_size: int, *, train: bool, drop_last: bool | 
 
 
 class SizeBatches(Sampler[list[tuple[int, int]]]):
-    """Yield the items of a sampler in its order, in batches in which all are of one size.
+    """Yield the items of a sampler in order, in batches of items of equal size.
 
     Args:
         sampler: yields (epoch, index).
-        sizes: the size of every index, or whatever must be equal in a batch.
-        batch_size: items in a batch at most.
+        sizes: the size of every index, or any other key that must be equal within a batch.
+        batch_size: largest number of items in a batch.
 
     Raises:
         ValueError: if `batch_size` is below 1.

@@ -1,4 +1,4 @@
-"""Seeds made from several numbers, such as epoch and index; a digest that tells lists of samples apart."""
+"""Seeds derived from several numbers, such as epoch and index; a digest of sample lists; a stratified split."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,8 @@ _MASK = (1 << 64) - 1
 def mix_seed(*numbers: int) -> int:
     """Mix integers into one 63-bit seed with the splitmix64 finaliser (Steele et al., OOPSLA 2014).
 
-    Order and count of the numbers matter: `mix_seed(1, 2)`, `mix_seed(2, 1)` and `mix_seed(1, 2, 0)` differ. The
-    result is the same on every machine and in every process, unlike `hash`.
+    Order and count of the numbers are significant: `mix_seed(1, 2)`, `mix_seed(2, 1)` and `mix_seed(1, 2, 0)` differ.
+    The result is the same on every machine and in every process, unlike `hash`.
 
     Args:
         numbers: any integers, such as (seed, epoch, batch, rank); taken modulo 2^64.
@@ -34,7 +34,7 @@ def mix_seed(*numbers: int) -> int:
 
 
 def digest_of(*parts: Tensor | Iterable[object]) -> str:
-    """Return a digest of tensors and of the texts of other values, in order.
+    """Return a digest of tensors and of the `str` of other values, in order.
 
     >>> digest_of(["a", 1]) == digest_of(["a", "1"]) != digest_of([1, "a"])
     True
@@ -48,21 +48,21 @@ def digest_of(*parts: Tensor | Iterable[object]) -> str:
     return digest.hexdigest()[:32]
 
 
-def held_back(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Draw samples to hold back for evaluation, of each class the same share.
+def split_by_class(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Draw samples to hold out for evaluation, the same share of each class.
 
     Args:
         labels: the class of each sample.
-        share: how many of a class to hold back: at least one, but never all of them.
-        seed: the draw is a function of it, of the labels and of the share.
+        share: share of each class to hold out: at least one sample, but never all of them.
+        seed: seed of the draw, which is a function of labels, share and seed.
 
     Returns:
-        The indices of the samples that are kept and of those held back, each in order.
+        The indices kept and the indices held out, each sorted.
 
     Raises:
         ValueError: if the share is out of range, or no class has two samples.
 
-    >>> held_back([0, 0, 0, 0, 1, 1, 1, 2], share=0.3, seed=0)[1]
+    >>> split_by_class([0, 0, 0, 0, 1, 1, 1, 2], share=0.3, seed=0)[1]
     [3, 5]
     """
     if not 0 < share < 1:

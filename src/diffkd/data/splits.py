@@ -1,4 +1,4 @@
-"""Which splits of the data can be measured, and under which names."""
+"""Selection of the split to evaluate on, and its name."""
 
 import copy
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from diffkd.data.image_data import ImageData
 from diffkd.data.loaders import SplitLoaders
 
 
-def measured_split(data: LightningDataModule, split: str | None = None) -> tuple[str, Callable[[], Any]]:
-    """Return the name of the split to measure on and what makes its loader.
+def choose_split(data: LightningDataModule, split: str | None = None) -> tuple[str, Callable[[], Any]]:
+    """Return the name of the split to evaluate on and a function that makes its loader.
 
     Args:
         data: the data module.
-        split: "test" or "val"; None: test where there is one, and val otherwise.
+        split: "test" or "val"; None: test if it exists, otherwise val.
 
     Raises:
-        ValueError: if "test" is asked for and there is none.
+        ValueError: if "test" is requested and does not exist.
     """
     name = _name_of_val(data)
     if split == "val" or (name == "test" and isinstance(data, ImageData)):
@@ -46,7 +46,7 @@ def _name_of_val(data: LightningDataModule) -> str:
 
 
 def _test_loader(data: LightningDataModule) -> Callable[[], Any] | None:
-    """Return what makes the loader of the test images, None if there are none."""
+    """Return a function that makes the test loader, None if there are no test images."""
     if not isinstance(data, ImageData):
         own = type(data).test_dataloader is not LightningDataModule.test_dataloader
         return data.test_dataloader if own else None
@@ -63,7 +63,7 @@ def _test_loader(data: LightningDataModule) -> Callable[[], Any] | None:
 
 
 def _class_folders(top: Path, classes: tuple[str, ...]) -> FolderSamples | None:
-    """List the images below the classes' folders; None if there are none, as where a test set has no labels."""
+    """List the images in the class folders; None if there are none, such as in a test set without labels."""
     paths: list[str] = []
     labels: list[int] = []
     real = top.resolve()

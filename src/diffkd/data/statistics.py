@@ -11,7 +11,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float], channels: int = 3) -> None:
-    """Raise ValueError unless mean and standard deviation are given for each channel, in units of [0, 1]."""
+    """Raise ValueError unless there is one mean and one standard deviation per channel, in units of [0, 1]."""
     counted = len(mean) == len(std) == channels
     if not (counted and all(0 <= value <= 1 for value in mean) and all(value > 0 for value in std)):
         raise ValueError(
@@ -34,7 +34,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     means, deviations = [], []
     for channel in images.unbind(dim=1):
         if images.dtype == torch.uint8:
-            # In parts, since bincount takes eight times the memory of its input along the way.
+            # In parts, since bincount temporarily needs eight times the memory of its input.
             parts = [torch.bincount(part.flatten(), minlength=256) for part in torch.split(channel, 1000)]
             counts = torch.stack(parts).sum(dim=0).to(torch.float64)
             values = torch.arange(256, dtype=torch.float64, device=images.device) / 255

@@ -1,1 +1,1 @@
-"""The plain student as a file: weights and card, ONNX, an exported program."""
+"""Export of the plain student: weights and card, ONNX, an exported program."""

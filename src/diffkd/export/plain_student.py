@@ -1,4 +1,4 @@
-"""A saved student as a module of tensors alone: images in, logits or detections out."""
+"""A saved student as an exportable module: images in, tensors of logits or detections out."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,15 +20,15 @@ from diffkd.teacher.view import TeacherInput
 
 @dataclass(frozen=True)
 class PlainStudent:
-    """A student that `torch.export` can follow.
+    """A student that `torch.export` can trace.
 
     Args:
-        module: from images (B, C, H, W) to what `outputs` names; in evaluation mode.
-        original: what it must agree with: the same module, or torchvision's own code for detectors.
-        outputs: names of what it returns.
-        example: images to follow it with.
-        dynamic: which axes of the images may change, tried in this order.
-        limit: of a detector, how many detections it returns at most.
+        module: maps images (B, C, H, W) to the tensors named by `outputs`; in evaluation mode.
+        original: the reference for its outputs: the same module, or torchvision's own code for detectors.
+        outputs: names of the returned tensors.
+        example: images for tracing.
+        dynamic: sets of dynamic axes of the images, tried in this order.
+        limit: for a detector, the largest number of detections.
     """
 
     module: nn.Module
@@ -51,24 +51,25 @@ def rebuild(
     """Build a student from its weights and its card.
 
     Args:
-        weights: file to load strictly.
-        card: says task, model, classes and images.
-        model: its name, which may be code of one's own; None: the card's, which may not unless it is trusted.
-        image_size: (H, W), or one side of a square, of the images it is followed with; None: the card's.
-        normalize: let it take images in [0, 1] and normalise them itself. Detectors always do.
+        weights: file of weights, loaded strictly.
+        card: the card with task, model, classes and image size.
+        model: name of the model, which may be your own code; None: the card's, which must be trusted if it is your own
+            code.
+        image_size: (H, W), or one side of a square, of the images for tracing; None: the card's.
+        normalize: include the normalisation, so that the input is images in [0, 1]. Detectors always do.
         trust: files and modules whose code the card may name.
 
     Returns:
         The student on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: if the card does not say what is needed, names code, or the weights do not fit.
+        ValueError: if the card lacks a value, names untrusted code, or the weights do not fit.
     """
     name = model or named_model(card, weights, trust)
     facts = _facts(card, weights, image_size)
     built = load_saved(name, facts, weights, card).eval()
     size = (facts.in_channels, *facts.image_size)
-    # Fixed, and of its own generator, so that an export can be repeated.
+    # From a generator with a fixed seed, so that an export can be repeated.
     draw = torch.Generator().manual_seed(0)
     if facts.task == "detection":
         graph = DetectorGraph(built).eval()
@@ -77,24 +78,24 @@ def rebuild(
     plain: nn.Module = AnySize(built) if facts.task == "segmentation" else _Logits(built)
     if normalize:
         zeros, ones = (0.0,) * facts.in_channels, (1.0,) * facts.in_channels
-        plain = nn.Sequential(TeacherInput(zeros, ones, _of_card(card, "mean"), _of_card(card, "std")), plain)
+        plain = nn.Sequential(TeacherInput(zeros, ones, _card_value(card, "mean"), _card_value(card, "std")), plain)
     whole = (("batch", "height", "width"),) if facts.task == "segmentation" else ()
-    # Two images, since a batch of one is taken for a constant.
+    # Two images, since `torch.export` treats a batch size of one as a constant.
     example = torch.rand(2, *size, generator=draw)
     return PlainStudent(plain.eval(), plain.eval(), ("logits",), example, (*whole, ("batch",), ()))
 
 
 def named_model(card: Mapping[str, Any], path: str | Path, trust: Sequence[str] = ()) -> str:
-    """Return the model that a card names, if it is one of the known libraries, or code of a trusted file or module.
+    """Return the model name of a card, if it is of a known library or of a trusted file or module.
 
     Raises:
-        ValueError: if it names none, or code to run.
+        ValueError: if it names no model, or untrusted code.
     """
     name = card.get("model")
     if not isinstance(name, str):
         raise ValueError(f"{path} has no card that says which model it is; give --model, such as cifar/resnet20")
     code = code_of_model(name)
-    if code is not None and not Trust(trust).believes(code):
+    if code is not None and not Trust(trust).includes(code):
         raise ValueError(
             f"the card of {path} names code to run, {name!r}; if you trust it, give it yourself: --model {name}, or"
             f"{trust_words([code])}"
@@ -103,7 +104,7 @@ def named_model(card: Mapping[str, Any], path: str | Path, trust: Sequence[str] 
 
 
 class _Logits(nn.Module):
-    """A classifier that returns its logits themselves, not an object that has them."""
+    """A classifier that returns logits as a tensor instead of an output object."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -114,7 +115,7 @@ class _Logits(nn.Module):
 
 
 class _OneImage(nn.Module):
-    """A detector as it is, for images (1, 3, H, W)."""
+    """An unchanged detector for images (1, 3, H, W)."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -129,7 +130,7 @@ def _facts(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] 
     task = card.get("task", "classification")
     if task not in get_args(TaskName):
         raise ValueError(f"the card of {path} is for {task!r}, which is none of {', '.join(get_args(TaskName))}")
-    sides = tuple(_of_card(card, "image_size") if image_size is None else image_size)
+    sides = tuple(_card_value(card, "image_size") if image_size is None else image_size)
     size = sides * 2 if len(sides) == 1 else sides
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image_size {list(sides)} is no height and width in pixels; give --image_size=[224,224]")
@@ -137,8 +138,8 @@ def _facts(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] 
     trained = card.get("image_size") or size
     shorter = arguments.get("min_size") or min(trained)
     return DataFacts(
-        num_classes=int(_of_card(card, "num_classes")),
-        in_channels=int(_of_card(card, "in_channels")),
+        num_classes=int(_card_value(card, "num_classes")),
+        in_channels=int(_card_value(card, "in_channels")),
         image_size=size,
         mean=tuple(card.get("mean", IMAGENET_MEAN)),
         std=tuple(card.get("std", IMAGENET_STD)),
@@ -150,7 +151,7 @@ def _facts(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] 
     )
 
 
-def _of_card(card: Mapping[str, Any], name: str) -> Any:
+def _card_value(card: Mapping[str, Any], name: str) -> Any:
     if card.get(name) is None:
         raise ValueError(
             f"there is no card that says {name!r}: put a .json of the weights' name beside them, such as "

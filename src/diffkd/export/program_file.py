@@ -1,4 +1,4 @@
-"""Students as ONNX or as exported program of PyTorch, compared with the student before the file is kept."""
+"""Export of students as ONNX or PyTorch programs, compared with the student before the file is kept."""
 
 import io
 import logging
@@ -16,33 +16,33 @@ from diffkd.files.weights import write_whole
 from diffkd.models.extras import require
 
 _AXES = {"batch": 0, "height": 2, "width": 3}
-_SMALL = 0.1  # of logits below, rounding errors in the layers before them are no small share
-_CARD = "diffkd"  # the name under which the card is in the file
+_SMALL = 0.1  # smaller logits are compared absolutely: rounding errors of earlier layers are a large share of them
+_CARD = "diffkd"  # metadata key of the card in the file
 _KNOWN = (
-    (".*create_unbacked_symint.*", FutureWarning),  # torchvision's own calls
+    (".*create_unbacked_symint.*", FutureWarning),  # from torchvision
     (".*LeafSpec.*", FutureWarning),
-    ("The given buffer is not writable.*", UserWarning),  # of PyTorch 2.11's own reading
+    ("The given buffer is not writable.*", UserWarning),  # from PyTorch 2.11's reader
 )
 
 
 def write_program(student: PlainStudent, target: Path, card: str, *, opset: int | None, tolerance: float) -> str:
-    """Write a student as .onnx or .pt2, and leave the file only if it computes what the student does.
+    """Write a student as .onnx or .pt2, and keep the file only if its outputs agree with the student's.
 
-    The axes that may change are tried in the order the student gives; what works with the most of them stays.
+    The sets of dynamic axes are tried in the student's order; the first that can be exported is used.
 
     Args:
-        student: to be written.
-        target: ends in .onnx or .pt2.
-        card: JSON, put into the file.
-        opset: of ONNX; None: PyTorch's choice.
-        tolerance: the largest difference allowed, as a share of the largest logit, or of 0.1 if that is smaller; of a
-            detector, in scores and as a share of the image.
+        student: the student.
+        target: file that ends in .onnx or .pt2.
+        card: JSON text, stored in the file.
+        opset: ONNX opset; None: PyTorch's default.
+        tolerance: largest allowed difference, relative to the largest logit or to 0.1 if that is larger; for a
+            detector, in scores and as a share of the image size.
 
     Returns:
-        What was written and how well it agrees, in one line.
+        One line with the dynamic axes and the largest difference.
 
     Raises:
-        ValueError: if the student cannot be exported, or the file computes something else.
+        ValueError: if the student cannot be exported, or the outputs of the file differ.
         ModuleNotFoundError: if the extra for ONNX is not installed.
         OSError: if the file cannot be written.
     """
@@ -72,14 +72,14 @@ def write_program(student: PlainStudent, target: Path, card: str, *, opset: int 
 
 
 class _CannotExportError(Exception):
-    """A student that cannot be followed or converted with these axes."""
+    """A student that cannot be traced or converted with these axes."""
 
 
 def _exported(student: PlainStudent, axes: Sequence[str]) -> Any:
     dynamic = {_AXES[axis]: torch.export.Dim.DYNAMIC for axis in axes}
     example = student.example if student.example.shape[0] == 1 or "batch" in axes else student.example[:1]
-    # Those who follow models raise whatever the models' code led them to.
-    with _converting():
+    # Tracing can raise any exception of the model's code.
+    with _export_errors():
         return torch.export.export(student.module, (example,), dynamic_shapes=(dynamic or None,), strict=False)
 
 
@@ -87,7 +87,7 @@ def _write_onnx(
     program: Any, file: Path, student: PlainStudent, axes: Sequence[str], card: str, opset: int | None
 ) -> Callable[[Tensor], list[Tensor]]:
     runtime = require("onnxruntime", "onnx", "checking the exported file")
-    with _converting():
+    with _export_errors():
         converted: Any = torch.onnx.export(
             program,
             (),
@@ -106,19 +106,19 @@ def _write_onnx(
 
     checked = file
     if "score_threshold" in model.graph.initializers:
-        # A trained detector finds nothing in noise: it is compared with all that it would otherwise keep to itself.
+        # A trained detector finds nothing in noise, so it is compared at score threshold 0.
         checked = file.with_name(file.name + ".check")
     try:
         if checked != file:
             _write_with_threshold_zero(file, checked)
-        with _converting():
+        with _export_errors():
             session = runtime.InferenceSession(str(checked), providers=["CPUExecutionProvider"])
     finally:
         if checked != file:
             checked.unlink(missing_ok=True)
 
     def run(images: Tensor) -> list[Tensor]:
-        with _converting():
+        with _export_errors():
             return [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
 
     return run
@@ -134,7 +134,7 @@ def _write_with_threshold_zero(file: Path, other: Path) -> None:
 
 
 def _name_axes(model: Any, axes: Sequence[str]) -> None:
-    """Call the changing axes of inputs and outputs by their names, instead of s77."""
+    """Name the dynamic axes of inputs and outputs, instead of "s77"."""
     shape = model.graph.inputs[0].shape
     names = {str(shape[_AXES[axis]]): axis for axis in axes}
     for node in (None, *model.graph):
@@ -155,7 +155,7 @@ def _write_pt2(program: Any, file: Path, card: str) -> Callable[[Tensor], list[T
     module = loaded.module()
 
     def run(images: Tensor) -> list[Tensor]:
-        with _converting():
+        with _export_errors():
             output = module(images)
         return [output] if isinstance(output, Tensor) else list(output)
 
@@ -165,7 +165,7 @@ def _write_pt2(program: Any, file: Path, card: str) -> Callable[[Tensor], list[T
 def _largest_difference(
     student: PlainStudent, run: Callable[[Tensor], list[Tensor]], axes: Sequence[str], tolerance: float
 ) -> float:
-    """Return the largest difference over images of several batches and sizes.
+    """Return the largest difference over images of several batch and image sizes.
 
     Raises:
         ValueError: if it is above the tolerance.
@@ -179,12 +179,16 @@ def _largest_difference(
     for batch in (1, 3) if "batch" in axes else (1,):
         for size in sizes:
             images = torch.rand(batch, channels, *size, generator=draw)
-            with _threshold_zero(student.original), _converting():
+            with _threshold_zero(student.original), _export_errors():
                 expected = student.original(images)
             expected = [expected] if isinstance(expected, Tensor) else list(expected)
             found = run(images)
-            difference = unlike(expected, found, student.limit) if student.limit else _apart(expected[0], found[0])
-            if not difference <= tolerance:  # also if it is not a number
+            difference = (
+                detection_difference(expected, found, student.limit)
+                if student.limit
+                else _relative_difference(expected[0], found[0])
+            )
+            if not difference <= tolerance:  # also if it is NaN
                 raise ValueError(
                     f"the exported file differs from the student by {difference:.1e} for images {tuple(images.shape)}, "
                     f"more than the tolerance {tolerance:.1e}; it was not kept. Give another --tolerance, or export as "
@@ -194,25 +198,25 @@ def _largest_difference(
     return largest
 
 
-def _apart(expected: Tensor, found: Tensor) -> float:
+def _relative_difference(expected: Tensor, found: Tensor) -> float:
     if expected.shape != found.shape:
         return float("inf")
     scale = max(_SMALL, float(expected.abs().max()))
     return float((expected - found).abs().max()) / scale
 
 
-def unlike(expected: Sequence[Tensor], found: Sequence[Tensor], limit: int) -> float:
-    """Return by how much the detections of one differ from the nearest of the other, in pixels per size or in score.
+def detection_difference(expected: Sequence[Tensor], found: Sequence[Tensor], limit: int) -> float:
+    """Return the largest difference of nearest detections: boxes relative to the largest coordinate, or scores.
 
-    The order of those with the same score is nobody's business, nor which of these are cut off at the limit.
+    The order of detections with equal scores is ignored, and which of them are cut off at the limit.
 
     Args:
         expected: boxes (n, 4), scores (n,), labels (n,).
-        found: likewise, m of them.
-        limit: most detections there can be.
+        found: likewise, with m detections.
+        limit: largest number of detections.
 
     Returns:
-        0 if there are none in both, infinity if one has no match at all.
+        0 if both are empty, infinity if a detection has no match.
     """
     if len(expected[1]) != len(found[1]):
         return float("inf")
@@ -231,7 +235,7 @@ def unlike(expected: Sequence[Tensor], found: Sequence[Tensor], limit: int) -> f
 
 @contextmanager
 def _threshold_zero(original: nn.Module) -> Iterator[None]:
-    """Let a detector keep whatever it finds, for a while."""
+    """Set a detector's score threshold to 0 within this context."""
     heads: Any = getattr(original, "detector", None)
     heads = getattr(heads, "roi_heads", heads)
     before = getattr(heads, "score_thresh", None)
@@ -245,7 +249,7 @@ def _threshold_zero(original: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _converting() -> Iterator[None]:
+def _export_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -255,7 +259,7 @@ def _converting() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporters say of their own calls and of every constant they leave."""
+    """Silence the exporters' warnings about their own calls and about constants."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""The file of a student and its card: all that is needed to build, feed and judge it again."""
+"""Files of a student and its card: all that is needed to rebuild it, preprocess its input and evaluate it."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from diffkd.tasks.data_facts import DataFacts
 Which = Literal["last", "best"]
 
 PROGRAMS = (".onnx", ".pt2")
-"""Endings of the files of exported programs."""
+"""File name suffixes of exported programs."""
 
 
 def find_student(source: str | Path, which: Which = "last") -> Path:
@@ -25,11 +25,11 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
 
     Args:
         source: the file itself, or the folder of a run.
-        which: of a run, the student of the last or of the best epoch.
+        which: for a run, the student of the last or of the best epoch.
 
     Raises:
-        FileNotFoundError: if there is no such file, or the run is not that far yet.
-        ValueError: if it is a program.
+        FileNotFoundError: if there is no such file, or the run has not written it yet.
+        ValueError: if it is an exported program.
     """
     path = Path(source)
     if path.is_dir():
@@ -48,12 +48,12 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
 
 
 def find_weights(weights: str | Path) -> Path:
-    """Return the file meant by `weights`: a file, a run folder (its student), or one that comes with the package.
+    """Return the file for `weights`: a file, a run folder (its student), or a file of the package.
 
-    Of a folder of transformers it is the file of the whole model, or the index of its parts.
+    For a transformers folder it is the file of the whole model, or the index of its shards.
 
     Raises:
-        FileNotFoundError: if there is none of these.
+        FileNotFoundError: if none of these exists.
     """
     path = Path(weights)
     packaged = Path(str(files("diffkd"))) / "assets" / path
@@ -64,9 +64,9 @@ def find_weights(weights: str | Path) -> Path:
 
 
 def card_file(student: str | Path) -> Path:
-    """Return where the card of a file lies: `a.json` for weights `a.safetensors`, `a.onnx.json` for a program.
+    """Return the path of the card of a file: `a.json` for weights `a.safetensors`, `a.onnx.json` for a program.
 
-    The weights and the programs of one student may lie in one folder, each of another epoch or other normalisation.
+    Weights and programs of one student may be in one folder but differ in epoch or normalisation.
     """
     path = Path(student)
     return path.with_name(f"{path.name}.json") if path.suffix in PROGRAMS else path.with_suffix(".json")
@@ -91,15 +91,15 @@ def read_card(weights: str | Path) -> dict[str, Any]:
 
 
 def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe a student, before anything is known of how well it does.
+    """Make the card of a student, without metrics.
 
     Args:
-        model: its name, as for :func:`~diffkd.models.load_model`.
-        data: the facts of what it is trained and measured on.
+        model: name of the model, as for :func:`~diffkd.models.load_model`.
+        data: the facts of the data it is trained and evaluated on.
         config: the run's values.
 
     Returns:
-        A mapping that JSON can hold.
+        A JSON-serialisable mapping.
     """
     return {
         "task": data.task,
@@ -124,9 +124,9 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
 
 
 def with_metrics(card: Mapping[str, Any], row: Row | None, which: str) -> dict[str, Any]:
-    """Return the card of the weights of one epoch: its number, its metrics, and whether it was the last or the best.
+    """Add to a card the number and metrics of an epoch, and whether it was the last or the best.
 
-    Weights of mid-epoch have no row, and `which` names their step.
+    Weights from mid-epoch have no row; `which` then names their step.
     """
     return {
         **card,
@@ -137,7 +137,7 @@ def with_metrics(card: Mapping[str, Any], row: Row | None, which: str) -> dict[s
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
+    """Return the versions of the packages that results depend on."""
     from diffkd import __version__
 
     return {"diffkd": __version__, "torch": str(torch.__version__), "lightning": version("lightning")}

@@ -1,1 +1,1 @@
-"""What lies on disk: weights, configs, history, run folders."""
+"""Files on disk: weights, configs, history, run folders."""

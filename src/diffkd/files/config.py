@@ -1,4 +1,4 @@
-"""The config of a run: Python values as plain ones, and in what two configs differ."""
+"""The config of a run: Python values as plain data, and the differences between two configs."""
 
 import dataclasses
 import functools
@@ -12,11 +12,10 @@ from torch import nn
 
 
 def describe(value: Any) -> Any:
-    """Return `value` in numbers, text, lists and mappings.
+    """Return `value` as numbers, strings, lists and mappings.
 
-    Partial calls, data modules and other objects become `{"class_path": ..., "init_args": ...}` as the command line
-    writes them, with the arguments that can be found out: those that a data module has saved as its hyperparameters, or
-    has as attributes of the same names.
+    Partial calls, data modules and other objects become `{"class_path": ..., "init_args": ...}`, as on the command
+    line. Arguments of a data module are its saved hyperparameters, or attributes of the same names.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -45,11 +44,10 @@ def class_path(thing: Any) -> str:
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
 
 
-def factory_of(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a factory in which the class it builds is visible.
+def unwrap_factory(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Unwrap a factory of the command line's parser, so that the class it builds is accessible.
 
-    The command line's parser wraps a class into helpers of its own, behind which nobody finds the class's attributes,
-    such as what a method wants to be paired with.
+    The parser's wrappers hide class attributes, such as the kind of features that a method needs.
     """
     if isinstance(factory, functools.partial):
         classes = [argument for argument in factory.args if isinstance(argument, type)]
@@ -61,14 +59,14 @@ def factory_of(factory: Callable[..., Any]) -> Callable[..., Any]:
 def differences(
     stored: Any, given: Any, name: str = "", *, same: Callable[[Any, Any], bool] = operator.eq
 ) -> list[str]:
-    """Name the values in which two nested mappings differ.
+    """List the differences between two nested mappings.
 
     Args:
         stored: what was recorded.
-        given: what it is compared with. A key that one side lacks is None there, which a switch that is off equals: the
-            version that wrote the other side may not have had the switch.
-        name: of the two, the beginning of the dotted names.
-        same: whether two values that are not both mappings are equal.
+        given: the mapping to compare with. A missing key counts as None, which equals a switch that is off: the version
+            that wrote that side may not have had the switch.
+        name: prefix of the dotted names.
+        same: equality of two values that are not both mappings.
 
     >>> differences({"data": {"seed": 0}}, {"data": {"seed": 1}})
     ['data.seed is 0 there, 1 here']

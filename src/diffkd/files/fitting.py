@@ -1,4 +1,4 @@
-"""Weights of a file into a network: the names of trainers and wrappers taken off, and nothing left random unsaid."""
+"""Loading of weights into a network: removes name prefixes of trainers and wrappers, and reports entries not loaded."""
 
 import copy
 import re
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.files.prefixes import UNINITIALIZED, best_prefix, cleaned, shape_of
+from diffkd.files.prefixes import UNINITIALIZED, best_prefix, shape_of, without_wrapper_parts
 from diffkd.files.weights import (
     Contents,
     choose_key,
+    format_names,
     is_averaged,
-    listed,
     read_contents,
     shard_hint,
     unwrap,
@@ -28,12 +28,12 @@ from diffkd.files.weights import (
 
 Convert = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor] | None]
 
-# Buffers that a network computes when it is built, so that a file may lack them or have them besides.
+# Buffers that a network computes when it is built; a file may lack them or have additional ones.
 _DERIVED = re.compile(
     r"(^|\.)(num_batches_tracked|relative_position_index|rel_pos_index|relative_coords_table|position_ids|attn_mask|"
     r"n_averaged|total_ops|total_params)$"
 )
-# What a training alone needs: second heads, and losses and metrics that are modules.
+# Parts used only in training: auxiliary heads, and losses and metrics that are modules.
 _TRAINING_ONLY = re.compile(
     r"^((\w+\.)?(aux\w*|AuxLogits|auxiliary\w*)|criterion\w*|\w*loss(es|_fn|_func|_function|_module)?|\w*metrics?)\."
 )
@@ -42,16 +42,16 @@ _REPORTS: "weakref.WeakKeyDictionary[nn.Module, Report]" = weakref.WeakKeyDictio
 
 @dataclass(frozen=True)
 class Report:
-    """What was taken from a file of weights.
+    """Report of what was loaded from a file of weights.
 
     Attributes:
         path: the file.
-        taken: how many tensors.
-        key: what their names began with in the file, "" for nothing.
-        others: keys of other weights of the same network in the file, which were not taken.
-        left_out: names of tensors that were not taken, and objects that were not read.
-        random: entries of the network that the file does not have, and that stay as they were: the classifier.
-        of_other_shape: those of `random` that the file has in another shape.
+        taken: number of tensors loaded.
+        key: prefix of their names in the file, "" for none.
+        others: keys of other weights of the same network in the file, not loaded.
+        left_out: names of tensors not loaded, and objects not read.
+        random: entries of the network missing in the file, which keep their values: the classifier.
+        of_other_shape: those of `random` that have another shape in the file.
         notes: conversions.
     """
 
@@ -66,17 +66,17 @@ class Report:
 
     @property
     def plain(self) -> bool:
-        """Whether the file held exactly the network's own entries."""
+        """Whether the file had exactly the network's entries."""
         return not (self.key or self.others or self.left_out or self.random or self.notes)
 
     def __str__(self) -> str:
-        """Return all of it in one line."""
+        """Return the report in one line."""
         where = f" under {self.key!r}" if self.key else ""
         if is_averaged(self.key) and self.others:
             where += ", the average"
         parts = [f"{self.taken} tensors{where}"]
         if self.others:
-            parts.append(f"not taken: {listed(self.others)} (choose by its key)")
+            parts.append(f"not taken: {format_names(self.others)} (choose by its key)")
         parts.extend(self.notes)
         if self.left_out:
             parts.append(f"left out: {_few(self.left_out)}")
@@ -86,23 +86,23 @@ class Report:
 
 
 def report_of(model: nn.Module) -> Report | None:
-    """Return what :func:`load_weights` last took for a model, None if nothing was loaded."""
+    """Return the report of the last :func:`load_weights` for a model, None if nothing was loaded."""
     return _REPORTS.get(unwrap(model))
 
 
 @dataclass
 class Fit:
-    """How the weights of a file fit a network.
+    """Result of matching the weights of a file with a network.
 
     Attributes:
         filled: the network's entries with their new values.
         missing: entries that the file lacks.
         unexpected: names in the file that the network lacks.
-        shapes: entries of another shape, with the file's tensors.
-        key: what the names began with.
+        shapes: entries with another shape, with the file's tensors.
+        key: prefix of the names.
         others: keys of other weights of the same network.
-        outside: names that do not begin with the key.
-        notes: what was converted.
+        outside: names without the key as prefix.
+        notes: conversions.
     """
 
     filled: dict[str, Tensor]
@@ -116,7 +116,7 @@ class Fit:
 
     @property
     def problems(self) -> int:
-        """How many entries do not fit, of those that a network cannot compute itself."""
+        """Number of mismatched entries, except those that a network computes itself."""
         lacking = [name for name in self.missing if not _DERIVED.search(name)]
         return len(lacking) + len(self.unexpected) + len(self.shapes)
 
@@ -129,32 +129,31 @@ def load_weights(
     head: Callable[[], frozenset[str]] | None = None,
     convert: Convert | None = None,
 ) -> Report:
-    """Load a file of tensors into `model`, strictly: every entry of the network is filled, or nothing is changed.
+    """Load a file of tensors into `model`, strictly: either all entries of the network are loaded, or none.
 
-    The names in the file may begin with what trainers and wrappers put in front, such as "state_dict.model." or
-    "module."; the hooks with which libraries read their older files are used. Left out are losses, metrics and
-    auxiliary heads that the network does not have; other unexpected entries are errors, since the file is then of
-    another network.
+    Prefixes of trainers and wrappers in the file's names, such as "state_dict.model." or "module.", are removed; the
+    `load_state_dict` hooks of libraries for older files are used. Losses, metrics and auxiliary heads that the network
+    lacks are left out; other unexpected entries are errors, since the file is then of another network.
 
     Args:
         model: receives the weights in place.
         path: as for :func:`~diffkd.files.weights.read_weights`.
-        key: of the weights to take, where a file holds several that fit: what their names begin with. None: the only
-            ones; of those of a training and their average, the average.
-        head: returns the entries that depend on the number of classes, and that may stay as they are if the file lacks
-            them or has those of other classes; a warning then names them. None: none may.
-        convert: returns the weights under the network's own names, if they are those of a library's other format; None
-            if it knows nothing of them.
+        key: prefix of the weights to load, if several in the file fit. None: the only ones; of raw and averaged (EMA)
+            weights, the averaged ones.
+        head: returns the entries that depend on the number of classes; they may keep their values, with a warning, if
+            the file lacks them or has another number of classes. None: no entry may.
+        convert: converts weights of another format of a library to the network's names; returns None for an unknown
+            format.
 
     Returns:
-        What was taken, in one line as a text.
+        The report; `str` gives one line.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`~diffkd.files.weights.read_weights`; ValueError also if entries are
             missing, unexpected or of another shape, or parameters are not finite. The message lists them.
 
     Warns:
-        UserWarning: if entries of the network stay as they are.
+        UserWarning: if entries of the network keep their values.
     """
     model = unwrap(model)
     contents = read_contents(path)
@@ -177,7 +176,7 @@ def load_weights(
             [f"{name} is {tuple(fit.shapes[name].shape)} there, {shape_of(own[name])} here" for name in shapes],
             kinds,
         ]
-        # Of each kind, since another prefix is seen in pairs only.
+        # Some of each kind, since a different prefix shows only in pairs.
         shown = [line for lines in described for line in lines[:3]]
         count = sum(map(len, described))
         more = f" and {count - len(shown)} more" if count > len(shown) else ""
@@ -223,17 +222,17 @@ def load_weights(
 def fit_contents(
     model: nn.Module, path: str | Path, contents: Contents, key: str | None = None, convert: Convert | None = None
 ) -> Fit:
-    """Return how the tensors of a file fit a network best, changing nothing.
+    """Find the best match of a file's tensors with a network, without changing it.
 
     Args:
         model: the network.
-        path: of the file, for messages.
-        contents: of the file.
+        path: path of the file, for messages.
+        contents: contents of the file.
         key: as for :func:`load_weights`.
         convert: likewise.
 
     Raises:
-        ValueError: if there are no tensors, no such key, or several weights that fit alike.
+        ValueError: if there are no tensors, the key does not exist, or several sets of weights fit equally well.
     """
     if not contents.tensors:
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); save model.state_dict()")
@@ -244,7 +243,7 @@ def fit_contents(
     fit = _try(model, {added + name: value for name, value in weights.items()})
     inside = f"{prefix}." if prefix else ""
     fit.key, fit.others = prefix, others
-    names = cleaned(own, contents.tensors)
+    names = without_wrapper_parts(own, contents.tensors)
     fit.outside = [name for name in names if not name.startswith(inside)]
     if others:
         fit.outside = [name for name in fit.outside if not name.startswith(tuple(f"{one}." for one in others))]
@@ -263,7 +262,7 @@ def fit_contents(
 def _other_names(
     path: str | Path, contents: Contents, prefix: str, weights: dict[str, Tensor], key: str | None
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights as a library may know them: under the prefix found, and under the key of the file."""
+    """Yield the weights with the names a library may expect: below the prefix found, and below the file's key."""
     yield dict(weights)
     with suppress(ValueError):
         base = choose_key(path, contents.keys, key)
@@ -272,14 +271,14 @@ def _other_names(
 
 
 def _try(model: nn.Module, weights: dict[str, Tensor]) -> Fit:
-    """Load weights into a copy of the network without memory, so that the hooks of libraries take part."""
+    """Load weights into a copy of the network on the meta device, so that the hooks of libraries run."""
     own = model.state_dict()
     best: Fit | None = None
-    # As a file of today, then as one that says nothing of its version, which hooks take for an old one or refuse.
+    # First as a current file, then without version metadata, which hooks treat as an old file or refuse.
     for metadata in (getattr(own, "_metadata", None), None):
         try:
             fit = _through_hooks(_without_memory(model), own, weights, metadata)
-        except Exception:  # whatever a model's own hooks and copying raise; the names decide then
+        except Exception:  # a model's hooks and copying may raise anything; then match by name
             continue
         if best is None or fit.problems < best.problems:
             best = fit
@@ -330,7 +329,7 @@ def _by_name(own: Mapping[str, Any], weights: dict[str, Tensor]) -> Fit:
 
 
 def _without_memory(model: nn.Module) -> nn.Module:
-    """Return a copy of a network whose parameters and buffers hold no numbers."""
+    """Return a copy of a network with parameters and buffers on the meta device."""
     memo: dict[int, Any] = {}
     for value in (*model.parameters(), *model.buffers()):
         if isinstance(value, UNINITIALIZED):
@@ -341,7 +340,7 @@ def _without_memory(model: nn.Module) -> nn.Module:
 
 
 def _may_lack(name: str, fit: Fit, own: Mapping[str, Any]) -> bool:
-    """Whether an entry needs no value of its own: computed by the network, or tied to one that has it."""
+    """Whether an entry may be missing: computed by the network, or tied to a loaded entry."""
     if _DERIVED.search(name):
         return True
     value = own[name]
@@ -372,7 +371,7 @@ def _converted(value: Any, own: Any) -> bool:
 
 
 def _grouped(names: list[str]) -> list[str]:
-    """Return names for a message, of many under one key the key and their number."""
+    """Return names for a message; many names below one key become the key and their count."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.partition(".")[0], []).append(name)

@@ -1,4 +1,4 @@
-"""The history of a training: one row of numbers per epoch, the last and the best."""
+"""The history of a training: one row of numbers per epoch, with the last and the best."""
 
 import csv
 import io
@@ -12,12 +12,12 @@ Row = dict[str, float]
 
 
 class History:
-    """Collects one row per epoch and knows which one was best.
+    """Collects one row per epoch and finds the best one.
 
-    The whole record travels in the checkpoint, so after a resume it is that of an uninterrupted run.
+    All rows are saved in the checkpoint, so after a resume the history equals that of an uninterrupted run.
 
     Args:
-        metric: the column that decides which epoch is best; larger is better, and of equals the earliest.
+        metric: the column that selects the best epoch; larger is better, ties go to the earliest.
     """
 
     def __init__(self, metric: str) -> None:
@@ -39,7 +39,7 @@ class History:
         return max(self.rows, key=lambda row: row[self.metric], default=None)
 
     def write_csv(self, path: Path) -> None:
-        """Write all rows as comma-separated values, replacing the file whole.
+        """Write all rows as CSV, replacing the file atomically.
 
         Raises:
             OSError: if it cannot be written.
@@ -56,17 +56,17 @@ class History:
         return {"rows": [dict(row) for row in self.rows]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Restore the rows that :meth:`state_dict` returned."""
         self.rows = [dict(row) for row in state["rows"]]
 
 
 def measurements(row: Row) -> Row:
-    """Return what was measured on the validation set: a row without counters, training losses and gammas."""
+    """Return the validation measurements: a row without counters, training losses and gammas."""
     counters = ("epoch", "step", "lr", "seconds")
     return {k: v for k, v in row.items() if k not in counters and not k.startswith(("train/", "gamma/"))}
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Read back what :meth:`History.write_csv` wrote; empty cells are left out."""
+    """Read the rows that :meth:`History.write_csv` wrote; empty cells are left out."""
     with path.open(encoding="utf-8", newline="") as file:
         return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]

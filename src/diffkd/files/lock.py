@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one run at a time."""
+"""File lock of a run's folder: one run at a time."""
 
 import os
 import socket
@@ -9,21 +9,21 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
-"""Name of the file in the folder."""
+"""Name of the lock file in the folder."""
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, making it if there is none; one that stays empty is removed again.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder for this process; the folder is created if missing and removed again if it stays empty.
 
-    The lock is the system's, which gives it up when the process ends, however it does: the file alone holds nobody up.
-    Where nothing can be written, nothing is held.
+    This is a lock of the operating system, released when the process ends, also by a crash: the file alone does not
+    block. If the folder is not writable, no lock is taken.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
 
     Raises:
-        FileExistsError: if another process holds the folder; names it.
+        FileExistsError: if another process holds the lock; the message names it.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = folder / LOCK
@@ -34,7 +34,7 @@ def held(folder: Path) -> Iterator[None]:
         file.write_text(f"pid {os.getpid()}, host {socket.gethostname()}", encoding="utf-8")
     except Timeout as error:
         raise FileExistsError(f"a run ({_owner(file)}) is working in {folder}; give another --out or wait") from error
-    except OSError:  # such as a folder that cannot be written: whatever writes there says so
+    except OSError:  # such as a read-only folder: the first write there reports it
         pass
     try:
         yield
@@ -42,7 +42,7 @@ def held(folder: Path) -> Iterator[None]:
         if lock.is_locked:
             file.unlink(missing_ok=True)
             lock.release()
-            with suppress(OSError):  # where something was written
+            with suppress(OSError):  # if the folder is not empty
                 for path in made:
                     path.rmdir()
 

@@ -1,8 +1,8 @@
-"""PyTorch's pickle files as data: tensors and plain values are rebuilt, everything else is skipped and named.
+"""Reading of PyTorch's pickle files as data: tensors and plain values are rebuilt, other objects are skipped and named.
 
-`torch.load(weights_only=True)` refuses a whole file for one object that it does not know, such as the
-`argparse.Namespace` beside the weights. Here nothing that a file names is imported or called: known names stand for the
-few functions of this module that build tensors, all others for a :class:`Skipped`.
+`torch.load(weights_only=True)` rejects a whole file because of one unknown object, such as the `argparse.Namespace`
+beside the weights. Here no name in a file is imported or called: known names map to the few functions of this module
+that build tensors, all others to :class:`Skipped`.
 """
 
 import io
@@ -17,12 +17,12 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 from torch import Tensor
 
-# The opcodes of a pickle become objects of up to 64 bytes each; the tensors lie outside of it.
+# Limit of the pickle's size: each opcode can create an object of up to 64 bytes. Tensor data are stored outside of it.
 _LARGEST_PICKLE = 2**25
-# A view may repeat its storage, as `expand` does, up to this many bytes.
+# A view may repeat its storage, as from `expand`, up to this many bytes.
 _LARGEST_REPEAT = 2**24
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# What no file of weights holds: functions that a hostile one would have called.
+# Modules whose functions a malicious file would call; no file of weights refers to them.
 _CODE = re.compile(
     r"(os|posix|nt|subprocess|sys|shutil|socket|runpy|ctypes|importlib|pty|code|codeop|commands|webbrowser|marshal|"
     r"operator|_?pickle|asyncio|pip|pydoc|timeit|c?profile|pdb|bdb)(\..*)?",
@@ -34,20 +34,20 @@ _CALLS = re.compile(
 
 
 class CodeError(ValueError):
-    """A file names a function that would have been called."""
+    """A file names a function that unpickling would call."""
 
 
 class Skipped:
-    """Stands for an object of a file whose class is not known here; takes all that a pickle does with one.
+    """Placeholder for an object of an unknown class; accepts all unpickling operations.
 
     Attributes:
-        path: its class, "package.module.Name".
+        path: dotted name of its class, "package.module.Name".
     """
 
     path = ""
 
     def __new__(cls, *args: object, **options: object) -> "Skipped":
-        """Make one, whatever the arguments are."""
+        """Create a placeholder, ignoring all arguments."""
         return object.__new__(cls)
 
     def __init__(self, *args: object, **options: object) -> None:
@@ -55,26 +55,26 @@ class Skipped:
 
 
 def looks_like_pickle(path: Path) -> bool:
-    """Whether a file begins as those of `torch.save` or of pickle do."""
+    """Whether a file starts like one of `torch.save` or pickle."""
     with path.open("rb") as file:
         start = file.read(4)
     return start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and len(start) > 1 and start[1] <= 5)
 
 
 def read_pickle(path: Path) -> Any:
-    """Return the content of a file of `torch.save`, of its format since 1.6 or of the one before.
+    """Return the content of a file of `torch.save`, in the format since PyTorch 1.6 or the one before.
 
     Args:
         path: the file.
 
     Returns:
-        What was saved: mappings, lists, numbers, texts, tensors on the CPU, and a :class:`Skipped` in the place of each
-        other object.
+        The saved mappings, lists, numbers, strings and tensors (on the CPU), with a :class:`Skipped` for every other
+        object.
 
     Raises:
-        CodeError: if a function would have been called, such as `os.system`.
-        ValueError: if it is a TorchScript program, or its parts are compressed.
-        Exception: of any kind, if the bytes are damaged.
+        CodeError: if unpickling would call a function such as `os.system`.
+        ValueError: if it is a TorchScript program, or its zip entries are compressed.
+        Exception: of any type, if the file is damaged.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -117,7 +117,7 @@ def _from_zip(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> Any:
 
 
 def _from_stream(file: BinaryIO) -> Any:
-    """Read the format before PyTorch 1.6: five pickles, then the bytes of the storages, each after its length."""
+    """Read the format before PyTorch 1.6: five pickles, then the storages, each preceded by its length."""
     storages: dict[str, _Storage] = {}
 
     def load(saved: Any) -> "_Storage":
@@ -134,8 +134,8 @@ def _from_stream(file: BinaryIO) -> Any:
     limited = _Limited(file, _LARGEST_PICKLE)
     first = _Reader(limited, load).load()
     if first != _LEGACY_MAGIC:
-        return first  # a plain pickle, which may hold numbers but no tensors
-    _Reader(limited, load).load()  # the version of the format
+        return first  # a plain pickle without tensors
+    _Reader(limited, load).load()  # the format version
     system = _Reader(limited, load).load()
     if isinstance(system, dict) and not system.get("little_endian", True):
         raise ValueError("its numbers are big-endian; save it again on the usual kind of machine")
@@ -144,14 +144,14 @@ def _from_stream(file: BinaryIO) -> Any:
     for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         width = _width(storages[key].dtype)
-        left = _left(file)
+        left = _remaining_bytes(file)
         if not 0 <= count * width <= left:
             raise ValueError("it ends before its tensors do")
         storages[key].content = bytearray(file.read(count * width))
     return _built(content)
 
 
-def _left(file: BinaryIO) -> int:
+def _remaining_bytes(file: BinaryIO) -> int:
     here = file.tell()
     end = file.seek(0, io.SEEK_END)
     file.seek(here)
@@ -163,13 +163,13 @@ def _width(dtype: torch.dtype | None) -> int:
 
 
 class _Storage:
-    """The numbers that tensors are views of; in the older format they come after the tensors."""
+    """A tensor storage; in the older format its bytes follow the tensors."""
 
     def __init__(self, content: bytearray | None, dtype: torch.dtype | None) -> None:
         self.content, self.dtype = content, dtype
 
     def numbers(self, dtype: torch.dtype | None) -> Tensor:
-        """Return all numbers, (n,)."""
+        """Return all elements, (n,)."""
         dtype = dtype or self.dtype or torch.uint8
         if not self.content:
             return torch.empty(0, dtype=dtype)
@@ -177,19 +177,19 @@ class _Storage:
 
 
 class _Part(_Storage):
-    """A range of the numbers of another storage."""
+    """A range of another storage."""
 
     def __init__(self, whole: _Storage, offset: int, length: int) -> None:
         super().__init__(None, whole.dtype)
         self.whole, self.offset, self.length = whole, offset, length
 
     def numbers(self, dtype: torch.dtype | None) -> Tensor:
-        """Return the numbers of the range, (length,)."""
+        """Return the elements of the range, (length,)."""
         return self.whole.numbers(dtype).narrow(0, self.offset, self.length)
 
 
 class _View:
-    """A tensor that is built when its storage has been read."""
+    """A tensor that is built after its storage has been read."""
 
     def __init__(self, storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None) -> None:
         if not isinstance(storage, _Storage):
@@ -200,7 +200,7 @@ class _View:
         """Return the tensor.
 
         Raises:
-            ValueError: if it would repeat a small storage into a large one.
+            ValueError: if it would expand a small storage to a huge tensor.
         """
         numbers = self.storage.numbers(self.dtype)
         view = numbers.as_strided(tuple(self.size), tuple(self.stride), int(self.offset))
@@ -275,13 +275,13 @@ _STORAGES = {
 
 
 class _Limited:
-    """A stream of which a limited number of bytes can be read."""
+    """A stream that limits the number of bytes read."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self.file, self.left = file, limit
 
     def read(self, count: int = -1) -> bytes:
-        """Read so many bytes."""
+        """Read `count` bytes."""
         return self._taken(self.file.read(min(count, self.left + 1) if count >= 0 else self.left + 1))
 
     def readline(self) -> bytes:
@@ -299,10 +299,9 @@ _Unpickler: Any = pickle._Unpickler
 
 
 class _Reader(_Unpickler):  # type: ignore[misc]
-    """Unpickles without importing or calling anything that the file names.
+    """An unpickler that does not import or call anything named in the file.
 
-    It is the reader written in Python, since the other one reserves memory for whatever number of entries a file
-    claims to have.
+    It uses the pure-Python unpickler, since the C one allocates memory for any number of entries that a file claims.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(_Unpickler.dispatch)
@@ -314,7 +313,7 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         self._budget = _LARGEST_PICKLE
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name."""
+        """Return the replacement of a class or function name."""
         if (module, name) in _BUILDERS:
             return _BUILDERS[module, name]
         if module == "torch" and isinstance(found := torch.__dict__.get(name), torch.dtype):
@@ -329,11 +328,11 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         return self._kinds[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Return a storage of the file."""
+        """Return the storage with this persistent id."""
         return self._load_storage(pid)
 
     def get_extension(self, code: int) -> None:
-        """Refuse what is registered on one machine alone."""
+        """Reject extension codes, which are registered per machine."""
         raise ValueError("it names an extension of pickle's registry")
 
     def _made(self, kind: Any, arguments: Any, options: Any = None) -> Any:
@@ -341,7 +340,7 @@ class _Reader(_Unpickler):  # type: ignore[misc]
             return kind()
         if kind not in _BUILDERS.values() or options:
             raise ValueError("it calls what is no class")
-        # A large list may be named in a few bytes, so that building from it again and again would take long.
+        # A few bytes can refer to a large list again, so repeated builds from it could take very long.
         self._budget -= sum(len(one) for one in arguments if isinstance(one, (list, tuple, dict, set)))
         if self._budget < 0:
             raise ValueError("it holds more objects than a file of weights does")
@@ -412,7 +411,7 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 
 
 def _built(content: Any) -> Any:
-    """Return the content with its views built, of mappings and sequences up to a depth where weights may lie."""
+    """Build all views in nested mappings and sequences, up to the depth where weights can be."""
     done: dict[int, Any] = {}
 
     def build(value: Any, depth: int) -> Any:

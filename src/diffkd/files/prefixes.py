@@ -1,4 +1,4 @@
-"""What the names of weights begin with in the files of trainers and wrappers, found from the network's own names."""
+"""Name prefixes of weights in files of trainers and wrappers, found by matching the network's own names."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from diffkd.files.weights import Contents, choose_key, is_averaged, listed, without_wrappers
+from diffkd.files.weights import Contents, choose_key, format_names, is_averaged, without_wrappers
 
-# Parts of names that wrappers add in the middle too.
+# Name parts that wrappers add, also in the middle of names.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 UNINITIALIZED = (UninitializedParameter, UninitializedBuffer)
-"""Entries of lazy modules, which have no shape yet."""
+"""Types of uninitialised entries of lazy modules, which have no shape yet."""
 
 
 def best_prefix(
     path: str | Path, own: Mapping[str, Any], contents: Contents, key: str | None
 ) -> tuple[tuple[str, str, dict[str, Tensor]], tuple[str, ...]]:
-    """Return (prefix in the file, prefix to add, weights without it), and other prefixes that fit as well."""
-    tensors = cleaned(own, contents.tensors)
+    """Return (prefix in the file, prefix to add, weights without it), and other prefixes that fit equally well."""
+    tensors = without_wrapper_parts(own, contents.tensors)
     targets = {added: {name.removeprefix(added) for name in own} for added in _common_beginnings(own)}
     votes: dict[tuple[str, str], list[str]] = {}
     for name in tensors:
@@ -43,7 +43,7 @@ def best_prefix(
             known = sorted(likely | set(contents.keys) - {""})
             if key in contents.keys:
                 return (key, "", without_wrappers(contents.under(key))), ()
-            there = f"; there are {listed(known)}" if known else ""
+            there = f"; there are {format_names(known)}" if known else ""
             raise ValueError(f"{path} has no weights under the key {key!r}{there}")
         votes = kept
     if not votes:
@@ -74,14 +74,14 @@ def best_prefix(
     elif len(prefixes) > 1 and (prefixes[0] != "" or averaged):
         raise ValueError(
             f"{path} holds several weights that fit: give the key of one, --teacher_weights_key or "
-            f"--student_weights_key, {listed(prefixes)}"
+            f"--student_weights_key, {format_names(prefixes)}"
         )
     others = tuple(one for one in prefixes if one != pick) if averaged else ()
     return (pick, found[pick][0], inside(pick)), others
 
 
 def _distinct(found: Mapping[str, tuple[str, dict[str, Tensor]]]) -> list[str]:
-    """Return the prefixes less those that lead to the same values as an earlier one."""
+    """Return the prefixes without those whose weights equal those of an earlier one."""
     kept: list[str] = []
     for prefix, (_, weights) in found.items():
         if not any(_same(weights, found[other][1]) for other in kept):
@@ -97,7 +97,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _common_beginnings(names: Mapping[str, Any]) -> list[str]:
-    """Return "" and what all names begin with, part by part: those of a network inside of others."""
+    """Return "" and the common prefixes of all names, part by part, for a network nested in others."""
     parts = [name.split(".")[:-1] for name in names]
     found = [""]
     for level in zip(*parts, strict=False):
@@ -108,15 +108,15 @@ def _common_beginnings(names: Mapping[str, Any]) -> list[str]:
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Yield the ways to split a name into a prefix, of at most a dozen parts, and a rest."""
+    """Yield all splits of a name into a prefix, of at most a dozen parts, and a rest."""
     yield "", name
     parts = name.split(".", 12)
     for count in range(1, len(parts)):
         yield ".".join(parts[:count]), ".".join(parts[count:])
 
 
-def cleaned(own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take out of the names what wrappers have added, unless the network has such parts itself."""
+def without_wrapper_parts(own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove name parts added by wrappers, unless the network's own names have them."""
     used = {part for name in own for part in name.split(".")}
     added = [part for part in _WRAPPERS if part not in used]
     found: dict[str, Tensor] = {}
@@ -128,7 +128,7 @@ def cleaned(own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, 
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
-    """Return the shape of an entry; None if it has none yet."""
+    """Return the shape of an entry; None for an uninitialised one."""
     if isinstance(value, UNINITIALIZED) or not isinstance(value, Tensor):
         return None
     return tuple(value.shape)

@@ -1,4 +1,4 @@
-"""The folder of a run: names of its files, when it may be written, and whether a resumed run is the same run."""
+"""The folder of a run: its file names, whether it may be written, and whether a resumed run has the same config."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ from diffkd.files.config import describe, differences
 from diffkd.files.lock import LOCK
 from diffkd.files.weights import write_text
 
-# What may change between the parts of one run without changing what is trained.
+# Values that may change on resume without changing the training.
 _FREE = {
     "out",
     "resume",
@@ -28,7 +28,7 @@ _FREE = {
 
 
 class RunFolder:
-    """Names the files of a run.
+    """The paths of a run's files.
 
     Args:
         path: the folder.
@@ -44,20 +44,20 @@ class RunFolder:
         self.result = self.path / "result.json"
 
     def check(self, config: Mapping[str, Any], *, resume: bool) -> dict[str, Any] | None:
-        """See whether a run may be started or resumed here, changing nothing.
+        """Check whether a run may be started or resumed here, without changing anything.
 
-        What a run leaves that ended before its first checkpoint does not count: there is nothing to lose.
+        Files of a run that ended before its first checkpoint are ignored, since no work would be lost.
 
         Args:
             config: the run's values by name.
-            resume: go on with what is there.
+            resume: continue the run in the folder.
 
         Returns:
             The result of the run if it is finished, None otherwise.
 
         Raises:
-            FileExistsError: if the folder is not empty and `resume` is off, or what is in it is no run.
-            ValueError: if the run there was started with other values.
+            FileExistsError: if the folder is not empty and `resume` is off, or it does not contain a run.
+            ValueError: if the run was started with other values.
         """
         if not self._holds_work():
             return None
@@ -77,12 +77,12 @@ class RunFolder:
         return result
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Make the folder, and record the run's values.
+        """Create the folder, and record the run's values.
 
         Raises:
-            OSError: if that cannot be written.
+            OSError: if they cannot be written.
         """
-        text = yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(to_yaml_values(config), sort_keys=False, allow_unicode=True)
         write_text(self.config, text)
 
     def finish(self, result: Mapping[str, Any]) -> None:
@@ -100,10 +100,10 @@ class RunFolder:
 
 
 def changed_values(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Name the values in which two configurations differ, as "lr is 0.1 there, 0.2 here".
+    """List the differences between two configs, as "lr is 0.1 there, 0.2 here".
 
-    What does not change the training, such as the device, is left out. An option of a class that came after the run
-    was started, and which it therefore has not recorded, had its default there; a switch was off.
+    Values that do not change the training, such as the device, are left out. An option that did not exist when the run
+    was started is not recorded and counts as its default; a switch counts as off.
     """
     there, here = ({key: value for key, value in one.items() if key not in _FREE} for one in (stored, given))
     found = differences(_with_later_options(there, here), here, same=_same)
@@ -111,7 +111,7 @@ def changed_values(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[
 
 
 def _with_later_options(stored: Any, given: Any) -> Any:
-    """Return what is stored, with those options of its classes that only `given` has, where they are at the default."""
+    """Add to a stored config the class options that only `given` has, if they have their default value."""
     if isinstance(stored, list) and isinstance(given, (list, tuple)) and len(stored) == len(given):
         return [_with_later_options(one, other) for one, other in zip(stored, given, strict=True)]
     if not isinstance(stored, Mapping) or not isinstance(given, Mapping):
@@ -125,33 +125,37 @@ def _with_later_options(stored: Any, given: Any) -> Any:
     ):
         later = {key: value for key, value in chosen.items() if key not in options}
         defaults = _defaults(str(stored["class_path"])) if later else {}
-        options |= {key: value for key, value in later.items() if key in defaults and defaults[key] == plain(value)}
+        options |= {
+            key: value for key, value in later.items() if key in defaults and defaults[key] == to_yaml_values(value)
+        }
     return filled
 
 
 def _defaults(class_path: str) -> dict[str, Any]:
-    """Return the plain default of each argument of a class; {} of one that cannot be imported."""
+    """Return the default of each argument of a class as plain data; {} if it cannot be imported."""
     module, _, name = class_path.rpartition(".")
     try:
         parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     except (ImportError, AttributeError, ValueError, TypeError):
         return {}
-    return {name: plain(describe(one.default)) for name, one in parameters.items() if one.default is not one.empty}
+    return {
+        name: to_yaml_values(describe(one.default)) for name, one in parameters.items() if one.default is not one.empty
+    }
 
 
 def _same(there: Any, here: Any) -> bool:
-    """Whether two values are the same, those of a list of mappings too; a key that is missing there stands for off."""
+    """Whether two values are equal, also within lists of mappings; a missing key counts as off."""
     if isinstance(there, (list, tuple)) and isinstance(here, (list, tuple)):
         return len(there) == len(here) and all(map(_same, there, here))
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         return all(_same(there.get(key), here.get(key)) for key in {**there, **here})
-    return bool(plain(there) == plain(here)) or (there is None and here is False)
+    return bool(to_yaml_values(there) == to_yaml_values(here)) or (there is None and here is False)
 
 
-def plain(value: Any) -> Any:
-    """Return `value` as YAML gives it back: sequences as lists, paths as text."""
+def to_yaml_values(value: Any) -> Any:
+    """Return `value` as after a YAML round trip: sequences as lists, paths as strings."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_yaml_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_yaml_values(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""Weights as files: read as data, never as code; written whole or not at all."""
+"""Files of weights: read as data, never as code; written atomically."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from diffkd.files.pickles import CodeError, Skipped, looks_like_pickle, read_pic
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.(safetensors|bin)$")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHOLE_FILES = ("model.safetensors", *_INDEXES, "pytorch_model.bin")
-"""Names of the weights in a folder of transformers, the preferred first."""
-# Parts of a checkpoint in which no weights of a network lie.
+"""Weight file names in a transformers folder, the preferred first."""
+# Parts of a checkpoint that contain no weights of a network.
 _NO_WEIGHTS = re.compile(
     r"optim|sched|scaler|rng|random_state|hyper_param|hparams|callbacks|^loops$|^config$|^args$|^opt$"
 )
@@ -44,11 +44,11 @@ _STARTS = {
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of a file, and what else it holds.
+    """The tensors of a file and its other contents.
 
     Attributes:
-        tensors: by their names, those inside of mappings with the mappings' keys in front: "state_dict.conv.weight".
-        keys: of the mappings that hold tensors themselves, "" for the file as a whole.
+        tensors: by name, prefixed with the keys of the mappings that contain them: "state_dict.conv.weight".
+        keys: keys of the mappings that directly contain tensors, "" for the file as a whole.
         skipped: "args (argparse.Namespace)" for each object that was not read.
     """
 
@@ -57,7 +57,7 @@ class Contents:
     skipped: tuple[str, ...] = ()
 
     def under(self, key: str) -> dict[str, Tensor]:
-        """Return the tensors whose names begin with a key, without it."""
+        """Return the tensors whose names begin with a key, with the key removed."""
         prefix = f"{key}." if key else ""
         return {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
 
@@ -66,19 +66,19 @@ def read_weights(path: str | Path, *, as_saved: bool = False, key: str | None = 
     """Read a file of tensors: safetensors, or a PyTorch file without running any code in it.
 
     Args:
-        path: safetensors, or what `torch.save` or pickle wrote: a state dict, bare or inside of other mappings, as
-            trainers save them. Objects beside the tensors are skipped. Or the index of several files of transformers.
-        as_saved: leave the names as they are. Otherwise the prefixes "module." (DistributedDataParallel) and
-            "_orig_mod." (`torch.compile`) are taken off if every name has them.
-        key: of the mapping to take, such as "state_dict_ema", where there are several. None: the only one; of those of
-            a training and their average, the average.
+        path: safetensors, or what `torch.save` or pickle wrote: a state dict, alone or nested in other mappings, as
+            trainers save them; other objects are skipped. Or the index of a sharded transformers model.
+        as_saved: keep the names unchanged. Otherwise the prefixes "module." (DistributedDataParallel) and "_orig_mod."
+            (`torch.compile`) are removed if every name has them.
+        key: key of the mapping to read, such as "state_dict_ema", if there are several. None: the only one; of raw and
+            averaged (EMA) weights, the averaged ones.
 
     Returns:
         Tensors by name, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, of another kind, or would run code, or holds several state dicts; the
+        ValueError: if the file is truncated, has another format, would run code, or contains several state dicts; the
             message lists their keys.
     """
     contents = read_contents(path)
@@ -89,14 +89,14 @@ def read_weights(path: str | Path, *, as_saved: bool = False, key: str | None = 
 
 
 def read_contents(path: str | Path) -> Contents:
-    """Read all tensors of a file, whatever mappings they lie in, and name what else it holds.
+    """Read all tensors of a file from any nested mappings, and list its other contents.
 
     Args:
         path: as for :func:`read_weights`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, of another kind, or would run code.
+        ValueError: if the file is truncated, has another format, or would run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,14 +134,14 @@ def read_contents(path: str | Path) -> Contents:
 
 
 def choose_key(path: str | Path, keys: Collection[str], key: str | None = None) -> str:
-    """Return the key of the mapping that holds the weights.
+    """Return the key of the mapping that contains the weights.
 
     Raises:
-        ValueError: if there is no such key, or there are several and none is given.
+        ValueError: if there is no such key, or there are several and `key` is None.
     """
     if key is not None:
         if key not in keys:
-            raise ValueError(f"{path} has no weights under the key {key!r}; there are {listed(keys)}")
+            raise ValueError(f"{path} has no weights under the key {key!r}; there are {format_names(keys)}")
         return key
     if len(keys) == 1 or "" in keys:
         return "" if "" in keys else next(iter(keys))
@@ -149,12 +149,12 @@ def choose_key(path: str | Path, keys: Collection[str], key: str | None = None) 
     averaged = [one for one in keys if is_averaged(one)]
     found = averaged if averaged else usual
     if len(found) != 1 or len(usual) > 1:
-        raise ValueError(f"{path} holds several state dicts: give one of their keys, {listed(keys)}")
+        raise ValueError(f"{path} holds several state dicts: give one of their keys, {format_names(keys)}")
     return found[0]
 
 
 def is_averaged(key: str) -> bool:
-    """Whether a key names the running average of weights.
+    """Whether a key names averaged (EMA) weights.
 
     >>> is_averaged("state_dict_ema"), is_averaged("schema")
     (True, False)
@@ -162,8 +162,8 @@ def is_averaged(key: str) -> bool:
     return _AVERAGED.search(key) is not None
 
 
-def listed(names: Collection[str], count: int = 8) -> str:
-    """Return names for a message, quoted, the first of many."""
+def format_names(names: Collection[str], count: int = 8) -> str:
+    """Return quoted names for a message, at most `count` of them."""
     shown = ", ".join(repr(_short(name)) for name in list(names)[:count])
     return shown if len(names) <= count else f"{shown} and {len(names) - count} more"
 
@@ -173,7 +173,7 @@ def _short(name: str) -> str:
 
 
 def _read_file(path: Path) -> Any:
-    """Return what a single file holds."""
+    """Return the content of a single file."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
@@ -182,11 +182,11 @@ def _read_file(path: Path) -> Any:
         raise ValueError(f"{path} {found}")
     if start[257:262] == b"ustar":
         raise ValueError(f"{path} is a tar archive: unpack it first, and give the file of weights in it")
-    # A header of safetensors begins with its length, which may look like anything.
+    # A safetensors header begins with its length, which can look like any other format.
     if start[8:9] == b"{" or (path.suffix == ".safetensors" and not looks_like_pickle(path)):
         try:
             return load_file(path)
-        except Exception as error:  # its own, and of the bytes in the header
+        except Exception as error:  # safetensors' own errors, and decoding errors of the header
             raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or save it again") from error
     return _read_pickle(path)
 
@@ -199,7 +199,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path} cannot be read as plain weights: it would run {error}, and files are never run; take it from a "
             "source that you trust, and save its state dict with torch.save(model.state_dict(), ...) or as safetensors"
         ) from error
-    except Exception as error:  # whatever the broken or hostile bytes lead to
+    except Exception as error:  # damaged or malicious bytes can raise anything
         known = type(error) is ValueError and str(error).startswith(("it ", "its "))
         reason = str(error) if known else "it is damaged"
         raise ValueError(
@@ -209,7 +209,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _read_shards(index: Path) -> Contents:
-    """Read the files that an index of transformers lists, which lie beside it."""
+    """Read the shards listed in a transformers index, which are in the same folder."""
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted({str(name) for name in entries.values()})
@@ -224,7 +224,7 @@ def _read_shards(index: Path) -> Contents:
 
 
 def shard_hint(path: str | Path) -> str:
-    """Return what to do if a file is one of several of a model, "" if it is not."""
+    """Return advice if a file is one shard of a model, "" if it is not."""
     path = Path(path)
     if not _SHARD.search(path.name):
         return ""
@@ -232,7 +232,7 @@ def shard_hint(path: str | Path) -> str:
 
 
 def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the wrappers' prefixes "module." and "_orig_mod." off, if all names have them."""
+    """Remove the wrappers' prefixes "module." and "_orig_mod.", if all names have them."""
     for prefix in ("module.", "_orig_mod.", "module."):
         if weights and all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
@@ -240,10 +240,10 @@ def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_student(student: nn.Module, path: str | Path, card: Mapping[str, Any] | None = None) -> Path:
-    """Save exactly the student's own state as safetensors, and a JSON card beside it.
+    """Save exactly the student's own state dict as safetensors, and a JSON card beside it.
 
     Args:
-        student: a plain model; a `torch.compile` or DistributedDataParallel wrapper is taken off.
+        student: a plain model; a `torch.compile` or DistributedDataParallel wrapper is removed.
         path: ends in `.safetensors`; the card is written beside it as `.json`.
         card: JSON-serialisable facts about the student (how to build it, what it was trained on, its metrics).
 
@@ -251,8 +251,8 @@ def save_student(student: nn.Module, path: str | Path, card: Mapping[str, Any] |
         The path of the weights.
 
     Raises:
-        ValueError: if `path` does not end in `.safetensors`, or the student's state holds more than tensors.
-        OSError: if the file cannot be written; an earlier file of that name is then still whole.
+        ValueError: if `path` does not end in `.safetensors`, or the student's state dict contains more than tensors.
+        OSError: if the file cannot be written; an existing file of that name is then unchanged.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -271,7 +271,7 @@ def save_student(student: nn.Module, path: str | Path, card: Mapping[str, Any] |
 
 
 def check_savable(student: nn.Module) -> None:
-    """Raise ValueError, naming the first, if entries of a model's state are no dense tensors, as safetensors holds."""
+    """Raise ValueError for the first state dict entry that is not a dense tensor, which safetensors cannot store."""
     for name, value in unwrap(student).state_dict().items():
         if not isinstance(value, Tensor):
             what, mend = f"a {type(value).__name__}", "let get_extra_state return a tensor, or keep it out of the state"
@@ -297,19 +297,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, as :func:`write_whole` does."""
+    """Write a text file atomically, as :func:`write_whole` does."""
     write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that whatever happens, `path` holds either its old content or all of the new.
+    """Write a file atomically: `path` always has either its old or its complete new content.
 
     Args:
-        path: the file; its folder is made.
+        path: the file; its folder is created.
         write: writes the content to the path it is given.
 
     Raises:
-        OSError: if writing fails (disk full, no permission), naming the path; what was there before stays.
+        OSError: if writing fails (disk full, no permission), naming the path; the old content is kept.
     """
     temporary = None
     try:
@@ -318,7 +318,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # afterwards, since safetensors makes the file anew, for its owner alone
+        temporary.chmod(0o666 & ~_umask())  # afterwards, since safetensors recreates the file with owner-only access
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -25,7 +25,7 @@ _DEFAULTS: dict[str, Any] = {
     "use_ae": False,
     "ae_channels": None,
 }
-# A layer's name may hold any of the first words ("backbone.model.layer4"), so that the second is looked at too.
+# A layer's name may contain any of the first words ("backbone.model.layer4"), so the second is checked too.
 _MODULE_ENTRY = re.compile(
     r"_diff\.(.+)\.((?:trans|model\.(?:pred|time_embedding)|proj\.\d|ae\.(?:en|de)coder|noise_adapter\.(?:feat|pred))\..+)"
 )
@@ -40,11 +40,11 @@ def from_official(
         config: the authors' argument names: `student_channels`, `teacher_channels`, and optionally `kernel_size` (3 for
             maps, 1 for vectors), `inference_steps`, `num_train_timesteps`, `use_ae`, `ae_channels` (None: half of the
             teacher's).
-        state_dict: parameters and buffers under the authors' names; None: fresh ones.
-        distance: d of Eq. 7, None for the mean squared error. The authors' code takes the KL divergence for logits.
+        state_dict: parameters and buffers under the authors' names; None: newly initialised.
+        distance: d of Eq. 7, None for the mean squared error. The authors' code uses the KL divergence for logits.
 
     Returns:
-        A DiffKD of the "code" variant, in float32 or the type of the state's parameters.
+        A DiffKD of the "code" variant, in float32 or the dtype of the state's parameters.
 
     Raises:
         ValueError: if an argument is unknown, missing or unsupported, or the parameters do not fit exactly.
@@ -92,7 +92,8 @@ def load_official_state(model: DiffKD, state_dict: Mapping[str, Tensor]) -> None
     floating = [value for value in theirs.values() if value.is_floating_point()]
     if floating:
         model.to(floating[0].dtype)
-    # Vectors are 1x1 convolutions on 1x1 maps there, matrix products here: (out, in, 1, 1) becomes (out, in).
+    # For vectors the authors use 1x1 convolutions on 1x1 maps, this package linear layers: (out, in, 1, 1) becomes
+    # (out, in).
     reshaped = {name: value.reshape(own[name].shape) for name, value in theirs.items()}
     model.load_state_dict({name: reshaped.get(name, own[name]) for name in own})
 
@@ -101,7 +102,7 @@ def to_official_state(model: DiffKD) -> dict[str, Tensor]:
     """Return parameters and buffers of `model` under the authors' names and in their shapes, detached.
 
     Raises:
-        ValueError: if its denoiser is another than the authors'.
+        ValueError: if its denoiser is not the authors'.
     """
     if not isinstance(model.denoiser, Denoiser):
         raise ValueError(f"the authors' code has no place for the denoiser {type(model.denoiser).__name__}")
@@ -123,18 +124,18 @@ def their_name(name: str) -> str:
 def split_checkpoint(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, DiffKD]]:
     """Split a student's state dict of the authors' code into the plain student and its DiffKD modules.
 
-    That code hangs the modules into the student as `_diff.<layer>`. Their configuration is read off the shapes; the
-    number of inference steps leaves no trace, so that 5, the code's default, is assumed.
+    The authors' code stores the modules in the student as `_diff.<layer>`. Their configuration is inferred from shapes;
+    the number of inference steps is not stored, so 5, the code's default, is assumed.
 
     Args:
-        state_dict: as the authors' training saves it, with or without the "module." prefix of DistributedDataParallel.
+        state_dict: as saved by the authors' training, with or without the "module." prefix of DistributedDataParallel.
 
     Returns:
         `(student, modules)`: the student's own entries, and a DiffKD by teacher layer name. Without such modules all
-        entries are the student's, as they are.
+        entries are returned unchanged as the student's.
 
     Raises:
-        ValueError: if the entries of a module are incomplete, or not of a DiffKD module.
+        ValueError: if the entries of a module are incomplete or do not belong to a DiffKD module.
     """
     plain = {re.sub(r"^(module\.)+", "", name): value for name, value in state_dict.items()}
     if not any(name.startswith("_diff.") for name in plain):

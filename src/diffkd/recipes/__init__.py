@@ -1,4 +1,4 @@
-"""Recipes: the values of published trainings, one file each, for `diffkd fit`."""
+"""Recipes: YAML files with the values of published trainings, for `diffkd fit`."""
 
 from importlib.resources import files
 from pathlib import Path

@@ -1,9 +1,8 @@
-"""What a file may name: recipes, a run's values and cards are data, and run no code that nobody at hand has named.
+"""Which classes and code a file may name: recipes, run configs and cards are data and run no untrusted code.
 
-A file of values names classes, and the command line's parser imports and calls what it reads. So everything that a file
-names is judged before the parser sees the file: classes of the known packages that are of the kind that their place is
-for, and code of the user's own that the words of the command line name, or `--trust`. What the words themselves say is
-the user's, and not judged.
+A config file names classes, which the command line's parser imports and calls. So every name in a file is checked
+before the parser reads the file. Allowed are classes of known packages whose type matches the option, and the user's
+own code if it is named on the command line, directly or by `--trust`. Names on the command line itself are not checked.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
-# Where the classes are that these options name without their module, and what they are kinds of.
+# Modules and base classes of the classes that these options name without their module.
 HOMES = {
     "data": ("diffkd.data", "LightningDataModule"),
     "method": ("diffkd.methods", "Module"),
@@ -30,9 +29,9 @@ HOMES = {
 }
 
 PACKAGES = ("diffkd", "torch", "timm", "torchvision", "transformers", "segmentation_models_pytorch")
-"""Whose classes a file may name."""
+"""Packages whose classes a file may name."""
 
-# Functions that a file may name too: the distances of this package.
+# Functions that a file may name: the distances of this package.
 _FUNCTIONS = tuple(
     f"diffkd.diffusion.distances.{name}" for name in ("attention_mse", "dist", "kl_by_position", "kl_divergence", "mse")
 )
@@ -41,26 +40,26 @@ _CALLED = ("class_path", "method", "optimizer", "data", "pairs", "denoiser", "di
 _PLAIN = (str, int, float, bool, bytes, type(None), Path, PathLike)
 
 Leaves = tuple[Any, ...] | None
-"""The types that a value may have, of unions and containers those inside; None: unknown."""
+"""The types that a value may have, with unions and containers replaced by their members; None: unknown."""
 
 
 class UsageError(Exception):
-    """The words of the command line do not fit the command."""
+    """The command line arguments are not valid for the command."""
 
 
 class Trust:
-    """Files and modules of the user's own whose code may run.
+    """The user's files and modules whose code may run.
 
     Args:
-        names: each a file such as `nets.py`, or a module or package such as `mine`.
+        names: files such as `nets.py`, or modules or packages such as `mine`.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
         self.names = list(dict.fromkeys(names))
         self._files = {Path(name).expanduser().resolve() for name in self.names if _is_file_name(name)}
 
-    def believes(self, source: str) -> bool:
-        """Return whether a file or module, or a package around it, is among those trusted."""
+    def includes(self, source: str) -> bool:
+        """Return whether a file or module, or a package that contains it, is trusted."""
         if _is_file_name(source):
             file = Path(source).expanduser().resolve()
             return file in self._files or file in {_file_of(name) for name in self.names if not _is_file_name(name)}
@@ -71,10 +70,10 @@ class Trust:
 
 
 def take_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words of a command line without `--trust NAME`, and the names.
+    """Return the command line without `--trust NAME`, and the names.
 
     Raises:
-        UsageError: if a name is missing, is that of no file, or is a module of Python's own.
+        UsageError: if a name is missing, does not exist, or is a module of the standard library.
     """
     kept, names = [], []
     rest = iter(words)
@@ -95,7 +94,7 @@ def take_trust(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def code_of_model(name: Any) -> str | None:
-    """Return the file or module that a model's name would run, None for a model of a known library.
+    """Return the file or module that a model's name refers to, None for a model of a known library.
 
     >>> code_of_model("own/nets.py:small"), code_of_model("mine.nets:small"), code_of_model("timm/resnet18")
     ('own/nets.py', 'mine.nets', None)
@@ -107,7 +106,7 @@ def code_of_model(name: Any) -> str | None:
 
 
 def named_code(words: Sequence[str]) -> list[str]:
-    """Return the files and modules of the user's own that the words of a command line name."""
+    """Return the user's files and modules named on a command line."""
     found: list[str] = []
     for option, text in _options(words):
         key, _, rest = option.partition(".")
@@ -120,7 +119,7 @@ def named_code(words: Sequence[str]) -> list[str]:
 
 
 def given_value(words: Sequence[str], name: str) -> Any:
-    """Return the value of an option that the words give last, themselves or in a file; None if they do not."""
+    """Return the last value of an option on the command line or in its config files; None if it is not given."""
     found = None
     for option, text in _options(words):
         if option == name:
@@ -131,14 +130,14 @@ def given_value(words: Sequence[str], name: str) -> Any:
 
 
 def own_code(values: Mapping[str, Any]) -> list[str]:
-    """Return the files and modules of the user's own that the values of a run name."""
+    """Return the user's files and modules named in the values of a run."""
     found = [source for name in _MODELS if (source := code_of_model(values.get(name)))]
     found.extend(_code_in({key: value for key, value in values.items() if key in _CALLED}, False))
     return [name for name in dict.fromkeys(found) if "__main__" not in name and "<" not in name]
 
 
 def trust_words(names: Iterable[str]) -> str:
-    """Return the options that trust files and modules, each after a space.
+    """Return the `--trust` options for files and modules, each after a space.
 
     >>> trust_words(["nets.py", "mine"])
     ' --trust nets.py --trust mine'
@@ -147,12 +146,12 @@ def trust_words(names: Iterable[str]) -> str:
 
 
 class Gate:
-    """Judges what the files on a command line name, before anything is imported or built.
+    """Checks the names in the config files of a command line, before anything is imported or built.
 
     Args:
-        function: whose arguments the values are.
-        trust: code of the user's own that may run.
-        resume: whether a run is to be resumed, for which messages then show the command.
+        function: the function whose arguments the values are.
+        trust: the user's code that may run.
+        resume: whether a run is resumed; messages then show the command to resume it.
     """
 
     def __init__(self, function: Callable[..., Any], trust: Trust, *, resume: bool = False) -> None:
@@ -165,10 +164,10 @@ class Gate:
         self._inside: list[Path] = []
 
     def check_words(self, words: Sequence[str]) -> None:
-        """Judge all files of values that the words name, in their order.
+        """Check all config files on the command line, in order.
 
         Raises:
-            UsageError: if a file names what it may not.
+            UsageError: if a file contains a name that is not allowed.
         """
         for option, text in _options(words):
             key, _, rest = option.partition(".")
@@ -177,7 +176,7 @@ class Gate:
                     raise UsageError(f"--config: {text} is no file that can be read twice; save it as a file first")
                 values = _content(text) if _exists(text) else _as_yaml(text)
                 if not isinstance(values, Mapping):
-                    continue  # of which the parser complains
+                    continue  # reported by the parser
                 if _exists(text):
                     self.check(values, text)
                 else:
@@ -195,14 +194,14 @@ class Gate:
                     self._note({key: _as_yaml(text)})
 
     def check(self, values: Mapping[str, Any], source: str) -> None:
-        """Judge values by name.
+        """Check values given by option name.
 
         Args:
-            values: as a file holds them.
+            values: the content of a file.
             source: the file, for messages.
 
         Raises:
-            UsageError: if they name what a file may not.
+            UsageError: if they contain a name that is not allowed in a file.
         """
         self._source = source
         for name, value in values.items():
@@ -215,16 +214,16 @@ class Gate:
             self._check({rest: value} if dot else value, self._hints.get(key), key, option=key)
 
     def check_models(self, values: Mapping[str, Any]) -> None:
-        """Judge the models that are to be built, by option.
+        """Check the model names of a run, by option.
 
         Raises:
-            UsageError: if one of them is code of somebody's own that only a file names.
+            UsageError: if one of them is custom code that is named only in a file.
         """
         for option, name in values.items():
             code = code_of_model(name)
-            if code is not None and not self.trust.believes(code):
+            if code is not None and not self.trust.includes(code):
                 self._source = self._models.get(option, ("", "a file"))[1]
-                raise UsageError(self._foreign(name, option, code))
+                raise UsageError(self._untrusted_message(name, option, code))
 
     def _check(self, value: Any, leaves: Leaves, where: str, option: str = "", around: tuple[int, ...] = ()) -> None:
         if id(value) in around:
@@ -236,7 +235,7 @@ class Gate:
             if isinstance(parsed, (list, Mapping)):
                 self._check(parsed, leaves, where, option, around)
             elif leaves is None or any(_imports(leaf) for leaf in leaves):
-                self._keep(option, self._judge(value.strip(), leaves, where))
+                self._keep(option, self._check_name(value.strip(), leaves, where))
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 self._check(item, leaves, f"{where}[{index}]", "", (*around, id(value)))
@@ -244,12 +243,12 @@ class Gate:
             self._check_mapping(value, leaves, where, option, (*around, id(value)))
 
     def _files_named(self, text: str) -> list[Path]:
-        """Return the files that a text in a file may mean: beside that file, and here."""
+        """Return the files that a string in a file may refer to, relative to that file or to the working directory."""
         named = [str(Path(self._source).parent / text), text]
         return [Path(name) for name in dict.fromkeys(named) if _exists(name) and not Path(name).is_dir()]
 
     def _check_file(self, file: Path, leaves: Leaves, where: str) -> None:
-        """Judge a file of values that is itself a value."""
+        """Check a config file that is the value of an option."""
         if not file.is_file():
             raise UsageError(f"{where}: {file} is no file that can be read twice; save it as a file first")
         if file.resolve() in self._inside:
@@ -265,7 +264,7 @@ class Gate:
     ) -> None:
         kind = self._classes.get(option) or _dataclass_in(leaves)
         if isinstance(path := value.get("class_path"), str):
-            kind = self._judge(path.strip(), leaves, where)
+            kind = self._check_name(path.strip(), leaves, where)
             self._keep(option, kind)
         fields = self._fields(kind)
         for name, item in value.items():
@@ -273,7 +272,7 @@ class Gate:
             key = key.rstrip("+")
             item = {rest: item} if dot else item
             if key in ("init_args", "dict_kwargs") and isinstance(item, Mapping):
-                # The class stays known, so that its arguments are judged by their types.
+                # The class is kept, so that its arguments are checked by their types.
                 for inner, argument in item.items():
                     first, inner_dot, inner_rest = str(inner).partition(".")
                     first = first.rstrip("+")
@@ -284,37 +283,37 @@ class Gate:
             elif not isinstance(name, str) or dot or not isinstance(item, str):
                 self._check(item, None, where, "", around)
             elif name != "class_path":  # "class_path+"
-                self._judge(item.strip(), leaves, where)
+                self._check_name(item.strip(), leaves, where)
 
-    def _judge(self, name: str, leaves: Leaves, where: str) -> Any:
-        """Return the class of a name, None where the parser finds it or misses it itself; raise if it may not be."""
+    def _check_name(self, name: str, leaves: Leaves, where: str) -> Any:
+        """Return the class of a name, None if the parser resolves or reports it itself; raise if it is not allowed."""
         parts = name.split(".")
         if not all(part.isidentifier() for part in parts) or name in _FUNCTIONS:
             return None
         if len(parts) == 1:
             return _short(name, where)
-        trusted = not _is_pythons(name) and self.trust.believes(".".join(parts[:-1]))
+        trusted = not _is_pythons(name) and self.trust.includes(".".join(parts[:-1]))
         if not trusted and parts[0] not in PACKAGES:
             if not _importable(parts[0]):
                 return None
-            raise UsageError(self._foreign(name, where, ".".join(parts[:-1])))
+            raise UsageError(self._untrusted_message(name, where, ".".join(parts[:-1])))
         if any(part.startswith("__") for part in parts):
-            raise UsageError(self._wrong(name, where, "no class", leaves))
+            raise UsageError(self._wrong_kind_message(name, where, "no class", leaves))
         try:
             thing = _resolve(parts)
         except (ImportError, AttributeError):
             return None
         if not isinstance(thing, type):
-            if trusted and inspect.isfunction(thing) and self.trust.believes(thing.__module__):
+            if trusted and inspect.isfunction(thing) and self.trust.includes(thing.__module__):
                 return None
             article = "a module" if inspect.ismodule(thing) else "a function" if callable(thing) else "no class"
-            raise UsageError(self._wrong(name, where, article, leaves))
-        if trusted and self.trust.believes(thing.__module__):
+            raise UsageError(self._wrong_kind_message(name, where, article, leaves))
+        if trusted and self.trust.includes(thing.__module__):
             return thing
         anything = leaves is None or Any in leaves
         fits = issubclass(thing, _kinds(leaves)) or (anything and _is_ours(thing))
         if not fits or not (trusted or thing.__module__.partition(".")[0] in PACKAGES):
-            raise UsageError(self._wrong(name, where, "a class of another kind", leaves))
+            raise UsageError(self._wrong_kind_message(name, where, "a class of another kind", leaves))
         return thing
 
     def _fields(self, kind: Any) -> dict[str, Leaves]:
@@ -327,13 +326,13 @@ class Gate:
             self._classes[option] = kind
 
     def _note(self, values: Mapping[str, Any]) -> None:
-        """Note the classes that words of the command line name, which are not judged."""
+        """Record the classes named on the command line, which are not checked."""
         for key, value in values.items():
             path = value.get("class_path") if isinstance(value, Mapping) else value
             if isinstance(path, str) and key in HOMES:
                 self._classes[key] = path if "." in path else _short(path, key)
 
-    def _foreign(self, name: str, where: str, code: str) -> str:
+    def _untrusted_message(self, name: str, where: str, code: str) -> str:
         start = f"{self._source}: {where} names {name!r}, which is of none of {', '.join(PACKAGES)}"
         if _is_pythons(code):
             return f"{start}; a file is data, and runs no other code: name a class of these"
@@ -342,7 +341,7 @@ class Gate:
             mend += f": diffkd fit {shlex.quote(self._source)} --resume{trust_words([code])}"
         return f"{start}; a file is data, and runs no other code: {mend}"
 
-    def _wrong(self, name: str, where: str, what: str, leaves: Leaves) -> str:
+    def _wrong_kind_message(self, name: str, where: str, what: str, leaves: Leaves) -> str:
         kinds = " or ".join(kind.__name__ for kind in _kinds(leaves))
         return (
             f"{self._source}: {where} names {name!r}, {what}, where a file may name only classes below {kinds}: name "
@@ -351,7 +350,7 @@ class Gate:
 
 
 def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the options among the words, without their dashes, and the text that each may have as its value."""
+    """Yield the options on the command line, without dashes, each with the text that may be its value."""
     for word, after in zip(words, [*words[1:], ""], strict=False):
         option, equals, text = word.partition("=")
         if option.startswith("--"):
@@ -361,12 +360,12 @@ def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _exists(text: str) -> bool:
     try:
         return bool(text) and Path(text).expanduser().exists()
-    except (OSError, ValueError):  # inline values are no names of files
+    except (OSError, ValueError):  # inline values are not file names
         return False
 
 
 def _content(file: str | Path) -> Any:
-    """Return what a file of values holds, None for one that is none."""
+    """Return the content of a config file, None if it is not one."""
     with suppress(yaml.YAMLError, UnicodeDecodeError):
         return _load(Path(file).expanduser().read_text(encoding="utf-8"))
     return None
@@ -379,11 +378,11 @@ def _as_yaml(text: str) -> Any:
 
 
 def _load(text: str) -> Any:
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # the parser's, which makes plain data
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # as the parser loads it
 
 
 def _code_in(value: Any, called: bool) -> Iterator[str]:
-    """Yield the modules and files of the user's own among values; `called` where a text is a name."""
+    """Yield the user's modules and files named in values; `called`: whether a string is a class name."""
     if isinstance(value, str) and called:
         parts = value.split(".")
         known = parts[0] in PACKAGES or _is_pythons(value)
@@ -408,7 +407,7 @@ def _is_pythons(name: str) -> bool:
 
 
 def _file_of(module: str) -> Path | None:
-    """Return the file of a module, importing nothing."""
+    """Return the file of a module without importing it."""
     head, *rest = module.split(".")
     with suppress(ImportError, ValueError):
         spec = find_spec(head)
@@ -423,7 +422,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _importable(head: str) -> bool:
-    """Return whether there is a module of that name, which has no dots; nothing is imported."""
+    """Return whether a top-level module of that name exists, without importing it."""
     if head in sys.modules:
         return True
     try:
@@ -433,7 +432,7 @@ def _importable(head: str) -> bool:
 
 
 def _resolve(parts: Sequence[str]) -> Any:
-    """Return what a dotted name means: the longest module in it, and attributes from there on."""
+    """Resolve a dotted name: import its longest module prefix, then get attributes."""
     for count in range(len(parts) - 1, 0, -1):
         try:
             thing = __import__(".".join(parts[:count]), fromlist=[parts[count]])
@@ -454,13 +453,13 @@ def _found(name: str) -> Any:
 
 
 def _short(name: str, where: str) -> Any:
-    """Return the class that an option names without its module, None if it is not where such classes are."""
+    """Return the class that an option names without its module, None if it is not in the option's module."""
     home = HOMES.get(where.partition("[")[0])
     return None if home is None else getattr(importlib.import_module(home[0]), name, None)
 
 
 def _leaves_by_name(thing: Callable[..., Any]) -> dict[str, Leaves]:
-    """Return the types of the arguments of a function or class, those that are not known as None."""
+    """Return the types of the arguments of a function or class, None for unknown types."""
     function = thing.__init__ if isinstance(thing, type) else thing  # type: ignore[misc]
     try:
         hints = typing.get_type_hints(function)
@@ -486,7 +485,7 @@ def _leaves(hint: Any) -> Iterator[Any]:
 
 
 def _is_plain(leaves: Leaves) -> bool:
-    """Return whether text is text there, which nobody looks up or parses."""
+    """Return whether a string value of these types stays a string, without import or parsing."""
     return leaves is not None and all(leaf in _PLAIN for leaf in leaves)
 
 
@@ -500,7 +499,7 @@ def _dataclass_in(leaves: Leaves) -> Any:
 
 
 def _kinds(leaves: Leaves) -> tuple[type, ...]:
-    """Return below which classes those must be that a value of these types may name."""
+    """Return the base classes that a class named in a value of these types must have."""
     from lightning.pytorch import LightningDataModule
     from torch import nn
     from torch.optim import Optimizer
@@ -509,7 +508,7 @@ def _kinds(leaves: Leaves) -> tuple[type, ...]:
     found = []
     for leaf in leaves or ():
         arguments = typing.get_args(leaf)
-        made = arguments[-1] if arguments else leaf  # of Callable what it returns, of type[...] the class
+        made = arguments[-1] if arguments else leaf  # the return type of Callable, the class of type[...]
         if isinstance(made, type) and (issubclass(made, bases) or _is_ours(made)):
             found.append(made)
     return tuple(dict.fromkeys(found)) or bases

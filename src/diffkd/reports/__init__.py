@@ -1,1 +1,1 @@
-"""Tables, curves and pictures of finished runs."""
+"""Tables, curves and figures of finished runs."""

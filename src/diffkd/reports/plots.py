@@ -1,4 +1,4 @@
-"""Learning curves, saliency maps, and writing of figures."""
+"""Learning curves, saliency maps, and saving of figures."""
 
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -16,11 +16,11 @@ from diffkd.files.weights import write_whole
 
 
 def write_figure(path: str | Path, figure: Figure) -> Path:
-    """Write a figure whole or not at all, in the format that the path's suffix names, PNG without one.
+    """Save a figure atomically, in the format of the path's suffix, PNG without a suffix.
 
     Args:
-        path: PNG, SVG or any other file that matplotlib writes.
-        figure: what to write.
+        path: PNG, SVG or any other format of matplotlib.
+        figure: the figure.
 
     Returns:
         The path.
@@ -34,11 +34,11 @@ def write_figure(path: str | Path, figure: Figure) -> Path:
 
 
 def saliency(feature: Tensor, temperature: float = 0.5) -> Tensor:
-    """Return where a feature is strong: `H W softmax(mean over channels / tau)` over positions (Eq. 10 of the paper).
+    """Return the saliency map `H W softmax(mean over channels / tau)` over positions (Eq. 10 of the paper).
 
     Args:
         feature: (B, C, H, W).
-        temperature: tau; the paper takes 0.5.
+        temperature: tau; the paper uses 0.5.
 
     Returns:
         (B, H, W), each map of mean 1.
@@ -60,16 +60,16 @@ def draw_results(
 
     Args:
         path: PNG or SVG file to write.
-        curves: for each method, one sequence of values per seed, an entry per epoch; they may differ in length, and
-            each epoch then shows those that reach it.
-        images: (B, C, H, W) the pictures that the maps belong to, in any range.
+        curves: for each method, one sequence per seed with a value per epoch; if lengths differ, each epoch shows the
+            seeds that have a value.
+        images: (B, C, H, W) the images of the maps, in any range.
         maps: for each title ("student", "denoised", "teacher"), (B, H, W) from :func:`saliency`.
-        ylabel: what the curves show.
+        ylabel: label of the curves' y axis.
 
     Returns:
         The path.
     """
-    # A figure of its own rather than pyplot: no global state, no window.
+    # A `Figure` instead of pyplot: no global state, no window.
     figure = Figure(figsize=(12 if maps else 6.5, 4.5), layout="constrained")
     panels: list[Any] = list(np.asarray(figure.subfigures(1, 2), dtype=object)) if maps else [figure]
     axes = panels[0].subplots()
@@ -93,7 +93,7 @@ def draw_results(
 def draw_maps(
     figure: Figure | SubFigure, images: Tensor | Sequence[Tensor], maps: Mapping[str, Tensor | Sequence[Tensor]]
 ) -> None:
-    """Draw into a figure a row for each image (C, H, W), and beside it a map (h, w) under each title."""
+    """Draw a row for each image (C, H, W) into a figure, with one map (h, w) per title beside it."""
     columns = ["image", *maps]
     grid = figure.subplots(len(images), len(columns), squeeze=False)
     for row, image in enumerate(images):
@@ -109,7 +109,7 @@ def draw_maps(
 
 
 def draw_image(axes: Axes, image: Tensor) -> None:
-    """Draw an image (C, H, W), in any range, of one or three channels; of others their mean."""
+    """Draw an image (C, H, W), in any range, with one or three channels; other channel counts are averaged."""
     low, high = image.amin(), image.amax()
     pixels = (image - low) / (high - low).clamp(min=1e-8)
     pixels = pixels if len(pixels) in (1, 3) else pixels.mean(dim=0, keepdim=True)

@@ -1,4 +1,4 @@
-"""Pictures of predictions: boxes of several detectors, class maps of several segmenters, and the truth."""
+"""Figures of predictions: boxes of several detectors, class maps of several segmenters, and the ground truth."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,11 +16,11 @@ from diffkd.data.segmentation.palette import palette
 from diffkd.reports.plots import write_figure
 
 MOST_NAMES = 40
-"""Classes in a legend; more would leave no room for the picture."""
+"""Largest number of classes in a legend; more would leave no room for the images."""
 
 
-def as_written(legend: Legend) -> None:
-    """Show the names as they are: a dollar in them begins no formula."""
+def _disable_mathtext(legend: Legend) -> None:
+    """Show the names literally: a dollar sign does not start mathtext."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
@@ -36,21 +36,21 @@ def draw_boxes(
     *,
     threshold: float = 0.3,
 ) -> Path:
-    """Draw a row for each image and a column for each detector, boxes in the colour of their class.
+    """Draw a row for each image and a column for each detector, with boxes in the colour of their class.
 
     Args:
         path: PNG or SVG file to write.
         images: each (3, H, W) in [0, 1].
-        columns: for each title ("teacher", "truth"), what there is in each image: "boxes" (n, 4) left, top, right and
-            bottom in pixels, "labels" (n,) from 1, and of a detector "scores" (n,).
+        columns: for each title ("teacher", "truth"), per image the "boxes" (n, 4) left, top, right and bottom in
+            pixels, "labels" (n,) from 1, and for a detector "scores" (n,).
         classes: names of the classes; label 1 is the first.
-        threshold: boxes of lower scores are left out; those without scores are all drawn.
+        threshold: boxes with lower scores are left out; boxes without scores are all drawn.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if there is nothing to draw, or a column has not one entry per image.
+        ValueError: if there is nothing to draw, or a column does not have one entry per image.
     """
     if not images or not columns:
         raise ValueError(f"{len(images)} images and {len(columns)} columns make no picture: give at least one of each")
@@ -58,7 +58,7 @@ def draw_boxes(
         if len(found) != len(images):
             raise ValueError(f"column {title!r} has {len(found)} entries for {len(images)} images: give one for each")
     colors = matplotlib.color_sequences["tab10"]
-    # A figure of its own rather than pyplot: no global state, no window.
+    # A `Figure` instead of pyplot: no global state, no window.
     figure = Figure(figsize=(2.4 * len(columns), 2.4 * len(images) + 0.6), layout="constrained")
     grid = figure.subplots(len(images), len(columns), squeeze=False)
     for row, image in enumerate(images):
@@ -71,7 +71,7 @@ def draw_boxes(
             _draw(axes, found[row], colors, threshold)
     shown = list(classes[:MOST_NAMES])
     handles = [Rectangle((0, 0), 1, 1, color=colors[index % len(colors)]) for index in range(len(shown))]
-    as_written(figure.legend(handles, shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9))
+    _disable_mathtext(figure.legend(handles, shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9))
     return write_figure(path, figure)
 
 
@@ -97,21 +97,21 @@ def draw_overlays(
     ignore_index: int = 255,
     opacity: float = 0.6,
 ) -> Path:
-    """Draw images in rows, and beside each the class maps of several models laid over it.
+    """Draw images in rows, each with overlays of the class maps of several models beside it.
 
     Args:
         path: PNG or SVG file to write.
         images: (B, C, H, W) in any range, of one or three channels.
         maps: for each title ("student", "teacher", "truth"), class ids (B, H', W') of any resolution.
         classes: names of the K classes, for the legend.
-        ignore_index: id that is shown as the image alone; ids of no class are shown likewise.
+        ignore_index: id drawn without colour, as are ids of no class.
         opacity: of the colours, in [0, 1].
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if there is nothing to draw, a shape is another one, or `opacity` is out of range.
+        ValueError: if there is nothing to draw, a shape does not match, or `opacity` is out of range.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images of shape {tuple(images.shape)}: give (B, 1 or 3, H, W), at least one of them")
@@ -142,7 +142,7 @@ def draw_overlays(
         for colour, name in zip(colours[:named], classes[:named], strict=True)
     ]
     legend = figure.legend(handles=patches, loc="outside lower center", ncols=max(1, 2 * len(columns)), fontsize=7)
-    as_written(legend)
+    _disable_mathtext(legend)
     return write_figure(path, figure)
 
 
@@ -156,7 +156,7 @@ def _in_range(image: Tensor) -> npt.NDArray[np.float64]:
 def _overlaid(
     pixels: npt.NDArray[np.float64], ids: Tensor, colours: npt.NDArray[np.uint8], ignore_index: int, opacity: float
 ) -> npt.NDArray[np.float64]:
-    """Return grey pixels with the colours of class ids, (H', W', 3): at the resolution of the ids."""
+    """Return grey pixels with the colours of class ids, (H', W', 3), at the resolution of the ids."""
     known = np.asarray(ids.cpu().numpy())
     rows, columns = (np.arange(new) * old // new for new, old in zip(known.shape, pixels.shape, strict=False))
     grey = pixels[rows][:, columns].mean(axis=2, keepdims=True)

@@ -13,13 +13,13 @@ from diffkd.files.history import Row
 from diffkd.reports.plots import draw_image, draw_maps, write_figure
 
 
-def draw_course(path: Path, rows: Sequence[Row], score: str) -> Path:
-    """Draw by epoch the score, the training losses by term, and where there are any the mean gammas (Fig. 5).
+def draw_curves(path: Path, rows: Sequence[Row], score: str) -> Path:
+    """Draw per epoch the score, the training losses by term and, if present, the mean gammas (Fig. 5).
 
     Args:
         path: PNG or SVG file to write.
-        rows: of the run's `metrics.csv`, one per epoch.
-        score: the measurement to show, a share of 1.
+        rows: rows of the run's `metrics.csv`, one per epoch.
+        score: the measurement to show, in [0, 1].
 
     Returns:
         The path.
@@ -48,11 +48,11 @@ def draw_course(path: Path, rows: Sequence[Row], score: str) -> Path:
 
 
 def draw_gammas(path: Path, gammas: Mapping[str, Tensor]) -> Path:
-    """Draw a histogram of gamma for each pair (Fig. 5): how much of the student's feature is kept, 1: all of it.
+    """Draw a histogram of gamma for each pair (Fig. 5): the share of the student's feature that is kept, 1: all of it.
 
     Args:
         path: PNG or SVG file to write.
-        gammas: by pair, (N,) in 0..1.
+        gammas: for each pair, (N,) in [0, 1].
 
     Returns:
         The path.
@@ -65,8 +65,8 @@ def draw_gammas(path: Path, gammas: Mapping[str, Tensor]) -> Path:
     return write_figure(path, figure)
 
 
-def draw_looks(path: Path, images: Sequence[Tensor], maps: Mapping[str, Sequence[Tensor]]) -> Path:
-    """Draw a row for each image, and beside it where each feature is strong (Fig. 2 and 7).
+def draw_saliency(path: Path, images: Sequence[Tensor], maps: Mapping[str, Sequence[Tensor]]) -> Path:
+    """Draw a row for each image, with the saliency maps of features beside it (Fig. 2 and 7).
 
     Args:
         path: PNG or SVG file to write.
@@ -82,12 +82,12 @@ def draw_looks(path: Path, images: Sequence[Tensor], maps: Mapping[str, Sequence
 
 
 def draw_scores(path: Path, images: Sequence[Tensor], scores: Mapping[str, Tensor], classes: Sequence[str]) -> Path:
-    """Draw a row for each image, and beside it what each says of the teacher's five likeliest classes (Fig. 6).
+    """Draw a row for each image, with the probabilities of the teacher's top five classes beside it (Fig. 6).
 
     Args:
         path: PNG or SVG file to write.
         images: each (C, H, W), in any range.
-        scores: for each title, class probabilities (B, K); the last are the teacher's.
+        scores: for each title, class probabilities (B, K); the teacher's come last.
         classes: names of the K classes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Tables of a comparison: mean and spread over seeds, paired differences, all measurements, classes."""
+"""Tables of a comparison: mean ± std over seeds, paired differences, all measurements, per-class IoU."""
 
 import json
 import math
@@ -14,20 +14,21 @@ from diffkd.files.history import measurements
 from diffkd.files.weights import write_text
 
 REFERENCES = ("alone", "kd")
-"""The methods that every other is compared with."""
+"""The methods that all others are compared with."""
 
-# Measurements are float32 shares: differences that agree to so many points differ by rounding alone, and one more image
-# of a million counts ten times as much.
+# In percentage points. Measurements are float32: differences that agree this closely differ only by rounding; one image
+# in a million changes accuracy by ten times as much.
 _ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method against another, seed by seed.
+    """Paired difference between two methods over common seeds.
 
     Attributes:
-        mean: mean difference of the last epoch's metric, in its own unit.
-        p: two-sided p-value of Student's paired t-test over the common seeds; None with fewer than two, or no spread.
+        mean: mean difference of the last epoch's metric, in the metric's unit.
+        p: two-sided p-value of Student's paired t-test over the common seeds; None with fewer than two seeds or zero
+            variance.
     """
 
     mean: float
@@ -36,23 +37,23 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's line. Metrics are in percent.
+    """One method's row of the table. Metrics are in percent.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         seeds: the seeds that finished.
         last: mean of the metric after the last epoch.
         last_std: its standard deviation over seeds (n - 1 in the denominator); None with one seed.
-        best: mean of each seed's best epoch, which is chosen on the set it is measured on and so reads high.
+        best: mean of each seed's best epoch; biased upwards, since the epoch is chosen on the set it is evaluated on.
         best_std: its standard deviation.
-        against: differences to the student alone and to KD.
-        parameters: of the student.
-        method_parameters: further parameters that train and are thrown away afterwards.
+        against: differences to the student trained alone and to KD.
+        parameters: number of parameters of the student.
+        method_parameters: number of further trainable parameters, discarded after training.
         seconds: mean duration of a run.
         peak_memory: largest peak of a run's memory, in MiB.
-        step_cost: median duration of a training step relative to the reference's, KD's if it is there; None if it was
-            not measured.
-        step_reference: that reference.
+        step_cost: median duration of a training step relative to the reference method's, KD if included; None if not
+            measured.
+        step_reference: the reference method.
     """
 
     method: str
@@ -76,9 +77,9 @@ def summarize(
     """Summarise finished runs.
 
     Args:
-        results: by method and seed, what :func:`~diffkd.training.fit.fit` returns.
-        metric: which measurement, a share of 1.
-        costs: of a training step, "reference" and "methods", as the file of costs holds them.
+        results: by method and seed, the result of :func:`~diffkd.training.fit.fit`.
+        metric: name of the measurement, whose values are in [0, 1].
+        costs: costs of a training step, "reference" and "methods", as in the file of costs.
 
     Returns:
         A row per method, in the given order.
@@ -131,7 +132,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the rows as JSON holds them."""
+    """Return the rows as JSON-serialisable mappings."""
     return [asdict(row) for row in rows]
 
 
@@ -162,10 +163,10 @@ def as_latex(rows: Sequence[Row]) -> str:
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the table as text, the head first.
+    """Return the cells of the table as text, header first.
 
     Accuracies are in percent, mean ± standard deviation; differences in points, with the p-value; then the student's
-    parameters, those that only train along, seconds per run, and peak memory.
+    parameters, the additional trainable parameters, seconds per run, and peak memory.
     """
     references = [other for other in REFERENCES if any(other in row.against for row in rows)]
     head = ["method", "n", "last epoch", "best epoch", *(f"vs {other} (p)" for other in references)]
@@ -215,15 +216,15 @@ Spread = dict[str, float | int | None]
 
 
 def summarize_all(results: Results) -> dict[str, dict[str, Spread]]:
-    """Return for each method and measurement the mean over its seeds, their standard deviation, and their number.
+    """Return mean, standard deviation and count over seeds for each method and measurement.
 
     Args:
-        results: by method and seed, what :func:`~diffkd.training.fit.fit` returns.
+        results: by method and seed, the result of :func:`~diffkd.training.fit.fit`.
 
     Returns:
-        By method and name of the measurement {"mean", "std", "n"}, as shares of 1; "std" (n - 1 in the denominator) is
-        None with one seed. A measurement that some seeds lack, such as AP of sizes that do not occur, counts those that
-        have it.
+        By method and name of the measurement {"mean", "std", "n"}, in [0, 1]; "std" (n - 1 in the denominator) is None
+        with one seed. For a measurement that some seeds lack, such as AP of absent sizes, only the seeds with a value
+        count.
 
     >>> runs = {0: {"last": {"epoch": 1, "ap": 0.5}}, 1: {"last": {"epoch": 1, "ap": 0.25}}}
     >>> summarize_all({"alone": runs})["alone"]["ap"]["mean"]
@@ -246,7 +247,7 @@ def summarize_all(results: Results) -> dict[str, dict[str, Spread]]:
 
 
 def write_all_measurements(out: Path, results: Results) -> None:
-    """Write `measurements.json` and `measurements.md` into `out`; in the table shares are in percent."""
+    """Write `measurements.json` and `measurements.md` into `out`; the table is in percent."""
     summary = summarize_all(results)
     write_text(out / "measurements.json", json.dumps(summary, indent=2) + "\n")
     names = list(dict.fromkeys(name for found in summary.values() for name in found))
@@ -269,15 +270,15 @@ PREFIX = "iou/"
 
 
 def class_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return a Markdown table of each class's intersection over union in percent, mean ± std over runs.
+    """Return a Markdown table of per-class IoU in percent, mean ± standard deviation over runs.
 
-    A run in which a class occurs nowhere, neither in masks nor in predictions, does not count for it.
+    A run without a class in masks and predictions is not counted for that class.
 
     Args:
         rows: for each method, the last epoch's measurements of its runs.
 
     Returns:
-        The table; empty if nothing was measured by class.
+        The table; empty if there are no per-class measurements.
 
     >>> print(class_table({"alone": [{"iou/car": 0.5}, {"iou/car": 0.7}], "kd": [{"iou/car": 0.625}]}), end="")
     | class | alone | kd |
@@ -295,7 +296,7 @@ def class_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def class_table_of(comparison: Path, methods: Sequence[str], seeds: int) -> str:
-    """Return the table of what is finished in the folder of a comparison, as `diffkd compare` leaves it."""
+    """Return the per-class table of the finished runs in the output folder of `diffkd compare`."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for method in methods:
         for seed in range(seeds):

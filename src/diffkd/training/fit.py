@@ -15,7 +15,7 @@ from rich.console import Console
 
 from diffkd.export.student_file import make_card, read_card, versions, with_metrics
 from diffkd.files.config import describe
-from diffkd.files.lock import held
+from diffkd.files.lock import lock_folder
 from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import save_student
 from diffkd.recipes.trust import own_code, trust_words
@@ -68,7 +68,7 @@ def fit(
     folder = RunFolder(given.out)
     first = is_first_process(given.devices, given.num_nodes)
     console = Console(stderr=True, quiet=not (given.progress and first))
-    with held(folder.path) if first else nullcontext():
+    with lock_folder(folder.path) if first else nullcontext():
         if (finished := folder.check(config, resume=given.resume)) is not None:
             console.print(f"{folder.path} is finished", soft_wrap=True)
             console.print(summary(finished), highlight=False, soft_wrap=True)

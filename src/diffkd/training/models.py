@@ -19,7 +19,7 @@ from diffkd.features.layers import list_layers
 from diffkd.features.layout import Layout
 from diffkd.features.memory_layout import try_channels_last
 from diffkd.features.trace import OUTPUT
-from diffkd.files.config import factory_of
+from diffkd.files.config import unwrap_factory
 from diffkd.files.fitting import fit_contents, report_of
 from diffkd.files.weights import check_savable, read_contents, unwrap
 from diffkd.methods import DiffKD, MethodFactory
@@ -371,7 +371,7 @@ def build_distiller(
     if not isinstance(pairs, str):
         pairs = [pair if pair.method is None else replace(pair, method=_method(pair.method)) for pair in pairs]
     methods = [DiffKD] if method is None else method if isinstance(method, Sequence) else [method]
-    factories = [factory_of(one) for one in methods]
+    factories = [unwrap_factory(one) for one in methods]
     own = [] if isinstance(pairs, str) else [pair.method for pair in pairs]
     check_methods([*factories, *own] if isinstance(pairs, str) or None in own else own, data)
     view: TeacherInput | DetectorView | None = teacher_input
@@ -448,7 +448,7 @@ def lay_out(model: nn.Module, data: DataFacts, channels_last: bool | None, accel
 
 
 def _method(method: Any) -> Any:
-    return method if isinstance(method, nn.Module) else factory_of(method)
+    return method if isinstance(method, nn.Module) else unwrap_factory(method)
 
 
 def _check_head(name: str, teacher: nn.Module) -> None:

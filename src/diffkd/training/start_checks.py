@@ -16,7 +16,7 @@ from diffkd.distill.matching import attribute_of
 from diffkd.distill.ramp import Ramp
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.features.calling import evaluation_mode, run
-from diffkd.files.config import factory_of
+from diffkd.files.config import unwrap_factory
 from diffkd.files.fitting import report_of
 from diffkd.tasks.data_facts import DataFacts, TaskName, describe_samples, first_difference
 from diffkd.tasks.task_of_data import padded_example
@@ -88,12 +88,12 @@ _GIVEN: Mapping[TaskName, frozenset[str]] = {
 
 def inner_methods(method: Any) -> dict[str, Any]:
     """Return the methods that a factory was given as keyword arguments, by their names."""
-    method = factory_of(method)
+    method = unwrap_factory(method)
     keywords = method.keywords if isinstance(method, partial) else {}
     return {
         name: value
         for name, value in keywords.items()
-        if callable(value) and any(attribute_of(factory_of(value), word, None) for word in ("wants", "needs"))
+        if callable(value) and any(attribute_of(unwrap_factory(value), word, None) for word in ("wants", "needs"))
     }
 
 
@@ -143,7 +143,7 @@ def check_needs(distiller: Distiller, data: DataFacts) -> None:
 def _all(methods: Any) -> Iterator[Any]:
     for method in methods:
         if method is not None:
-            yield factory_of(method)
+            yield unwrap_factory(method)
             yield from _all(inner_methods(method).values())
 
 
@@ -168,7 +168,7 @@ def tell_data(method: Any, data: LightningDataModule) -> Any:
     """
     if method is None or isinstance(method, nn.Module):
         return method
-    method = factory_of(method)
+    method = unwrap_factory(method)
     inner = {name: tell_data(one, data) for name, one in inner_methods(method).items()}
     told: dict[str, Any] = {
         name: value for name, need in _TOLD.items() if (value := _value(method, name, need, data)) is not None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffkd.export.program_file import unlike
+from diffkd.export.program_file import detection_difference
 from diffkd.models import load_detector
 from diffkd.models.detectors.onnx_graph import DetectorGraph, clip, large, suppress
 
@@ -37,7 +37,7 @@ def test_the_detections_are_those_of_torchvision(family, size):
         found = DetectorGraph(model).eval()(images)
         expected = [expected[name] for name in ("boxes", "scores", "labels")]
         assert [value.dtype for value in found] == [value.dtype for value in expected]
-        assert unlike(expected, found, heads.detections_per_img) < 1e-5
+        assert detection_difference(expected, found, heads.detections_per_img) < 1e-5
     assert [tuple(value.shape) for value in found] == [(0, 4), (0,), (0,)]
 
 

@@ -1,4 +1,4 @@
-"""Any labelled images that fit in memory, from two `.npz` files."""
+"""Labelled images from two `.npz` files, kept in memory."""
 
 import os
 import zipfile
@@ -13,34 +13,35 @@ from torch import Tensor
 
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
-from diffkd.data.folders import absent_classes, quoted
+from diffkd.data.folders import absent_classes, format_names
 from diffkd.data.image_data import ImageData
 
 Layout = Literal["auto", "NHWC", "NCHW"]
 
 
 class LabelledArrays(NamedTuple):
-    """Hold what a file gave: images and labels, and the names of the classes if it has them."""
+    """The content of a file: images, labels and, if present, class names."""
 
     data: ImageSet
     classes: tuple[str, ...] | None
 
 
 def read_npz(path: str | os.PathLike[str], layout: Layout = "auto") -> LabelledArrays:
-    """Read images, labels and, if present, class names from a `.npz` file; nothing in it can run code.
+    """Read images, labels and, if present, class names from a `.npz` file without unpickling anything.
 
     Args:
         path: the file. Its keys: `images` (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float; `labels` (N,)
             integers; optional `classes` (K,) strings.
-        layout: where the channels are. "auto" takes the last axis if it is 1 or 3 long, else the second if that is.
+        layout: position of the channel axis. "auto" uses the last axis if its length is 1 or 3, else the second if its
+            length is.
 
     Returns:
-        Images as (N, C, H, W) uint8 or float32, labels as int64, and the class names or None. Labels and pixel values
-        are not checked here but by `check_image_set`.
+        Images as (N, C, H, W) uint8 or float32, labels as int64, and the class names or None. `check_image_set` checks
+        labels and pixel values, not this function.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated or no `.npz`, a key is missing, or a shape or type is wrong; names the
+        ValueError: if the file is truncated or not a `.npz`, a key is missing, or a shape or type is wrong; names the
             file.
     """
     path = Path(path)
@@ -67,7 +68,7 @@ def _names(arrays: dict[str, np.ndarray[Any, Any]], path: Path) -> tuple[str, ..
 
 
 def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """Return the arrays of the keys that matter; other keys may hold anything and are not touched."""
+    """Return the arrays of the known keys; other keys are not read."""
     try:
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
@@ -105,25 +106,25 @@ def _channels_first(images: np.ndarray[Any, Any], layout: Layout, path: Path) ->
 
 
 NO_AUGMENTATION = Augmentation()
-_MOST_CLASSES = 1_000_000  # labels beyond are numbers of something else, and so many names could fill the memory
+_MOST_CLASSES = 1_000_000  # larger labels are not class indices, and so many names could fill the memory
 
 
 class Arrays(ImageData):
     """Serve images and labels of two `.npz` files from memory.
 
-    Both files are read and checked when the module is made, so that bad ones are found before training.
+    Both files are read and checked when the module is created, before training.
 
     Args:
         train: file of the training set with the keys `images`, (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float;
             `labels`, (N,) integers from 0; and optionally `classes`, the names of the classes.
         test: file of the evaluation set, likewise.
         batch_size: images per batch and process.
-        augmentation: what is done to training images.
+        augmentation: augmentation of training images.
         seed: seed of order and augmentation.
-        mean: one value per channel, in units of [0, 1] for uint8 images and in their own for floats; None computes it
-            from the training set.
+        mean: one value per channel, in units of [0, 1] for uint8 images and in the images' unit for floats; None
+            computes it from the training set.
         std: one value per channel, likewise.
-        layout: where the channels are; "auto" finds 1 or 3 channels.
+        layout: position of the channel axis; "auto" finds an axis of 1 or 3 channels.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -145,7 +146,7 @@ class Arrays(ImageData):
         train_set, classes = read_npz(train, layout)
         test_set, test_classes = read_npz(test, layout)
         if classes is None:
-            classes = test_classes or _counted(train_set.labels, train)
+            classes = test_classes or _numbered_classes(train_set.labels, train)
         elif test_classes not in (None, classes):
             raise ValueError(f"{test}: its classes {test_classes} are not those of {train}, {classes}; write the same.")
         check_image_set(train_set, len(classes), os.fspath(train))
@@ -153,7 +154,7 @@ class Arrays(ImageData):
         unseen = absent_classes(train_set.labels.tolist(), classes)
         if unseen:
             rank_zero_warn(
-                f"{train}: no image of class(es) {quoted(unseen)}, which cannot be learned; number the classes "
+                f"{train}: no image of class(es) {format_names(unseen)}, which cannot be learned; number the classes "
                 "from 0 without gaps, or add images."
             )
         shape, test_shape = tuple(train_set.images.shape[1:]), tuple(test_set.images.shape[1:])
@@ -171,8 +172,8 @@ class Arrays(ImageData):
         self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
 
 
-def _counted(labels: Tensor, source: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Return the numbers of the classes as their names, where nothing names them."""
+def _numbered_classes(labels: Tensor, source: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return the class indices as class names, for data without names."""
     count = int(labels.max()) + 1 if len(labels) else 1
     if count > _MOST_CLASSES:
         raise ValueError(f"{source}: label {count - 1} makes {count} classes; number the classes from 0 without gaps.")

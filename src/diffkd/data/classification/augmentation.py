@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on their device, with random numbers for each image; Mixup and CutMix."""
+"""Augmentation of whole batches on their device, with independent draws per image; Mixup and CutMix."""
 
 import math
 import random
@@ -13,7 +13,7 @@ from diffkd.data.classification.rand_augment import grayscale, rand_augment
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Say how training images are augmented; the default changes nothing.
+    """Options of the augmentation of training images; the default changes nothing.
 
     The order is: crop, flip, RandAugment, colour jitter, normalisation, random erasing. Mixup and CutMix need pairs of
     images and soft labels and are applied to whole batches by the task (`diffkd.data.mix`).
@@ -30,7 +30,7 @@ class Augmentation:
             normalisation (Zhong et al., 2020); 0 is off.
         mixup: alpha of the Beta(alpha, alpha) from which Mixup draws its weight (Zhang et al., 2018); 0 is off.
         cutmix: alpha of the Beta(alpha, alpha) from which CutMix draws its area (Yun et al., 2019); 0 is off. With both
-            Mixup and CutMix on, each batch takes one of them with probability 1/2.
+            Mixup and CutMix on, each batch uses either with probability 1/2.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -62,7 +62,7 @@ class Augmentation:
 
 
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
-    """Pad each image with zeros and crop it back to its size at a place of its own.
+    """Pad each image with zeros and crop it back to its size at a random position per image.
 
     Args:
         images: (B, C, H, W), any dtype.
@@ -86,7 +86,7 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 
     Args:
         images: (B, C, H, W), any dtype.
-        generator: source of the B coins, on the images' device.
+        generator: source of the B coin flips, on the images' device.
 
     Returns:
         (B, C, H, W), dtype unchanged.
@@ -96,7 +96,7 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 
 
 def color_jitter(images: Tensor, strength: float, generator: Generator) -> Tensor:
-    """Scale brightness, then contrast, then saturation of each image by factors of its own.
+    """Scale brightness, then contrast, then saturation of each image by random factors per image.
 
     Args:
         images: (B, C, H, W) floats in [0, 1]; saturation changes for C = 3 only.
@@ -118,7 +118,7 @@ def random_erasing(images: Tensor, probability: float, generator: Generator) -> 
     """Fill a random rectangle of some images with standard normal noise (Zhong et al., 2020, arXiv 1708.04896).
 
     The area is uniform in 2 % to 33 % of the image and the aspect ratio log-uniform in 0.3 to 3.3, as in torchvision.
-    Of ten draws the first that fits is taken; if none fits the image is left alone.
+    Of ten draws the first that fits is used; if none fits, the image is not erased.
 
     Args:
         images: (B, C, H, W) normalised floats.
@@ -173,7 +173,7 @@ def augment(images: Tensor, augmentation: Augmentation, mean: Tensor, std: Tenso
 
     Args:
         images: (B, C, H, W) uint8, or floats if neither RandAugment nor colour jitter is on.
-        augmentation: what to do; Mixup and CutMix are not done here.
+        augmentation: the options; Mixup and CutMix are not applied here.
         mean: (C, 1, 1), in units of [0, 1] for uint8 images.
         std: (C, 1, 1), likewise.
         generator: source of all draws, on the images' device.
@@ -202,16 +202,16 @@ def mix(
     """Mix each image of a batch with another one by Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899).
 
     One weight `share` and one permutation are drawn per batch. Mixup: `share * image + (1 - share) * other`. CutMix: a
-    rectangle of the area 1 - share is pasted from the other image, then `share` is set to the area really kept. Labels:
-    `share * one_hot(label) + (1 - share) * one_hot(other label)`.
+    rectangle of the area 1 - share is pasted from the other image, then `share` is set to the fraction of the area
+    actually kept. Labels: `share * one_hot(label) + (1 - share) * one_hot(other label)`.
 
     Args:
         images: (B, C, H, W) floats.
         labels: (B,) int64.
         num_classes: K.
         mixup: alpha of Beta(alpha, alpha); 0 is off.
-        cutmix: alpha of Beta(alpha, alpha); 0 is off. With both on, one of them is taken with probability 1/2.
-        seed: all that is drawn is a function of it; `mix_seed(seed, epoch, batch, rank)` makes it repeatable.
+        cutmix: alpha of Beta(alpha, alpha); 0 is off. With both on, each is used with probability 1/2.
+        seed: seed of all draws; `mix_seed(seed, epoch, batch, rank)` makes them repeatable.
 
     Returns:
         (B, C, H, W) mixed images and (B, K) soft labels, float32, rows summing to 1. With both off, the images
@@ -234,7 +234,7 @@ def mix(
 
 
 def _paste(images: Tensor, others: Tensor, share: float, draw: random.Random) -> tuple[Tensor, float]:
-    """Return images with a rectangle of the others, and the share of the area that is still theirs."""
+    """Paste a rectangle of `others` into `images`; return the result and the fraction of the area not pasted."""
     height, width = images.shape[-2:]
     side = (1 - share) ** 0.5
     tall, wide = int(height * side), int(width * side)

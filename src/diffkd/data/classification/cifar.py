@@ -28,14 +28,14 @@ class Cifar(ImageData):
         root: folder that holds `cifar-10-batches-py` or `cifar-100-python`.
         classes: 10 for CIFAR-10, 100 for CIFAR-100.
         batch_size: images per batch and process.
-        augmentation: what is done to training images; the default is the habit of the field.
+        augmentation: augmentation of training images; the default is the usual one.
         seed: seed of order and augmentation.
         download: fetch the official archive into `root` first, if it is not there.
-        mean: three values, in units of [0, 1]; None takes those of the training set.
+        mean: three values, in units of [0, 1]; None uses the values of the training set.
         std: three values, likewise.
 
     Raises:
-        FileNotFoundError: if the data are missing or not the official ones; says how to get them.
+        FileNotFoundError: if the data are missing or not the official ones; the message says how to get them.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Cifar(ImageData):
             std=std or default_std,
         )
         super().__init__(memory, train.classes, image_size=(32, 32), mean=memory.mean, std=memory.std)
-        # As an argument it is a number, as an attribute the names.
+        # The argument is a number; the attribute holds the names.
         self.save_hyperparameters("classes", logger=False)
         self.augmentation = augmentation
         self.batch_size, self.seed = batch_size, seed

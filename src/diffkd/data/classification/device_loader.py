@@ -1,4 +1,4 @@
-"""Batches of a data set in the memory of the device, without worker processes or copies."""
+"""Batches of a data set in device memory, without worker processes or copies."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,30 +15,30 @@ class DeviceLoader:
     """Iterate over (images, labels, indices) of a data set held in tensors.
 
     The order of epoch e is a function of (seed, e) and the augmentation of its batch b one of (seed, e, b, rank): a
-    resumed run needs the two numbers e and b and no random state. The order is the same on every device; augmentation
-    draws from the device's own generator, so it repeats on the same kind of device.
+    resumed run needs only e and b, no random state. The order is the same on every device; augmentation uses the
+    device's generator, so it repeats only on the same kind of device.
 
     Args:
-        images: (N, C, H, W) uint8, or floats, on the device where batches are wanted.
+        images: (N, C, H, W) uint8, or floats, on the device of the batches.
         labels: (N,) int64 on the same device.
         batch_size: images per batch and process.
         mean: one value per channel, in units of [0, 1] for uint8 images and in the images' own for floats.
         std: one value per channel, likewise.
-        augmentation: what to do to training images; None normalises only.
+        augmentation: augmentation of training images; None only normalises.
         seed: seed of order and augmentation.
-        shuffle: True for training, False for evaluation; see `EpochSampler` for what this means to the ranks' shards.
-        drop_last: drop a short last batch; None drops it only in training, and only if it holds one image, or two of
-            8 or more.
+        shuffle: True for training, False for evaluation; see `EpochSampler` for how it affects the ranks' shards.
+        drop_last: drop a short last batch; None drops it only in training, and only if it holds one image, or two at
+            batch size 8 or more.
         rank: this process among `world_size`.
         world_size: number of processes.
-        start_batch: batches to skip in the first epoch that is iterated; `len` and the numbers behind the augmentation
+        start_batch: batches to skip in the first iterated epoch; `len` and the batch numbers that seed the augmentation
             still count them.
 
     Yields:
         images (B, C, H, W) float32 normalised, labels (B,) int64, indices (B,) int64 into the data set.
 
     Raises:
-        ValueError: if tensors do not fit together, or the data are too few for one batch.
+        ValueError: if shapes or devices of the tensors do not match, or there are too few images for one batch.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DeviceLoader:
         self.augmentation = augmentation
         self.seed = seed
         self.start_batch = start_batch
-        # Lightning looks for `sampler.set_epoch` on whatever it iterates, and beside a sampler for a batch sampler.
+        # Lightning calls `sampler.set_epoch` of the loader, and expects a batch sampler beside the sampler.
         self.batch_sampler = None
         self.sampler = EpochSampler(
             len(images), seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, start=start_batch * batch_size
@@ -88,7 +88,7 @@ class DeviceLoader:
         return samples // self.batch_size if self.drop_last else -(-samples // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the batches of the current epoch; epoch and start are read when the first batch is asked for."""
+        """Yield the batches of the current epoch; epoch and start are read at the first batch."""
         epoch, first = self.sampler.view, self.sampler.skipped() // self.batch_size
         order = self.sampler.order().to(self.images.device)
         generator = torch.Generator(self.images.device)

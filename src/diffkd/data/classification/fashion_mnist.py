@@ -19,18 +19,18 @@ from diffkd.data.image_data import ImageData
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
-    """Read an IDX file of unsigned bytes, plain or gzipped.
+    """Read an IDX file of unsigned bytes, uncompressed or gzipped.
 
     Args:
-        path: the file; one that ends in `.gz` is unpacked while it is read.
+        path: the file; a name ending in `.gz` means gzipped.
         ndim: number of dimensions the file must have: 3 for images, 1 for labels.
 
     Returns:
         uint8 tensor of the shape that the file states.
 
     Raises:
-        ValueError: if the file is not IDX, has other dimensions, or is truncated or longer than it states; names the
-            file.
+        ValueError: if the file is not IDX, has another number of dimensions, or is shorter or longer than it states;
+            names the file.
         OSError: if the file cannot be opened.
     """
     mend = "fetch the file again"
@@ -71,15 +71,13 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 class FashionMNIST(ImageData):
     """Serve the whole of Fashion-MNIST (Xiao et al., 2017, arXiv 1708.07747) from memory.
 
-    The four IDX files are read when the module is made, so that a bad one is found before training. Evaluation is on
-    the official test set.
+    The four IDX files are read and checked when the module is created. Evaluation uses the official test set.
 
     Args:
-        root: folder of the IDX files (`train-images-idx3-ubyte.gz`, ...; gzipped or not), or a folder of torchvision
-            with them in `FashionMNIST/raw`. None looks where Debian's package `dataset-fashion-mnist` puts them, then
-            in `data/`.
+        root: folder of the IDX files (`train-images-idx3-ubyte.gz`, ...; gzipped or not), or a torchvision root with
+            `FashionMNIST/raw`. None searches the folder of Debian's package `dataset-fashion-mnist`, then `data/`.
         batch_size: images per batch and process.
-        augmentation: what is done to training images.
+        augmentation: augmentation of training images.
         seed: seed of order and augmentation.
         mean: one value, in units of [0, 1]; default is that of the 60,000 training images.
         std: one value, likewise.
@@ -115,11 +113,11 @@ class FashionMNIST(ImageData):
 
 
 def read_fashion_mnist(folders: list[Path], split: str) -> ImageSet:
-    """Read one split from the first folder that has it.
+    """Read one split from the first folder that contains it.
 
     Args:
-        folders: where to look; in each also its `FashionMNIST/raw`.
-        split: "train" or "t10k", as the files are named.
+        folders: folders to search, each together with its `FashionMNIST/raw`.
+        split: "train" or "t10k", as in the file names.
 
     Returns:
         (N, 1, 28, 28) uint8 images and (N,) int64 labels.
@@ -157,12 +155,12 @@ class FashionSubset(ImageData):
     """Serve a fixed, class-balanced subset of Fashion-MNIST that comes with the package.
 
     It holds the first 800 training and the first 200 test images of each class, in their official order and bit-exact,
-    taken from the official training and test sets (`scripts/make_fashion_subset.py` made it). It is normalised with
-    the statistics of the full set, so that models trained on either fit both.
+    taken from the official training and test sets (`scripts/make_fashion_subset.py` made it). It is normalised with the
+    statistics of the full set, so models of one set can be used on the other.
 
     Args:
         batch_size: images per batch and process.
-        augmentation: what is done to training images.
+        augmentation: augmentation of training images.
         seed: seed of order and augmentation.
         mean: one value, in units of [0, 1].
         std: one value, likewise.

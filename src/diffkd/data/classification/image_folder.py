@@ -1,4 +1,4 @@
-"""Images in class folders: the form of ImageNet and of most users' data."""
+"""Images in class folders, the layout of ImageNet."""
 
 import os
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.folders import FolderSamples, links_followed, scan_folder
+from diffkd.data.folders import FolderSamples, allow_outside_links, scan_folder
 from diffkd.data.image_data import ImageData, train_or_val
 from diffkd.data.images import (
-    MEND,
+    BAD_IMAGE_HINT,
     WHITE,
     OnBadImage,
     Verified,
@@ -28,15 +28,15 @@ from diffkd.data.images import (
 )
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
-from diffkd.data.seeding import digest_of, held_back, mix_seed
+from diffkd.data.seeding import digest_of, mix_seed, split_by_class
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 
 
 class FolderDataset(Dataset[tuple[Tensor, int, int]]):
-    """Give (image, label, index) for the key (epoch, index) that `EpochSampler` yields.
+    """Return (image, label, index) for the key (epoch, index) of `EpochSampler`.
 
-    What is drawn for an image is a function of (seed, epoch, index), so that the number of workers, their timing and a
-    resume change nothing. The random state of the process is left as it was.
+    The augmentation of an image is a function of (seed, epoch, index), so the number of workers, their timing and a
+    resume do not change it. The random state of the process is not changed.
 
     Args:
         samples: files and labels.
@@ -64,7 +64,7 @@ class FolderDataset(Dataset[tuple[Tensor, int, int]]):
         """Return the image (C, H, W) float32, its label and its index; raise ValueError if the file is broken."""
         epoch, index = key
         image = read_rgb(self.samples.paths[index], self.white)
-        # Transforms of torchvision draw from the global generator of the CPU, and from no other.
+        # torchvision's transforms draw only from the global CPU generator.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             return self.transform(image), self.samples.labels[index], index
@@ -73,10 +73,10 @@ class FolderDataset(Dataset[tuple[Tensor, int, int]]):
 def train_transform(
     augmentation: Augmentation, image_size: int, min_crop_area: float, mean: Sequence[float], std: Sequence[float]
 ) -> v2.Transform:
-    """Build the training transform: random resized crop, then as `Augmentation` says.
+    """Build the training transform: random resized crop, then the steps of `Augmentation`.
 
     Args:
-        augmentation: what to do; `crop_padding` must be 0.
+        augmentation: the options; `crop_padding` must be 0.
         image_size: side of the square result, in pixels.
         min_crop_area: smallest area of the crop as a fraction of the image; its aspect ratio is in 3/4 to 4/3.
         mean: three values, in units of [0, 1].
@@ -88,7 +88,7 @@ def train_transform(
     jitter = augmentation.color_jitter
     steps: list[v2.Transform] = [v2.RandomResizedCrop(image_size, scale=(min_crop_area, 1.0))]
     if not (augmentation.rand_augment or jitter):
-        # Cut as a tensor: in about half the time, at most one level of 255 away. Colours are changed in PIL images.
+        # Crop as a tensor: half the time of PIL, at most 1/255 apart. Colour operations work on PIL images.
         steps.insert(0, v2.PILToTensor())
     if augmentation.flip:
         steps.append(v2.RandomHorizontalFlip())
@@ -103,7 +103,7 @@ def train_transform(
 
 
 def eval_transform(image_size: int, crop_ratio: float, mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    """Build the evaluation transform: the shorter side to image_size / crop_ratio, then the centre.
+    """Build the evaluation transform: resize the shorter side to image_size / crop_ratio, then crop the centre.
 
     Args:
         image_size: side of the square result, in pixels.
@@ -119,7 +119,7 @@ def eval_transform(image_size: int, crop_ratio: float, mean: Sequence[float], st
 
 
 def _shortened(image: Image.Image) -> Image.Image:
-    """Return the middle of a strip: scaled to the shorter side as a whole, one of few rows would fill the memory."""
+    """Crop the middle of a very elongated image: resizing all of it by its shorter side could fill the memory."""
     longest = 16 * min(image.size)
     if max(image.size) <= longest:
         return image
@@ -128,7 +128,7 @@ def _shortened(image: Image.Image) -> Image.Image:
 
 
 def _normalised(mean: Sequence[float], std: Sequence[float]) -> v2.Transform:
-    # The three channels come interleaved; apart, all that follows, batching too, is faster.
+    # PIL's channels are interleaved; contiguous channels make everything after this, also batching, faster.
     return v2.Compose(
         [
             v2.PILToTensor(),
@@ -145,31 +145,32 @@ FLIP = Augmentation(flip=True)
 class ImageFolder(ImageData):
     """Serve images from `root/train/<class>/` and `root/val/<class>/`, decoded by worker processes.
 
-    Instead of `val` the folder may be called `valid`, `validation` or `test`. The folders are listed and checked when
-    the module is made. Training images are cut by a random resized crop; evaluation images are resized and cut in the
-    middle. Every kind of image becomes upright 8-bit RGB (`diffkd.data.images`).
+    The folder `val` may also be named `valid`, `validation` or `test`. The folders are listed and checked when the
+    module is created. Training images get a random resized crop; evaluation images are resized and centre-cropped. All
+    images are converted to upright 8-bit RGB (`diffkd.data.images`).
 
     Args:
         root: the folder.
         batch_size: images per batch and process.
-        augmentation: what is done to training images besides the random resized crop; `crop_padding` must be 0.
+        augmentation: augmentation of training images besides the random resized crop; `crop_padding` must be 0.
         seed: seed of order and augmentation.
-        image_size: side of the square images the models get, in pixels.
+        image_size: side of the square input images, in pixels.
         min_crop_area: smallest area of the random resized crop, as a fraction of the image.
-        crop_ratio: fraction of the shorter side that the centre crop of evaluation keeps.
-        num_workers: worker processes; None takes one per core, at most 8.
+        crop_ratio: fraction of the shorter side that the centre crop keeps in evaluation.
+        num_workers: worker processes; None uses one per core, at most 8.
         on_bad_image: "error" refuses empty and unreadable files before training and stops at a file that cannot be
             decoded, with its name; "skip" decodes every file before training and leaves the broken ones out, with a
             warning that counts and names them.
-        verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
+        verify: with "error" too, decode every file before training, so that a broken file stops the run then and not in
+            mid-epoch.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
-        follow_links: let symbolic links lead out of the folder, as in caches and on shared disks. Set it only where you
-            trust the links.
-        val_share: share of the training images that is held back for evaluation, drawn by `seed` with the
-            same share of each class, in the place of `val`; None takes `val`.
-        white_level: the value of 16-bit images that becomes white, 255; 4095 for 12 bits. None takes 65535, and warns
-            where all images would be nearly black.
+        follow_links: allow symbolic links that lead out of the folder, as in caches and on shared disks. Set it only if
+            you trust the links.
+        val_share: share of the training images to hold out for evaluation instead of `val`, drawn by `seed` with the
+            same share of each class; None uses `val`.
+        white_level: the value of 16-bit images that is mapped to white, 255; 4095 for 12 bits. None uses 65535, and
+            warns if all images would be nearly black.
 
     Attributes:
         skipped: one message per image left out.
@@ -210,11 +211,11 @@ class ImageFolder(ImageData):
             )
         check_statistics(mean, std)
         check_on_bad_image(on_bad_image)
-        with links_followed(follow_links):
+        with allow_outside_links(follow_links):
             scan = partial(scan_folder, root, val=val_share is None)
             (classes, train, val), _ = train_or_val(scan, partial(scan, train=False))
         if val_share is not None:
-            train, val = (train.select(part) for part in held_back(train.labels, val_share, seed))
+            train, val = (train.select(part) for part in split_by_class(train.labels, val_share, seed))
         white = white_level_of(white_level, train.paths)
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         skipped: list[str] = []
@@ -237,7 +238,7 @@ class ImageFolder(ImageData):
             num_workers=num_workers,
         )
         super().__init__(loaders, classes, image_size=(image_size, image_size), mean=mean, std=std)
-        # As an argument it is one side, as an attribute both.
+        # The argument is one side; the attribute holds both.
         self.save_hyperparameters("image_size", logger=False)
         self.root = root
         self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
@@ -260,13 +261,13 @@ def _verified(
     on_bad_image: OnBadImage,
     threads: int,
 ) -> Verified:
-    """Return the images that can be decoded, and warn of the others or refuse them."""
+    """Return the images that can be decoded; for others, warn or raise, depending on `on_bad_image`."""
     verified = verify_images(samples, threads)
     problems = verified.problems
     counted = f"{split}: {len(problems)} of {len(samples.paths)} images are"
     if problems and on_bad_image == "error":
         raise ValueError(f"{counted} broken; the first: {problems[0]}")
     if problems:
-        listed = "\n  ".join(problem.removesuffix(MEND) for problem in problems[:10])
+        listed = "\n  ".join(problem.removesuffix(BAD_IMAGE_HINT) for problem in problems[:10])
         rank_zero_warn(f"{counted} left out:\n  {listed}")
     return verified

@@ -1,4 +1,4 @@
-"""Labelled images in memory: their checks, and the loaders over training and test set."""
+"""Labelled images in memory: checks, and loaders over training and test set."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from diffkd.data.statistics import channel_statistics
 
 
 class ImageSet(NamedTuple):
-    """Hold images and their labels.
+    """Images and their labels.
 
     Args:
         images: (N, C, H, W) uint8, or finite floats.
@@ -25,12 +25,12 @@ class ImageSet(NamedTuple):
     labels: Tensor
 
     def to(self, device: torch.device) -> "ImageSet":
-        """Return the set on a device; itself where it is there already."""
+        """Return the set on a device; the same object if it is already there."""
         return ImageSet(self.images.to(device), self.labels.to(device))
 
 
 def check_image_set(data: ImageSet, num_classes: int, name: str) -> None:
-    """Refuse a set that cannot be trained or evaluated on.
+    """Check that a set can be used for training and evaluation.
 
     Args:
         data: the set.
@@ -68,8 +68,8 @@ class InMemory:
     Args:
         train: training images and labels.
         val: evaluation images and labels.
-        batch_size: images per batch and process, at training and evaluation.
-        augmentation: what is done to training images.
+        batch_size: images per batch and process, in training and evaluation.
+        augmentation: augmentation of training images.
         seed: seed of order and augmentation.
         mean: one value per channel; None computes it from the training set.
         std: one value per channel; None computes it from the training set.
@@ -130,7 +130,7 @@ class InMemory:
         return self.val_loader(trainer)
 
     def example(self) -> Tensor:
-        """Return two normalised training images, (2, C, H, W) float32 on the CPU, for probing models."""
+        """Return two normalised training images, (2, C, H, W) float32 on the CPU, to find feature shapes."""
         two = ImageSet(self.train.images[[0, -1]], self.train.labels[[0, -1]]).to(placement(None).device)
         images, _, _ = next(iter(DeviceLoader(*two, batch_size=2, mean=self.mean, std=self.std)))
         return images

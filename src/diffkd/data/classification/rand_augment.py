@@ -1,4 +1,4 @@
-"""RandAugment for a whole batch at once: every operation on every image, then each image keeps the one it drew."""
+"""RandAugment for a whole batch at once: all operations are computed for all images, then one is selected per image."""
 
 import math
 
@@ -12,11 +12,11 @@ _BRIGHTNESS, _COLOR, _CONTRAST, _SHARPNESS, _POSTERIZE, _SOLARIZE, _AUTOCONTRAST
 
 
 def rand_augment(images: Tensor, operations: int, magnitude: int, generator: Generator) -> Tensor:
-    """Apply operations drawn for each image, one after the other (RandAugment, Cubuk et al., 2020, arXiv 1909.13719).
+    """Apply random operations per image in sequence (RandAugment, Cubuk et al., 2020, arXiv 1909.13719).
 
     The fourteen operations and their strengths are those of `torchvision.transforms.v2.RandAugment` with 31 bins,
     nearest interpolation and black fill. All fourteen are computed for all images: for small images that costs less
-    than waiting for the host, which would have to know what each image drew.
+    than a synchronisation with the host to read the chosen operations.
 
     Args:
         images: (B, C, H, W) uint8; colour changes for C = 3 only.
@@ -35,7 +35,7 @@ def rand_augment(images: Tensor, operations: int, magnitude: int, generator: Gen
 
 
 def apply_operations(images: Tensor, chosen: Tensor, sign: Tensor, magnitude: int) -> Tensor:
-    """Apply to each image the operation it chose.
+    """Apply one operation to each image.
 
     Args:
         images: (B, C, H, W) uint8.
@@ -82,7 +82,7 @@ def _blend(start: Tensor, images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _warp(pixels: Tensor, chosen: Tensor, sign: Tensor, strength: float) -> Tensor:
-    """Move pixels by the affine map that each image chose; maps run from output to input, in pixels."""
+    """Apply each image's affine map, given from output to input coordinates in pixels."""
     _, _, height, width = pixels.shape
     one, zero = torch.ones_like(sign), torch.zeros_like(sign)
     shear = 0.3 * strength * sign
@@ -90,7 +90,7 @@ def _warp(pixels: Tensor, chosen: Tensor, sign: Tensor, strength: float) -> Tens
     turns = chosen == _ROTATE
     cosine, sine = torch.where(turns, angle.cos(), one), torch.where(turns, angle.sin(), zero)
     shear_x, shear_y = torch.where(chosen == _SHEAR_X, shear, zero), torch.where(chosen == _SHEAR_Y, shear, zero)
-    # Half an image of shift turns a shear about the centre into one about the top left corner.
+    # A shift by half an image turns a shear about the centre into one about the top left corner.
     shift_x = torch.where(chosen == _MOVE_X, -(150 / 331 * width * strength * sign).trunc(), shear_x * height / 2)
     shift_y = torch.where(chosen == _MOVE_Y, -(150 / 331 * height * strength * sign).trunc(), shear_y * width / 2)
     x = torch.arange(width, device=pixels.device) - (width - 1) / 2
@@ -105,7 +105,7 @@ def _warp(pixels: Tensor, chosen: Tensor, sign: Tensor, strength: float) -> Tens
 
 
 def _blur(pixels: Tensor) -> Tensor:
-    """Smooth the inner pixels with weights 1 around 5, rounded; the border stays."""
+    """Smooth with the 3x3 kernel of ones with 5 in the centre, rounded; border pixels do not change."""
     channels = pixels.shape[1]
     kernel = torch.ones(channels, 1, 3, 3, device=pixels.device) / 13
     kernel[:, :, 1, 1] = 5 / 13
@@ -122,7 +122,7 @@ def _posterize(images: Tensor, bits: int) -> Tensor:
 
 
 def _autocontrast(pixels: Tensor) -> Tensor:
-    """Stretch each channel to 0..255; a channel of one value stays."""
+    """Stretch each channel to 0..255; a constant channel does not change."""
     low, high = pixels.amin(dim=(2, 3), keepdim=True), pixels.amax(dim=(2, 3), keepdim=True)
     flat = low == high
     scale = torch.where(flat, 1.0, 255 / torch.where(flat, 1.0, high - low))
@@ -130,7 +130,7 @@ def _autocontrast(pixels: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor) -> Tensor:
-    """Even out the histogram of each channel, with the integer arithmetic of PIL."""
+    """Equalise the histogram of each channel with PIL's integer arithmetic."""
     flat = images.flatten(2).to(torch.int64)  # (B, C, H * W)
     counts = flat.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(flat))
     below = counts.cumsum(dim=2)

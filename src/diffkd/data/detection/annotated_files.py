@@ -1,4 +1,4 @@
-"""Image files and their boxes: what the readers of all formats return."""
+"""Image files and their boxes, as the readers of all formats return them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from diffkd.data.images import WHITE, read_rgb, turn_of
+from diffkd.data.images import WHITE, read_orientation, read_rgb
 
-# Narrower boxes, in pixels, would lose their extent to rounding when a detector scales them down, and stop it.
+# In pixels. Narrower boxes could round to zero width when a detector scales the image down, which raises an error.
 SMALLEST = 0.01
 
 
 class ImageBoxes(NamedTuple):
-    """Hold the boxes of one image.
+    """The boxes of one image.
 
     Args:
         boxes: (n, 4) float32 left, top, right, bottom in pixels.
         labels: (n,) int64 from 1.
-        area: (n,) float32, pixels of the object, or of its box where nobody said.
-        iscrowd: (n,) int64, 1 for a region that holds many objects or is not to be counted.
+        area: (n,) float32, pixels of the object, or of its box if the annotation states no area.
+        iscrowd: (n,) int64, 1 for a crowd region or an object that is not counted.
     """
 
     boxes: Tensor
@@ -31,18 +31,18 @@ class ImageBoxes(NamedTuple):
     iscrowd: Tensor
 
     def keep(self, chosen: Tensor) -> "ImageBoxes":
-        """Return the boxes that a (n,) bool mask chooses."""
+        """Return the boxes selected by a (n,) bool mask."""
         return ImageBoxes(*(part[chosen] for part in self))
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """Hold the boxes of N images; few large tensors, so that worker processes share them.
+    """The boxes of N images, in few large tensors so that worker processes share them.
 
     Args:
         image_ids: (N,) int64.
         starts: (N + 1,) int64; the boxes of image i are those from starts[i] to starts[i + 1].
-        boxes: those of all images, one after the other.
+        boxes: the boxes of all images, concatenated.
     """
 
     image_ids: Tensor
@@ -70,7 +70,7 @@ class Annotations:
 
 
 def gather(image_ids: Iterable[int], images: Iterable[ImageBoxes]) -> Annotations:
-    """Put the boxes of images together, in their order."""
+    """Concatenate the boxes of images, in order."""
     listed = list(images)
     starts = torch.tensor([0, *(len(one.labels) for one in listed)]).cumsum(0)
     parts = [torch.cat(part) for part in zip(no_boxes(), *listed, strict=True)]
@@ -78,13 +78,13 @@ def gather(image_ids: Iterable[int], images: Iterable[ImageBoxes]) -> Annotation
 
 
 def no_boxes() -> ImageBoxes:
-    """Return the boxes of an image without any."""
+    """Return an `ImageBoxes` with no boxes."""
     integers = torch.zeros(0, dtype=torch.int64)
     return ImageBoxes(torch.zeros(0, 4), integers, torch.zeros(0), integers)
 
 
 def measurable(boxes: Tensor) -> Tensor:
-    """Return which boxes have an extent, (n,) bool; those with NaN have none.
+    """Return which boxes have a positive extent, (n,) bool; False for boxes with NaN.
 
     Args:
         boxes: (n, 4) left, top, right, bottom in pixels.
@@ -93,13 +93,13 @@ def measurable(boxes: Tensor) -> Tensor:
 
 
 class ReadBox(NamedTuple):
-    """Hold a box as a file states it.
+    """A box as stated in a file.
 
     Args:
         corners: left, top, right, bottom in pixels.
         label: from 1.
-        name: what to call it in messages.
-        area: pixels of the object; None takes those of the box.
+        name: its name in messages.
+        area: pixels of the object; None uses the area of the box.
         crowd: whether it is left out of training.
     """
 
@@ -111,14 +111,14 @@ class ReadBox(NamedTuple):
 
 
 class ReadImage(NamedTuple):
-    """Hold an image as a file states it.
+    """An image as stated in a file.
 
     Args:
         path: the image file.
         size: (H, W) in pixels.
         image_id: any int64.
         boxes: its boxes.
-        problem: why its annotations cannot be used; "" if they can.
+        problem: why its annotations cannot be used; "" if they are valid.
     """
 
     path: str
@@ -130,21 +130,21 @@ class ReadImage(NamedTuple):
 
 @dataclass(frozen=True)
 class AnnotatedFiles:
-    """Hold the N images of a split.
+    """The N images of a split.
 
     Args:
-        source: the file or folder they are of, for messages.
+        source: the annotation file or folder, for messages.
         paths: N image files.
         sizes: (N, 2) int64, height and width as the annotations state them.
-        annotations: the boxes, cut at the border of their image.
+        annotations: the boxes, clipped to their image.
         classes: the names of labels 1 to K.
-        category_ids: the number each has in the format.
-        dropped: one message for each box that is malformed or has no extent inside its image.
-        cut: how many of the others reach more than a pixel out of their image.
+        category_ids: the id of each class in the file format.
+        dropped: one message for each box left out: malformed, or without extent inside its image.
+        cut: number of kept boxes that reached more than a pixel out of their image.
         first_cut: a message for the first of them.
         problems: why the annotations of an image cannot be used, by its path.
         white: the value of 16-bit images that becomes 255.
-        keypoints: of YOLO's lines, whether those of more than five numbers are boxes with key points; None: none is so
+        keypoints: YOLO only: whether lines of more than five numbers are boxes with key points; None if no line is that
             long.
     """
 
@@ -171,7 +171,7 @@ class AnnotatedFiles:
         )
 
     def _as_stored(self, index: int) -> str:
-        turn = turn_of(self.paths[index])
+        turn = read_orientation(self.paths[index])
         if turn.orientation == 1 or tuple(self.sizes[index].tolist()) != turn.header.stored:
             return ""
         return "; or set boxes_as_stored=true, since this is its size before its EXIF turns it"
@@ -180,7 +180,8 @@ class AnnotatedFiles:
         """Return an image, (3, H, W) uint8.
 
         Raises:
-            ValueError: if the file or its annotations are broken, or are for another size; names it.
+            ValueError: if the file or its annotations are broken, or the annotations state another size; the message
+                names the file.
         """
         if problem := self.problems.get(self.paths[index]):
             raise ValueError(problem)
@@ -195,21 +196,21 @@ class AnnotatedFiles:
         return pixels
 
 
-def turned_along(image: ReadImage) -> ReadImage:
-    """Return an image whose size and boxes are those of the stored picture with those of the upright one.
+def to_upright(image: ReadImage) -> ReadImage:
+    """Convert size and boxes of an image from the stored orientation to the upright one.
 
-    An image of any other size stays as it is; raises ValueError if the head of the file cannot be read.
+    If the stated size is not the stored one, nothing is changed. Raises ValueError if the file's header cannot be read.
     """
-    turn = turn_of(image.path)
+    turn = read_orientation(image.path)
     (height, width), orientation = image.size, turn.orientation
-    if orientation not in _TURNED or image.size != turn.header.stored:
+    if orientation not in _UPRIGHT_CORNERS or image.size != turn.header.stored:
         return image
-    boxes = [box._replace(corners=_TURNED[orientation](*box.corners, width, height)) for box in image.boxes]
+    boxes = [box._replace(corners=_UPRIGHT_CORNERS[orientation](*box.corners, width, height)) for box in image.boxes]
     return image._replace(size=turn.header.size, boxes=boxes)
 
 
-# Left, top, right, bottom, width and height of the stored picture to the corners in the upright one, by orientation.
-_TURNED: dict[int, Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]] = {
+# By orientation: (left, top, right, bottom, width, height) of the stored image to the corners in the upright image.
+_UPRIGHT_CORNERS: dict[int, Callable[[float, float, float, float, int, int], tuple[float, float, float, float]]] = {
     2: lambda left, top, right, bottom, w, h: (w - right, top, w - left, bottom),
     3: lambda left, top, right, bottom, w, h: (w - right, h - bottom, w - left, h - top),
     4: lambda left, top, right, bottom, w, h: (left, h - bottom, right, h - top),
@@ -221,10 +222,10 @@ _TURNED: dict[int, Callable[[float, float, float, float, int, int], tuple[float,
 
 
 def flag(value: object, name: str, where: str) -> bool:
-    """Return what a file says by 0 or 1, true or false, as a number or a text; empty: no.
+    """Parse a flag: 0 or 1, true or false, as number or text; empty means False.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: for any other value.
     """
     known = {"": False, "0": False, "0.0": False, "false": False, "1": True, "1.0": True, "true": True}
     text = str("" if value is None else value).strip().lower()
@@ -240,16 +241,16 @@ def annotated_files(
     category_ids: Sequence[int],
     malformed: Sequence[str] = (),
 ) -> AnnotatedFiles:
-    """Check and gather what a reader has read.
+    """Check the images and boxes of a reader and gather them.
 
-    Boxes are cut at the border of their image, and dropped if nothing measurable is left or a coordinate is not finite.
+    Boxes are clipped to their image, and dropped if no extent is left or a coordinate is not finite.
 
     Args:
         source: the file or folder, for messages.
-        images: what it holds.
+        images: its images.
         classes: the names of labels 1 to K.
-        category_ids: the number each has in the format.
-        malformed: a message for each box that could not be read and is left out.
+        category_ids: the id of each class in the file format.
+        malformed: one message for each box that the reader left out.
 
     Raises:
         ValueError: if there are no images.
@@ -297,5 +298,5 @@ def annotated_files(
 
 
 def _area(stated: float | None) -> float:
-    """Return a stated area, or 0 if it says nothing."""
+    """Return a stated area, or 0 if it is missing or not usable."""
     return stated if stated is not None and 0 < stated < 1e30 else 0.0

@@ -1,4 +1,4 @@
-"""Augmentation of an image and its boxes together."""
+"""Joint augmentation of an image and its boxes."""
 
 import math
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from diffkd.data.detection.annotated_files import ImageBoxes, measurable
 
 @dataclass(frozen=True)
 class BoxAugmentation:
-    """Say how training images and their boxes are augmented; the default changes nothing.
+    """Options of the augmentation of training images and their boxes; the default changes nothing.
 
-    The order is: scale, crop, flip, colour jitter. Training at several scales is no part of it: the detector itself
-    draws the size it works at.
+    The order is: scale, crop, flip, colour jitter. Multi-scale training is not included: the detector draws its input
+    size itself.
 
     Args:
         flip: mirror left to right with probability 1/2.
         scale_jitter: largest relative change of the size, drawn from [1 - scale_jitter, 1 + scale_jitter]; 0 is off.
-        min_crop: smallest share of each side that a random crop keeps, in (0, 1]; 1 is off. Boxes are cut at the crop's
-            border; those whose centre is outside of it are dropped.
+        min_crop: smallest share of each side that a random crop keeps, in (0, 1]; 1 is off. Boxes are clipped to the
+            crop; those whose centre is outside of it are dropped.
         color_jitter: largest relative change of brightness, contrast and saturation, each drawn from
             [1 - color_jitter, 1 + color_jitter]; 0 is off.
 
@@ -47,15 +47,15 @@ FLIP_BOXES = BoxAugmentation(flip=True)
 
 
 def augment_boxes(image: Tensor, boxes: ImageBoxes, augmentation: BoxAugmentation) -> tuple[Tensor, ImageBoxes]:
-    """Augment an image and its boxes; all draws are from torch's global generator of the CPU.
+    """Augment an image and its boxes; all draws use torch's global CPU generator.
 
     Args:
         image: (3, H, W) uint8.
         boxes: its boxes.
-        augmentation: what to do.
+        augmentation: the options.
 
     Returns:
-        The image, (3, H', W') uint8, and the boxes that are left.
+        The image, (3, H', W') uint8, and the remaining boxes.
     """
     if augmentation.scale_jitter:
         factor = 1 + augmentation.scale_jitter * (2 * torch.rand(()).item() - 1)
@@ -79,7 +79,7 @@ def flip(image: Tensor, boxes: ImageBoxes) -> tuple[Tensor, ImageBoxes]:
 
 
 def resize(image: Tensor, boxes: ImageBoxes, size: tuple[int, int]) -> tuple[Tensor, ImageBoxes]:
-    """Scale an image (3, H, W) and its boxes to (H', W') pixels; boxes that lose their extent are dropped."""
+    """Scale an image (3, H, W) and its boxes to (H', W') pixels; boxes without remaining extent are dropped."""
     scaled = _plain(v2.functional.resize(_tracked(image, boxes), list(size)))
     ratio = size[0] * size[1] / (image.shape[1] * image.shape[2])
     kept = measurable(scaled)
@@ -88,9 +88,9 @@ def resize(image: Tensor, boxes: ImageBoxes, size: tuple[int, int]) -> tuple[Ten
 
 
 def crop(image: Tensor, boxes: ImageBoxes, top: int, left: int, height: int, width: int) -> tuple[Tensor, ImageBoxes]:
-    """Cut a window out of an image (3, H, W); boxes with their centre outside are dropped, the others cut.
+    """Crop a window of an image (3, H, W); boxes with their centre outside are dropped, the others clipped.
 
-    The area of what is left of an object is taken to be in proportion to what is left of its box.
+    The `area` of an object is reduced in proportion to the area of its box.
     """
     centres = (boxes.boxes[:, :2] + boxes.boxes[:, 2:]) / 2
     start = torch.tensor([left, top])

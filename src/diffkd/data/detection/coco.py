@@ -13,13 +13,13 @@ from diffkd.data.detection.annotated_files import (
     ReadImage,
     annotated_files,
     flag,
-    turned_along,
+    to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import enclosed_files, enclosed_folder, quoted
-from diffkd.data.images import turn_of, upright_size
+from diffkd.data.folders import enclosed_files, enclosed_folder, format_names
+from diffkd.data.images import read_orientation, upright_size
 
-_UNKNOWN = (0, 0)  # height and width that a file does not state
+_UNKNOWN = (0, 0)  # height and width if the file does not state them
 
 
 def read_coco(
@@ -31,26 +31,26 @@ def read_coco(
     as_stored: bool = False,
     chosen: Collection[str] | None = None,
 ) -> AnnotatedFiles:
-    """Read the boxes of a COCO file; segmentations stand in for missing boxes, and keypoints are passed over.
+    """Read the boxes of a COCO file; missing boxes are computed from segmentations, and keypoints are ignored.
 
-    Category ids may have gaps: labels count from 1 in their order. Where neither height nor width of an image is
-    stated, or both are 0, its file says them. Ids may be texts or floats of whole numbers; images may also have any
-    texts. An annotation with neither a box nor a polygon is left out.
+    Category ids may have gaps: labels count from 1 in the order of the ids. If both height and width of an image are
+    missing or 0, they are read from its file. Ids may be strings or floats of whole numbers; image ids may be any
+    strings. An annotation with neither a box nor a polygon is left out.
 
     Args:
         file: the JSON file.
         images: folder that its file names are relative to.
-        categories: id and name of the categories of the training file, which this one's must be among; None takes its
-            own.
-        skip_bad: whether images whose size cannot be read are let pass, with size 0 and without boxes. So are those
-            without a file, in any case. Malformed annotations are left out.
-        as_stored: whether sizes and boxes are those of pictures before their EXIF turns them.
-        chosen: the names of the categories that are read, boxes of others being left out; None reads all.
+        categories: ids and names of the training file's categories, which must include those of this file; None uses
+            this file's.
+        skip_bad: keep images whose size cannot be read, with size 0 and without boxes, and leave out malformed
+            annotations. Images without a file are always kept this way.
+        as_stored: whether sizes and boxes refer to the stored image, before its EXIF orientation is applied.
+        chosen: the names of the categories to read; boxes of others are left out. None reads all.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no JSON, lacks a key, holds a value of the wrong kind or an id twice, names an image or
-            category that it does not have, or a file outside of the folder, or the size of an image cannot be read.
+        ValueError: if it is not JSON, lacks a key, has a value of the wrong type or a duplicate id, refers to an
+            unknown image or category or to a file outside of the folder, or the size of an image cannot be read.
     """
     source = os.fspath(file)
     content = _load(source)
@@ -59,7 +59,9 @@ def read_coco(
     if chosen is not None:
         unknown = sorted(set(chosen) - set(own.values()) - set((categories or {}).values()))
         if unknown:
-            raise ValueError(f"{source}: no categories {quoted(unknown)}; there are {quoted(list(own.values()))}.")
+            raise ValueError(
+                f"{source}: no categories {format_names(unknown)}; there are {format_names(list(own.values()))}."
+            )
         others = {number for number, name in own.items() if name not in chosen}
         own = {number: name for number, name in own.items() if number not in others}
     if categories is None:
@@ -111,13 +113,13 @@ def read_coco(
             by_id[image_id].boxes.append(box)
     if as_stored:
         listed = [
-            turned_along(image) if image.size != _UNKNOWN and Path(image.path).is_file() else image for image in listed
+            to_upright(image) if image.size != _UNKNOWN and Path(image.path).is_file() else image for image in listed
         ]
     return annotated_files(source, listed, [categories[number] for number in ids], ids, malformed)
 
 
 def _corners(entry: Mapping[str, Any], where: str) -> tuple[float, float, float, float] | None:
-    """Return the box of an annotation or, where that is none, the one around its polygons; None without either."""
+    """Return the box of an annotation, or else the bounding box of its polygons; None without either."""
     if entry.get("bbox") or ("bbox" not in entry and not _polygons(entry)):
         left, top, width, height = _numbers(_value(entry, "bbox", where), where)
         return left, top, left + width, top + height
@@ -131,7 +133,7 @@ def _corners(entry: Mapping[str, Any], where: str) -> tuple[float, float, float,
 
 
 def _polygons(entry: Mapping[str, Any]) -> list[list[float]]:
-    """Return the polygons of an annotation that have three corners or more."""
+    """Return the polygons of an annotation with at least three corners."""
     stated: Any = entry.get("segmentation")
     if not isinstance(stated, list):
         return []
@@ -178,10 +180,10 @@ def _categories(source: str, entries: list[dict[str, Any]]) -> dict[int, str]:
 
 
 def _numbered_texts(entries: list[dict[str, Any]]) -> dict[str, int]:
-    """Return a number for each image where all ids are texts and some are no numbers; otherwise nothing."""
+    """Return an integer id per image if all ids are strings and some are not numbers; otherwise an empty mapping."""
     ids = [entry.get("id") for entry in entries]
     texts = [value for value in ids if isinstance(value, str)]
-    if len(texts) < len(ids) or all(_whole(text) is not None for text in texts):
+    if len(texts) < len(ids) or all(_whole_number(text) is not None for text in texts):
         return {}
     return {text: number for number, text in enumerate(dict.fromkeys(texts))}
 
@@ -222,9 +224,9 @@ def _images(
 
 def _read_size(path: str, skip_bad: bool, as_stored: bool) -> tuple[int, int]:
     if not Path(path).is_file():
-        return _UNKNOWN  # whoever wants the pixels counts and names all that are missing
+        return _UNKNOWN  # the later check counts and names all missing files
     try:
-        return turn_of(path).header.stored if as_stored else upright_size(path)
+        return read_orientation(path).header.stored if as_stored else upright_size(path)
     except ValueError:
         if not skip_bad:
             raise
@@ -239,20 +241,20 @@ def _value(entry: Mapping[str, Any], key: str, where: str) -> Any:
 
 def _id(entry: Mapping[str, Any], where: str) -> int:
     value: Any = _value(entry, "id", where)
-    number = _whole(value)
+    number = _whole_number(value)
     if number is None or abs(number) >= 1 << 63:
         raise ValueError(f"{where} has the id {value!r}; ids are integers of 64 bits.")
     return number
 
 
 def _known_id(value: Any, known: Collection[int], texts: Mapping[str, int] | None = None) -> int | None:
-    """Return the id that a value stands for, None if it is none of the known ones."""
-    number = texts.get(str(value)) if texts else _whole(value)
+    """Return the id given by a value, None if it is not a known id."""
+    number = texts.get(str(value)) if texts else _whole_number(value)
     return number if number in known else None
 
 
-def _whole(value: Any) -> int | None:
-    """Return a whole number, also as a float or a text; None for anything else."""
+def _whole_number(value: Any) -> int | None:
+    """Parse a whole number, also given as a float or string; None for anything else."""
     if isinstance(value, str) and len(value) <= 20 and value.strip().removeprefix("-").isdecimal():
         return int(value)
     if isinstance(value, float) and value.is_integer():
@@ -286,41 +288,40 @@ def _is_number(value: Any) -> bool:
 
 
 class CocoDetection(DetectionData):
-    """Serve images whose boxes are in COCO JSON files, decoded by worker processes at their own sizes.
+    """Serve images with boxes from COCO JSON files, decoded by worker processes at their original sizes.
 
     For COCO itself: `CocoDetection("coco", "annotations/instances_train2017.json",
     "annotations/instances_val2017.json", images="train2017", val_images="val2017")`.
 
-    The files are read and checked when the module is made. Boxes are cut at the border of their image; those without
-    extent are left out with a warning. Crowd boxes (`iscrowd`) are left out of training and stay, flagged, in
-    evaluation.
+    The files are read and checked when the module is created. Boxes are clipped to their image; those without extent
+    are left out with a warning. Crowd boxes (`iscrowd`) are left out of training and kept, flagged, in evaluation.
 
     Args:
         root: folder that the other names are relative to.
         train: JSON file of the training images.
-        val: JSON file of the evaluation images; its categories must be among those of `train`.
+        val: JSON file of the evaluation images; its categories must be a subset of those of `train`.
         test: JSON file of the test images; None tests on `val`.
         images: folder that the file names of the training images are relative to.
-        val_images: that of the evaluation images; None takes `images`.
-        test_images: that of the test images; None takes that of the evaluation images.
-        categories: names of the categories to take, such as all but a parent of them that has no boxes of its own;
-            boxes of others are left out. None takes all.
-        boxes_as_stored: whether sizes and boxes are those of the pictures before their EXIF orientation turns them; the
-            boxes are turned along.
+        val_images: the same for the evaluation images; None uses `images`.
+        test_images: the same for the test images; None uses the folder of the evaluation images.
+        categories: names of the categories to use, for example all but a parent category without boxes; boxes of other
+            categories are left out. None uses all.
+        boxes_as_stored: whether sizes and boxes refer to the stored images, before their EXIF orientation is applied;
+            the boxes are then rotated too.
         **options: the arguments of `DetectionData`, such as `batch_size` and `min_size`.
 
     Attributes:
         classes: the names of labels 1 to `num_classes`, ordered by category id.
-        category_ids: the ids these have in the files.
+        category_ids: the ids of these classes in the files.
         skipped: one message per image left out.
         dropped: one message per box left out.
 
     Raises:
         FileNotFoundError: if a file or folder is missing.
-        ValueError: if a file is damaged or contradicts itself, or names a file outside of its folder; see `read_coco`.
+        ValueError: if a file is damaged or inconsistent, or names a file outside of its folder; see `read_coco`.
     """
 
-    class_mend = "or leave the class out with categories=[...]"
+    class_hint = "or leave the class out with categories=[...]"
 
     def __init__(
         self,

@@ -15,15 +15,15 @@ DetectionBatch = tuple[list[Tensor], list[Target], Tensor]
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target, int]]):
-    """Give (image, target, index) for the key (epoch, index) that `EpochSampler` yields.
+    """Return (image, target, index) for the key (epoch, index) of `EpochSampler`.
 
-    What is drawn for an image is a function of (seed, epoch, index), so that the number of workers, their timing and a
-    resume change nothing. The random state of the process is left as it was.
+    The augmentation of an image is a function of (seed, epoch, index), so the number of workers, their timing and a
+    resume do not change it. The random state of the process is not changed.
 
     Args:
         annotations: the boxes; without crowds for training.
-        read: the index of an image to (3, H, W) uint8.
-        augmentation: what is done to the image and its boxes; None for evaluation.
+        read: function from the index of an image to (3, H, W) uint8.
+        augmentation: augmentation of image and boxes; None for evaluation.
         seed: seed of the augmentation.
     """
 
@@ -57,17 +57,17 @@ class DetectionDataset(Dataset[tuple[Tensor, Target, int]]):
         epoch, index = key
         image, boxes = self.read(index), self.annotations.of(index)
         if self.augmentation is not None:
-            # Transforms of torchvision draw from the global generator of the CPU, and from no other.
+            # torchvision's transforms draw only from the global CPU generator.
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
                 image, boxes = augment_boxes(image, boxes, self.augmentation)
-        # Of its own memory: a view would send the boxes of all images along from worker to trainer.
+        # Cloned: a view would transfer the boxes of all images from the worker to the main process.
         target = {name: part.clone() for name, part in boxes._asdict().items()}
         target["image_id"] = self.annotations.image_ids[index].clone()
         return image.to(torch.float32) / 255, target, index
 
     def example(self) -> list[Tensor]:
-        """Return the first and the last image as they are, each (3, H, W) float32 in [0, 1]."""
+        """Return the first and the last image without augmentation, each (3, H, W) float32 in [0, 1]."""
         return [self.read(index).to(torch.float32) / 255 for index in (0, len(self) - 1)]
 
 

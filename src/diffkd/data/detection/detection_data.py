@@ -1,4 +1,4 @@
-"""What the data modules of detection share: their arguments, the checks of their splits, and the loaders."""
+"""Base of the detection data modules: shared arguments, checks of the splits, and loaders."""
 
 import os
 from collections import Counter
@@ -14,49 +14,50 @@ from lightning.pytorch.utilities import rank_zero_warn
 from diffkd.data.detection.annotated_files import AnnotatedFiles
 from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection.dataset import DetectionDataset, collate_detection
-from diffkd.data.folders import FolderSamples, absent_classes, links_followed, quoted
+from diffkd.data.folders import FolderSamples, absent_classes, allow_outside_links, format_names
 from diffkd.data.image_data import ImageData, train_or_val
-from diffkd.data.images import MEND, OnBadImage, check_on_bad_image, check_readable, upright_size
+from diffkd.data.images import BAD_IMAGE_HINT, OnBadImage, check_on_bad_image, check_readable, upright_size
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
-from diffkd.data.seeding import held_back
+from diffkd.data.seeding import split_by_class
 
 Split = Literal["train", "val", "test"]
-# Reads the images and boxes of a split; None if there is no such split. The second argument is what was read for
-# "train", which comes first, and the third whether broken images are let pass.
+# Reads the images and boxes of a split; returns None if the split does not exist. The second argument is the result for
+# "train", which is read first; the third is whether broken images are kept for later checks.
 ReadSplit = Callable[[Split, AnnotatedFiles | None, bool], AnnotatedFiles | None]
 
 
 class DetectionData(ImageData):
-    """Serve images with boxes, decoded by worker processes at their own sizes.
+    """Serve images with boxes, decoded by worker processes at their original sizes.
 
-    Boxes are cut at the border of their image; those without extent are left out with a warning. Crowd boxes are left
-    out of training and stay, flagged, in evaluation.
+    Boxes are clipped to their image; those without extent are left out with a warning. Crowd boxes are left out of
+    training and kept, flagged, in evaluation.
 
     Args:
-        read: reads a split.
+        read: function that reads a split.
         batch_size: images per batch and process.
-        augmentation: what is done to training images and their boxes.
+        augmentation: augmentation of training images and their boxes.
         seed: seed of order and augmentation.
-        keep_empty: whether to train on images without boxes, too; evaluation is always on all images.
-        num_workers: worker processes; None takes one per core, at most 8.
+        keep_empty: whether to train on images without boxes as well; evaluation always uses all images.
+        num_workers: worker processes; None uses one per core, at most 8.
         on_bad_image: "error" refuses missing files before training and stops at a file that cannot be decoded, with its
             name; "skip" decodes every file before training and leaves broken images, annotations and boxes out, with a
             warning that counts and names them.
-        verify: decode every file before training also for "error", so that it stops then and not in mid-epoch.
-        min_size: shorter side at which a detector is to work, in pixels, or several to draw from in training. This and
-            `max_size` are for whoever builds the detector; the images served are not scaled.
-        max_size: limit of its longer side.
-        follow_links: let symbolic links lead out of the folder, as in caches and on shared disks. Set it only where you
-            trust the links; names in annotations stay inside in any case.
-        val_share: share of the training images that is held back for evaluation, drawn by `seed`, in the place of the
-            evaluation images; None takes these.
-        white_level: the value of 16-bit images that becomes white, 255; 4095 for 12 bits. None takes 65535, and warns
-            where all images would be nearly black.
+        verify: with "error" too, decode every file before training, so that a broken file stops the run then and not in
+            mid-epoch.
+        min_size: shorter side of the detector's input, in pixels, or several to draw from in training. The detector is
+            built with this and `max_size`; the images served are not scaled.
+        max_size: limit of the longer side of the detector's input.
+        follow_links: allow symbolic links that lead out of the folder, as in caches and on shared disks. Set it only if
+            you trust the links; names in annotations stay inside in any case.
+        val_share: share of the training images that is held back for evaluation, drawn by `seed`, instead of the
+            evaluation images; None uses the evaluation images.
+        white_level: the value of 16-bit images that is mapped to white, 255; 4095 for 12 bits. None uses 65535, and
+            warns if all images would be nearly black.
 
     Attributes:
         classes: the names of labels 1 to `num_classes`.
-        category_ids: the numbers that these have in the files.
+        category_ids: the ids of these classes in the files.
         skipped: one message per image left out because it is broken.
         dropped: one message per box left out because it is malformed or has no extent inside its image.
 
@@ -66,7 +67,7 @@ class DetectionData(ImageData):
     """
 
     task = "detection"
-    class_mend = "or remove the class if it is none"  # what to do about a class without boxes
+    class_hint = "or remove the class if it is none"  # advice for a class without boxes
 
     def __init__(
         self,
@@ -89,21 +90,21 @@ class DetectionData(ImageData):
         check_on_bad_image(on_bad_image)
         skip = on_bad_image == "skip"
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
-        narrowest = _Narrowest(max_size, augmentation.min_crop)
+        narrowest = _SizeLimits(max_size, augmentation.min_crop)
         check = _Check(skip=skip, decode=verify or skip, threads=num_workers, narrowest=narrowest)
-        with links_followed(follow_links):
+        with allow_outside_links(follow_links):
             train, trains = train_or_val(partial(read, "train", None, skip), partial(read, "val", None, skip))
             val = read("val", train, skip) if val_share is None else None
             test = read("test", train, skip)
         if train is not None and val_share is not None:
-            kept, held = held_back([0] * len(train.paths), val_share, seed)
+            kept, held = split_by_class([0] * len(train.paths), val_share, seed)
             train, val = train.select(kept), replace(train.select(held), dropped=(), cut=0)
         if train is None or val is None:
             raise ValueError("there must be images to train on and to evaluate on.")
         white = white_level_of(white_level, train.paths)
         train, val = replace(train, white=white), replace(val, white=white)
         test = None if test is None else replace(test, white=white)
-        train = _to_train(check(train), keep_empty, self.class_mend) if trains else val
+        train = _training_files(check(train), keep_empty, self.class_hint) if trains else val
         training = DetectionDataset(train.annotations, train.read, augmentation, seed)
         evaluation = _evaluation(check(val))
         loaders = SplitLoaders(
@@ -128,11 +129,11 @@ class DetectionData(ImageData):
         self.skipped, self.dropped = check.skipped, check.dropped
 
 
-class _Narrowest(NamedTuple):
-    """Say how narrow an image may be.
+class _SizeLimits(NamedTuple):
+    """Limits that decide how narrow an image may be.
 
     Args:
-        max_size: the longer side at which the detector works, in pixels.
+        max_size: limit of the longer side of the detector's input, in pixels.
         min_crop: smallest share of a side that a random crop keeps.
     """
 
@@ -140,34 +141,35 @@ class _Narrowest(NamedTuple):
     min_crop: float
 
     def problem(self, path: str, size: Sequence[int]) -> str | None:
-        """Return why an image of a size (H, W) has no pixel left once the detector has scaled it; None if it has."""
+        """Return why an image of size (H, W) has a side of 0 pixels after the detector's resize; None if it has not."""
         narrow = max(1.0, min(size) * self.min_crop)
         if not min(size) or narrow * self.max_size >= max(size):
             return None
-        return f"image {path} is {size[1]}x{size[0]} pixels, of which nothing is left at max_size={self.max_size}{MEND}"
+        what = f"image {path} is {size[1]}x{size[0]} pixels, of which nothing is left at max_size={self.max_size}"
+        return f"{what}{BAD_IMAGE_HINT}"
 
 
 class _Check:
-    """Find out which images of a split can be used.
+    """Checks which images of a split can be used.
 
     Args:
         skip: leave broken images out instead of refusing them.
         decode: decode every image.
-        threads: images decoded at a time.
-        narrowest: how narrow an image may be.
+        threads: number of decoding threads.
+        narrowest: limits on narrow images.
 
     Attributes:
         skipped: one message per image left out so far.
-        dropped: one message per box that the readers have left out.
+        dropped: one message per box that the readers left out.
     """
 
-    def __init__(self, *, skip: bool, decode: bool, threads: int, narrowest: _Narrowest) -> None:
+    def __init__(self, *, skip: bool, decode: bool, threads: int, narrowest: _SizeLimits) -> None:
         self._skip, self._decode, self._threads, self._narrowest = skip, decode, threads, narrowest
         self.skipped: list[str] = []
         self.dropped: list[str] = []
 
     def __call__(self, files: AnnotatedFiles) -> AnnotatedFiles:
-        """Return the images that can be used; collect and warn of what is left out."""
+        """Return the usable images; collect messages about what is left out, and warn."""
         if files.dropped:
             rank_zero_warn(f"{len(files.dropped)} box(es) are left out; the first: {files.dropped[0]}")
             self.dropped += files.dropped
@@ -205,14 +207,14 @@ class _Check:
         good = [index for index, problem in enumerate(problems) if problem is None]
         if not good:
             raise ValueError(f"{counted} broken, and none is left; the first: {found[0]}")
-        listed = "\n  ".join(problem.removesuffix(MEND) for problem in found[:10])
+        listed = "\n  ".join(problem.removesuffix(BAD_IMAGE_HINT) for problem in found[:10])
         rank_zero_warn(f"{counted} left out:\n  {listed}")
         self.skipped += found
         return files.select(good)
 
 
-def _to_train(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFiles:
-    """Return the images to train on, without crowd boxes; warn of absent classes, raise ValueError if none is there."""
+def _training_files(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFiles:
+    """Return training images without crowd boxes; warn of absent classes, raise ValueError if there is no box."""
     stated = len(files.annotations.boxes.labels)
     files = replace(files, annotations=files.annotations.without_crowds())
     full = files.annotations.starts.diff().nonzero()[:, 0].tolist()
@@ -222,14 +224,14 @@ def _to_train(files: AnnotatedFiles, keep_empty: bool, mend: str) -> AnnotatedFi
     absent = absent_classes((files.annotations.boxes.labels - 1).tolist(), files.classes)
     if absent:
         rank_zero_warn(
-            f"{files.source}: no box of class(es) {quoted(absent)} to train on, which cannot be learned; add some, "
-            f"{mend}."
+            f"{files.source}: no box of class(es) {format_names(absent)} to train on, which cannot be learned; "
+            f"add some, {mend}."
         )
     return files if keep_empty else files.select(full)
 
 
 def _evaluation(files: AnnotatedFiles) -> DetectionDataset:
-    """Return the images to evaluate on as they are served; warn if they have no box that counts."""
+    """Return the data set of the evaluation images; warn if it has no box that is counted."""
     if not bool((files.annotations.boxes.iscrowd == 0).any()):
         rank_zero_warn(
             f"{files.source}: no image has a box that counts, so that the average precision will be 0 whatever is "
@@ -239,7 +241,7 @@ def _evaluation(files: AnnotatedFiles) -> DetectionDataset:
 
 
 def _check_present(files: AnnotatedFiles) -> None:
-    """Raise if a file is missing, empty, unreadable or not of the stated size; quick, for it reads heads alone."""
+    """Raise if a file is missing, empty, unreadable or not of the stated size; quick, since it reads only headers."""
     missing = [path for path in files.paths if not Path(path).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -249,7 +251,7 @@ def _check_present(files: AnnotatedFiles) -> None:
     check_readable(FolderSamples(list(files.paths), []))
     for index, (path, size) in enumerate(zip(files.paths, files.sizes.tolist(), strict=True)):
         if upright_size(path) != tuple(size):
-            files.read(index)  # says so, unless what turns the picture stands behind its pixels
+            files.read(index)  # raises, unless the orientation is stored after the pixels
 
 
 def _problem(files: AnnotatedFiles, index: int) -> str | None:

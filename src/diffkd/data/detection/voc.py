@@ -15,15 +15,15 @@ from diffkd.data.detection.annotated_files import (
     ReadImage,
     annotated_files,
     flag,
-    turned_along,
+    to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
 from diffkd.data.folders import EVALUATION_SPLITS, EXTENSIONS, enclosed_files, enclosed_folder
-from diffkd.data.images import turn_of, upright_size
+from diffkd.data.images import read_orientation, upright_size
 
 
 class VocSplit(NamedTuple):
-    """Hold where a split is.
+    """Location of a split.
 
     Args:
         source: the list or folder, for messages.
@@ -39,11 +39,11 @@ class VocSplit(NamedTuple):
 def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
     """Find the XML files of a split.
 
-    It may be a list `ImageSets/Main/SPLIT.txt` of names in `Annotations`, with the images in `JPEGImages`; or a folder
-    SPLIT that holds XML files and images side by side, or in `Annotations` and `JPEGImages` of its own.
+    A split is a list `ImageSets/Main/SPLIT.txt` of names in `Annotations`, with images in `JPEGImages`; or a folder
+    SPLIT that contains XML files and images, or its own `Annotations` and `JPEGImages`.
 
     Raises:
-        FileNotFoundError: if there is neither.
+        FileNotFoundError: if neither exists.
         ValueError: if the split is empty, or a name is listed twice or leads out of the folder.
     """
     top = Path(root)
@@ -80,21 +80,21 @@ def read_voc(
 ) -> AnnotatedFiles:
     """Read the boxes of a split.
 
-    Objects marked as difficult are treated as crowds: left out of training, flagged in evaluation.
+    Objects marked as difficult are treated as crowds: left out of training, and flagged in evaluation.
 
     Args:
-        split: what `find_voc_split` returned.
-        classes: the names of labels 1 to K; None takes the names that occur, sorted.
-        first_pixel: the number of the first pixel: 1 if left and top count from 1 and right and bottom are inclusive,
-            as in the official VOC files; 0 if corners are taken as they are.
-        skip_bad: whether images whose XML file cannot be used are let pass, for whoever decodes them to leave out, and
-            malformed objects left out.
-        as_stored: whether sizes and boxes are those of pictures before their EXIF turns them.
+        split: the result of `find_voc_split`.
+        classes: the names of labels 1 to K; None uses the names that occur in the split, sorted.
+        first_pixel: coordinate of the first pixel: 1 if left and top count from 1 and right and bottom are inclusive,
+            as in the official VOC files; 0 if corners are used unchanged.
+        skip_bad: keep images whose XML file cannot be used, for the later check to leave out, and leave out malformed
+            objects.
+        as_stored: whether sizes and boxes refer to the stored image, before its EXIF orientation is applied.
 
     Raises:
         FileNotFoundError: if an XML file is missing.
-        ValueError: if a file is no XML, defines entities, lacks a part, or names an unknown class or a file outside of
-            the folder.
+        ValueError: if a file is not XML, defines entities, lacks an element, or names an unknown class or a file
+            outside of the folder.
     """
     if first_pixel not in (0, 1):
         raise ValueError(f"first_pixel={first_pixel} is neither 0 nor 1.")
@@ -124,7 +124,7 @@ def read_voc(
         try:
             path = _image(file, root, split.images)
             image = image._replace(path=path, size=_size(root, file, path, as_stored))
-            image = turned_along(image) if as_stored and Path(path).is_file() else image
+            image = to_upright(image) if as_stored and Path(path).is_file() else image
         except ValueError as error:
             if not skip_bad:
                 raise
@@ -134,7 +134,7 @@ def read_voc(
 
 
 def _classes(split: VocSplit, roots: Sequence[ElementTree.Element], skip_bad: bool) -> list[str]:
-    """Return the names that occur, sorted."""
+    """Return the class names that occur, sorted."""
     found = set()
     for file, root in zip(split.files, roots, strict=True):
         for one in _objects(root):
@@ -148,8 +148,8 @@ def _classes(split: VocSplit, roots: Sequence[ElementTree.Element], skip_bad: bo
     return sorted(found)
 
 
-class _Builder:
-    """Build a tree, and refuse the declarations by which an XML file may expand or fetch entities."""
+class _NoDoctypeBuilder:
+    """A tree builder that refuses document type declarations, which could expand or fetch entities."""
 
     def __init__(self) -> None:
         builder = ElementTree.TreeBuilder()
@@ -179,7 +179,7 @@ def _parse(file: str) -> ElementTree.Element:
 
 
 def _tree(content: str | bytes) -> ElementTree.Element:
-    parser = ElementTree.XMLParser(target=_Builder())
+    parser = ElementTree.XMLParser(target=_NoDoctypeBuilder())
     parser.feed(content)
     root: ElementTree.Element = parser.close()
     return root
@@ -189,14 +189,14 @@ _DECLARED = re.compile(rb"""\s*<\?xml[^>]{0,100}?encoding\s*=\s*["']([\w.-]{1,40
 
 
 def _decoded(content: bytes) -> str | None:
-    """Return the text of an XML file in the encoding that it declares: Python knows more of them than the parser."""
+    """Decode an XML file by its declared encoding: Python supports more encodings than the parser."""
     declared = _DECLARED.match(content)
     if declared is None or codecs.lookup(declared[1].decode()).name in _NO_ENCODINGS:
         return None
     return content[declared.end() :].decode(declared[1].decode())
 
 
-# Codecs of Python that are no encodings of files.
+# Python codecs that are not text encodings of files.
 _NO_ENCODINGS = ("idna", "punycode", "raw_unicode_escape", "unicode_escape", "raw-unicode-escape", "unicode-escape")
 
 
@@ -217,12 +217,12 @@ def _box(one: ElementTree.Element, number: int, labels: dict[str, int], file: st
 
 
 def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
-    """Return the image that a file names or, where that is none, the one with the same stem."""
+    """Return the image named in an XML file, or else the image with the same stem."""
     stem, stated = Path(file).stem, (root.findtext("filename") or "").strip()
-    if "\\" in stated:  # where it was on the Windows of whoever labelled it
+    if "\\" in stated:  # a Windows path of the labelling machine
         stated = PureWindowsPath(stated).name
     elif stated.startswith("/") and _is_inside(folder, name := PurePosixPath(stated).name):
-        stated = name  # where it was elsewhere
+        stated = name  # a path on another machine
     extensions = (".jpg", *sorted(EXTENSIONS))
     names = [stated] if stated else []
     names += [stem + extension for extension in (*extensions, *map(str.upper, extensions))]
@@ -238,10 +238,10 @@ def _is_inside(folder: Path, name: str) -> bool:
 
 
 def _size(root: ElementTree.Element, file: str, path: str, as_stored: bool) -> tuple[int, int]:
-    """Return the stated height and width, or those of the image where nothing is stated."""
+    """Return the stated height and width, or those of the image file if none are stated."""
     stated = [(root.findtext(f"size/{side}") or "").strip() for side in ("height", "width")]
     if all(side in ("", "0") for side in stated):
-        return turn_of(path).header.stored if as_stored else upright_size(path)
+        return read_orientation(path).header.stored if as_stored else upright_size(path)
     height, width = (_number(side, file) for side in stated)
     if not all(1 <= side < 1 << 31 and side == int(side) for side in (height, width)):
         raise ValueError(f"{file}: its size is {stated[1]}x{stated[0]}; write numbers of pixels, 1 or more.")
@@ -263,36 +263,36 @@ def _number(text: str, where: str) -> float:
 
 
 def _without_extension(name: str, annotations: Path) -> str:
-    """Return a listed name without the extension of an image, if it has one and no XML file has it, too."""
+    """Return a listed name without its image extension, unless an XML file's name includes the extension."""
     stem, dot, extension = name.rpartition(".")
     image = f"{dot}{extension}".lower() in EXTENSIONS
     return stem if stem and image and not (annotations / f"{name}.xml").is_file() else name
 
 
 def _without_flag(line: str) -> str:
-    """Return the name in a line; the lists of single classes have 1, 0 or -1 behind it."""
+    """Return the name in a line; lists of single classes have 1, 0 or -1 after it."""
     name, _, flag = line.strip().rpartition(" ")
     return name.strip() if flag in ("1", "0", "-1") and name else line.strip()
 
 
 class VocDetection(DetectionData):
-    """Serve images whose boxes are in one XML file each, decoded by worker processes at their own sizes.
+    """Serve images with boxes from one XML file per image, decoded by worker processes at their original sizes.
 
-    A split is a list `ImageSets/Main/SPLIT.txt` over `Annotations/*.xml` and `JPEGImages`, or a folder of XML files and
-    images side by side. The files are read and checked when the module is made. Boxes are cut at the border of their
-    image; those without extent are left out with a warning. Objects marked as difficult are left out of training and
-    stay, flagged as crowds, in evaluation.
+    A split is a list `ImageSets/Main/SPLIT.txt` over `Annotations/*.xml` and `JPEGImages`, or a folder that contains
+    XML files and images. The files are read and checked when the module is created. Boxes are clipped to their image;
+    those without extent are left out with a warning. Objects marked as difficult are left out of training and kept,
+    flagged as crowds, in evaluation.
 
     Args:
         root: folder of the data set.
         train: name of the training split.
-        val: name of the evaluation split; "val" may also be called "valid", "validation" or "test".
+        val: name of the evaluation split; "val" may also be named "valid", "validation" or "test".
         test: name of the test split; None tests on `val`.
-        classes: the names of labels 1 to K; None takes those that occur in the training split, sorted.
-        first_pixel: the number of the first pixel: 1 for the official VOC files, whose corners count from 1 and are
-            inclusive; 0 takes corners as they are.
-        boxes_as_stored: whether sizes and boxes are those of the pictures before their EXIF orientation turns them; the
-            boxes are turned along.
+        classes: the names of labels 1 to K; None uses the names in the training split, sorted.
+        first_pixel: coordinate of the first pixel: 1 for the official VOC files, whose corners count from 1 and are
+            inclusive; 0 uses corners unchanged.
+        boxes_as_stored: whether sizes and boxes refer to the stored images, before their EXIF orientation is applied;
+            the boxes are then rotated too.
         **options: the arguments of `DetectionData`, such as `batch_size` and `min_size`.
 
     Attributes:

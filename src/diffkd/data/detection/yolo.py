@@ -17,21 +17,21 @@ from diffkd.data.folders import (
     EVALUATION_SPLITS,
     enclosed_files,
     enclosed_folder,
+    format_names,
     image_files,
-    quoted,
     with_slashes,
 )
 from diffkd.data.images import upright_size
 
-_SHORT = reprlib.Repr()  # a few aliases of YAML may stand for billions of items
+_SHORT = reprlib.Repr()  # a few YAML aliases can expand to billions of items
 _SHORT.maxlevel = 2
 
 
 class YoloFacts(NamedTuple):
-    """Hold what a `data.yaml` says.
+    """Class names and splits from a `data.yaml`.
 
     Args:
-        classes: the names of classes 0 to K - 1; None if it says nothing.
+        classes: the names of classes 0 to K - 1; None if not stated.
         splits: folders or lists of images by the name of their split.
     """
 
@@ -40,11 +40,11 @@ class YoloFacts(NamedTuple):
 
 
 class YoloLayout(NamedTuple):
-    """Hold what a `data.yaml` says about its folder and its lines.
+    """Folder and label format from a `data.yaml`.
 
     Args:
-        folder: `path`, the folder that the splits are relative to; "" if it says nothing.
-        points: `kpt_shape`, how many key points a box has, and how many numbers each of them; None if it says nothing.
+        folder: `path`, the folder that the splits are relative to; "" if not stated.
+        points: `kpt_shape`, number of key points per box and of values per key point; None if not stated.
     """
 
     folder: str
@@ -55,7 +55,7 @@ def read_yolo_layout(file: str | os.PathLike[str]) -> YoloLayout:
     """Read the `path` and the `kpt_shape` of a `data.yaml`.
 
     Raises:
-        ValueError: if it is no YAML mapping, or `kpt_shape` is not of the form [n, 2] or [n, 3].
+        ValueError: if it is not a YAML mapping, or `kpt_shape` is not [n, 2] or [n, 3].
     """
     content = _mapping(file)
     folder: Any = content.get("path")
@@ -83,10 +83,10 @@ def _mapping(file: str | os.PathLike[str]) -> dict[Any, Any]:
 
 
 def read_yolo_facts(file: str | os.PathLike[str]) -> YoloFacts:
-    """Read the names of the classes and the splits of a `data.yaml`; `valid` and `validation` stand for `val`, too.
+    """Read the names of the classes and the splits of a `data.yaml`; `valid` and `validation` are read as `val`.
 
     Raises:
-        ValueError: if it is no YAML mapping, or its `names`, `nc` or splits are of the wrong kind.
+        ValueError: if it is not a YAML mapping, or its `names`, `nc` or splits have the wrong type.
     """
     source, content = os.fspath(file), _mapping(file)
     names: Any = content.get("names")
@@ -134,18 +134,17 @@ def read_yolo(
     """Read the images of a split and the text files with their boxes.
 
     The boxes of `images/train/a.jpg` are in `labels/train/a.txt`, or else beside the image; `a.jpg.txt` and `a.TXT` are
-    found, too. An image without such a file has no boxes. A line is `class x y width height`, behind which key points
-    may stand, or `class x1 y1 x2 y2 ...` of a polygon, whose bounding box is taken.
+    also found. An image without a label file has no boxes. A line is `class x y width height`, optionally followed by
+    key points, or `class x1 y1 x2 y2 ...` for a polygon, whose bounding box is used.
 
     Args:
         root: the folder of the data set.
         places: folders of images, or text files that list images, relative to it or absolute.
         classes: the names of classes 0 to K - 1; labels count from 1.
-        skip_bad: whether images whose size cannot be read are let pass, with size 0 and without boxes, and malformed
-            lines left out.
+        skip_bad: keep images whose size cannot be read, with size 0 and without boxes, and leave out malformed lines.
         keypoints: whether lines of more than five numbers are boxes with key points (True) or polygons (False); None
-            decides by the lines themselves, and warns where they may be key points.
-        points: the `kpt_shape`, if it is known; lines are then boxes with so many key points.
+            decides from the lines, and warns if they may be key points.
+        points: the `kpt_shape`, if known; lines are then boxes with that many key points.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -198,7 +197,7 @@ def _text(file: Path) -> str:
 
 
 def _relative(name: str, roots: Sequence[Path]) -> str:
-    """Return a name relative to the root where it is absolute, or written from a folder beside as Roboflow does."""
+    """Make an absolute name, or a name relative to a sibling folder as in Roboflow's exports, relative to the root."""
     path = PurePath(name)
     for root in roots:
         if path.is_relative_to(root):
@@ -208,7 +207,7 @@ def _relative(name: str, roots: Sequence[Path]) -> str:
 
 
 def _listed_name(name: str, roots: Sequence[Path]) -> str:
-    """Return a name in a list relative to the root; CVAT writes `data/obj_train_data/a.png` from the folder above."""
+    """Make a listed name relative to the root; CVAT writes it relative to the parent, `data/obj_train_data/a.png`."""
     path = PurePath(_relative(name, roots))
     above = len(path.parts) > 1 and not path.is_absolute() and not (roots[0] / path).exists()
     inside = PurePath(*path.parts[1:])
@@ -216,7 +215,7 @@ def _listed_name(name: str, roots: Sequence[Path]) -> str:
 
 
 class _LabelFiles:
-    """Find the file of labels of each image; folders are listed once.
+    """Finds the label file of each image; folders are listed once.
 
     Args:
         top: the folder of the data set.
@@ -227,7 +226,7 @@ class _LabelFiles:
         self._folders: dict[PurePath, dict[str, str]] = {}
 
     def of(self, name: str) -> str:
-        """Return the label file of an image, both relative to the root; where none is there, the usual name."""
+        """Return the label file of an image, both relative to the root; if none exists, the default name."""
         image, usual = PurePath(name), PurePath(_label_name(name))
         for folder in dict.fromkeys((usual.parent, image.parent)):
             files = self._listed(folder)
@@ -237,7 +236,7 @@ class _LabelFiles:
         return str(usual)
 
     def warn(self, source: str, names: Sequence[str], texts: Sequence[str]) -> None:
-        """Warn if no image has a label file; if some lack one, and there are files that no image has."""
+        """Warn if no image has a label file, or if some have none while some label files have no image."""
         without = [index for index, text in enumerate(texts) if not Path(text).is_file()]
         if texts and len(without) == len(texts):
             rank_zero_warn(f"{source}: no image has a file of labels; that of the first would be {texts[0]}.")
@@ -253,12 +252,12 @@ class _LabelFiles:
             if unused:
                 rank_zero_warn(
                     f"{source}: {len(without)} of {len(texts)} images have no label file and pass for images without "
-                    f"boxes, and {len(unused)} label file(s) belong to none of the images: {quoted(unused)}; that of "
-                    f"the first would be {texts[without[0]]}."
+                    f"boxes, and {len(unused)} label file(s) belong to none of the images: {format_names(unused)}; "
+                    f"that of the first would be {texts[without[0]]}."
                 )
 
     def _listed(self, folder: PurePath) -> dict[str, str]:
-        """Return the text files of a folder by their names in one case."""
+        """Return the text files of a folder, keyed by case-folded name."""
         if folder not in self._folders:
             try:
                 files = sorted(path.name for path in (self._top / folder).iterdir())
@@ -276,15 +275,15 @@ def _label_name(name: str) -> str:
     return str(PurePath(*parts))
 
 
-_Line = tuple[YoloLine, str, int]  # what it says, its file and its number
+_Line = tuple[YoloLine, str, int]  # the parsed line, its file and its number
 
 
 class _LineReader:
-    """Read the label files of a split, and decide in the end whether its long lines hold key points or polygons.
+    """Reads the label files of a split, then decides whether its long lines are key points or polygons.
 
     Args:
-        classes: how many there are.
-        skip_bad: leave malformed lines out instead of refusing them.
+        classes: number of classes.
+        skip_bad: leave out malformed lines instead of raising.
         points: the `kpt_shape`, if it is known.
 
     Attributes:
@@ -297,7 +296,7 @@ class _LineReader:
         self.malformed: list[str] = []
 
     def read(self, file: Path) -> tuple[list[_Line], str]:
-        """Return the lines of a file and, where it is no text and such are let pass, why it cannot be used."""
+        """Return the lines of a file, and why it cannot be used if it is not text and broken files are skipped."""
         if not file.is_file():
             return [], ""
         try:
@@ -327,7 +326,7 @@ class _LineReader:
         self.malformed.append(message)
 
     def decide(self, source: str, keypoints: bool | None) -> bool | None:
-        """Return whether the long lines hold key points, None if there are none; warn where they may be either."""
+        """Return whether the long lines have key points, None without long lines; warn if they are ambiguous."""
         count = sum(self._long.lengths.values())
         if keypoints is None and count:
             keypoints = self._points is not None or self._long.are_points
@@ -341,7 +340,7 @@ class _LineReader:
         return keypoints
 
     def boxes(self, lines: Sequence[_Line], size: tuple[int, int], keypoints: bool | None) -> list[ReadBox]:
-        """Return the boxes of the lines of an image of a size (H, W)."""
+        """Return the boxes of the label lines of an image of size (H, W)."""
         height, width = size
         found = []
         for said, file, number in lines:
@@ -356,32 +355,34 @@ class _LineReader:
 
 
 class YoloDetection(DetectionData):
-    """Serve images whose boxes are in one text file each, decoded by worker processes at their own sizes.
+    """Serve images with boxes from one text file per image, decoded by worker processes at their original sizes.
 
     The boxes of `images/train/a.jpg` are in `labels/train/a.txt`. The files are read and checked when the module is
-    made. Boxes are cut at the border of their image; those without extent are left out with a warning.
+    created. Boxes are clipped to their image; those without extent are left out with a warning.
 
     Args:
         root: folder of the data set.
-        train: folder of the training images, or text file that lists them, relative to the root; None takes what
-            `data.yaml` says, or else `images/train`.
-        val: that of the evaluation images; None takes what `data.yaml` says, or else `images/val`.
-        test: that of the test images; None takes what `data.yaml` says, or else tests on `val`.
-        classes: the names of classes 0 to K - 1, which become labels 1 to K; None takes those of `data.yaml`.
-        facts: name of the `data.yaml` in the root; it may be missing if `classes` are given, or are in `obj.names`.
-        keypoints: whether lines of more than five numbers are boxes with key points (true) or polygons (false); None
-            takes key points where `data.yaml` has a `kpt_shape`, and otherwise decides by the lines themselves.
+        train: folder of the training images, or text file that lists them, relative to the root; None uses the entry of
+            `data.yaml`, or else `images/train`.
+        val: the same for the evaluation images; None uses the entry of `data.yaml`, or else `images/val`.
+        test: the same for the test images; None uses the entry of `data.yaml`, or else tests on `val`.
+        classes: the names of classes 0 to K - 1, which become labels 1 to K; None uses those of `data.yaml`.
+        facts: name of the `data.yaml` in the root; it may be missing if the classes are given by `classes` or
+            `obj.names`.
+        keypoints: whether lines of more than five numbers are boxes with key points (true) or polygons (false); None:
+            key points if `data.yaml` has a `kpt_shape`, otherwise decided from the lines.
         **options: the arguments of `DetectionData`, such as `batch_size` and `min_size`.
 
     Attributes:
         classes: the names of labels 1 to `num_classes`.
-        category_ids: the numbers these have in the files, from 0.
+        category_ids: the class numbers in the files, from 0.
         skipped: one message per image left out.
         dropped: one message per box left out.
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if a file is damaged, a class is unknown, nobody names the classes, or a file leads out of the root.
+        ValueError: if a file is damaged, a class is unknown, no file or argument names the classes, or a path leads out
+            of the root.
     """
 
     def __init__(
@@ -409,7 +410,7 @@ class YoloDetection(DetectionData):
             places = [place] if place is not None else said.splits.get(split, [])
             places = [_below(top, folder, one) for one in places]
             if split == "test" and place is None and not all(_is_there(top, one) for one in places or [""]):
-                return None  # Roboflow names a folder of test images that it does not export
+                return None  # Roboflow lists a test folder that it may not export
             places = places or [_usual_place(top, folder, split)]
             known = keypoints if keypoints is not None or training is None else training.keypoints
             return read_yolo(root, places, names, skip_bad=skip_bad, keypoints=known, points=points)
@@ -420,7 +421,7 @@ class YoloDetection(DetectionData):
 
 
 def _darknet_names(top: Path) -> tuple[str, ...] | None:
-    """Return the classes of `obj.names`, which CVAT and Darknet write in the place of a `data.yaml`."""
+    """Return the classes of `obj.names`, which CVAT and Darknet write instead of a `data.yaml`."""
     file = top / "obj.names"
     return tuple(line.strip() for line in _text(file).splitlines() if line.strip()) if file.is_file() else None
 
@@ -430,13 +431,13 @@ def _is_there(top: Path, place: str) -> bool:
 
 
 def _below(top: Path, folder: str, place: str) -> str:
-    """Return a place as `path` of the `data.yaml` leads to it, if it is there."""
+    """Return a place below `path` of the `data.yaml` if it exists there, otherwise unchanged."""
     below = str(PurePath(folder) / place)
     return below if folder and _is_there(top, below) else place
 
 
 def _usual_place(top: Path, folder: str, split: str) -> str:
-    """Return the first of the usual places of a split that is there, or else `images/SPLIT`."""
+    """Return the first usual folder of a split that exists, or else `images/SPLIT`."""
     names = EVALUATION_SPLITS if split == "val" else (split,)
     places = [place for name in names for place in (f"images/{name}", f"{name}/images", f"{name}.txt")]
     found = (_below(top, folder, place) for place in places)

@@ -6,19 +6,19 @@ from typing import NamedTuple
 
 Corners = tuple[float, float, float, float]
 
-# A long line counts as a box with key points if so many of the lines like it can be read so.
+# Long lines are read as boxes with key points if at least this share of them can be.
 _MOST = 0.9
 BOX_OR_POLYGON = "write class, x, y, width, height, or a class and a polygon."
 
 
 class YoloLine(NamedTuple):
-    """Hold what one line says; corners are left, top, right, bottom in fractions of the image.
+    """One parsed line; corners are left, top, right, bottom in fractions of the image.
 
     Args:
         label: the class, from 0.
-        box: the box that its first four numbers are.
-        polygon: the box around all of its numbers; None where they are a box alone, or no polygon.
-        numbers: how many numbers follow the class.
+        box: the box given by its first four numbers.
+        polygon: the bounding box of all its points; None if the line is only a box, or not a polygon.
+        numbers: count of numbers after the class.
     """
 
     label: int
@@ -29,15 +29,15 @@ class YoloLine(NamedTuple):
 
 @dataclass
 class LongLines:
-    """Count what speaks for boxes with key points, and what for polygons, over the long lines of a split.
+    """Counts over the long lines of a split that distinguish boxes with key points from polygons.
 
-    A polygon of k corners and a box with key points may have equally many numbers. With key points all lines have the
-    same length, the box lies in the image, and nearly all points lie in the box.
+    A polygon of k corners and a box with key points may have the same count of numbers. With key points all lines have
+    the same length, the box lies in the image, and nearly all points lie in the box.
 
     Attributes:
-        lengths: how many lines have so many numbers behind the class; at most a thousand lengths are counted.
-        with_points: how many of them can be read as a box with key points.
-        rotated: how many are the four corners of a rectangle.
+        lengths: number of lines by count of numbers after the class; at most a thousand different counts.
+        with_points: number of lines that can be read as a box with key points.
+        rotated: number of lines that are four corners of a rectangle.
     """
 
     lengths: dict[int, int] = field(default_factory=dict)
@@ -69,15 +69,15 @@ def parse_line(line: str, classes: int, points: tuple[int, int] | None) -> tuple
     """Read a line.
 
     Args:
-        line: `class x y width height`, behind which key points may stand, or `class x1 y1 x2 y2 ...` of a polygon.
-        classes: how many there are.
-        points: number of key points and of numbers for each, where that is known.
+        line: `class x y width height`, optionally followed by key points, or `class x1 y1 x2 y2 ...` for a polygon.
+        classes: number of classes.
+        points: number of key points and of values per key point, if known.
 
     Returns:
-        What it says, and the numbers behind the class.
+        The parsed line, and the numbers after the class.
 
     Raises:
-        ValueError: if it is malformed; begins with a verb, for a message that begins with the line's place.
+        ValueError: if it is malformed; the text begins with a verb, to follow the line's location in a message.
     """
     words = line.split()
     if "," in line:

@@ -1,7 +1,7 @@
-"""Composition of scenes from packaged garments, with boxes and masks exact to the pixel.
+"""Composition of scenes from packaged garment images, with pixel-exact boxes and masks.
 
-Each scene is a pure function of (seed, split, index, options). Its objects are images of the packaged subset of
-Fashion-MNIST, those of the training part for training scenes and those of the test part for evaluation scenes.
+Each scene is a pure function of (seed, split, index, options). Objects are images of the packaged subset of
+Fashion-MNIST: training images for training scenes, test images for evaluation scenes.
 """
 
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from torch import Tensor
 from diffkd.data.classification.fashion_mnist import CLASSES, read_fashion_part
 from diffkd.data.seeding import mix_seed
 
-_CELLS = 6  # colours along each side of the soft field
-_SHAPES = 10  # rectangles and ellipses, at most
+_CELLS = 6  # colours along each side of the smooth colour field
+_SHAPES = 10  # largest number of rectangles and ellipses
 
 
 def cluttered_background(size: tuple[int, int], random: np.random.Generator) -> NDArray[np.float32]:
@@ -61,26 +61,25 @@ def _draw_shape(canvas: NDArray[np.float32], random: np.random.Generator) -> Non
 
 Split = Literal["train", "val"]
 _SPLITS: tuple[Split, ...] = ("train", "val")
-_THRESHOLD = 30  # grey value from which a pixel of Fashion-MNIST is garment and not background
+_THRESHOLD = 30  # smallest grey value of a garment pixel in Fashion-MNIST
 _STRETCH = 1.25  # largest change of an object's aspect ratio
 
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """Say what scenes look like.
+    """Options of the generated scenes.
 
     Args:
         size: (H, W) in pixels.
-        classes: which garments occur, as names or numbers (0 to 9) of Fashion-MNIST; label 1 is the first. None takes
-            all ten.
-        min_objects: fewest objects drawn; those hidden by others do not count in the end.
-        max_objects: most objects drawn.
-        min_scale: smallest side of an object's square, as a fraction of the scene's shorter side; sizes are uniform in
-            their logarithm.
+        classes: garment classes, as names or numbers (0 to 9) of Fashion-MNIST; the first gets label 1. None uses all
+            ten.
+        min_objects: smallest number of objects drawn, before hidden ones are removed.
+        max_objects: largest number of objects drawn.
+        min_scale: smallest side of an object's square, as a fraction of the scene's shorter side; sizes are
+            log-uniform.
         max_scale: largest side, likewise.
-        min_visible: share of its pixels that an object must show; an object that shows less is taken out of the scene
-            altogether.
-        noise: largest noise of a pixel, in units of [0, 1].
+        min_visible: smallest visible share of an object's pixels; an object below it is removed from the scene.
+        noise: largest pixel noise, in units of [0, 1].
 
     Raises:
         ValueError: if a value is out of its range, or there is no such class.
@@ -129,14 +128,14 @@ class SceneOptions:
 
 
 class Scene(NamedTuple):
-    """Hold a picture and what is in it; objects are in the order of painting, the last in front.
+    """An image and its annotations; objects are in painting order, the last in front.
 
     Args:
         image: (3, H, W) uint8.
         boxes: (n, 4) float32 left, top, right, bottom around the visible pixels; right and bottom are exclusive:
             right - left is the width in pixels.
         labels: (n,) int64 from 1.
-        instances: (n, H, W) bool, the visible pixels of each object; no pixel belongs to two.
+        instances: (n, H, W) bool, the visible pixels of each object; they do not overlap.
         class_mask: (H, W) uint8, the label of the object at each pixel, 0 where there is none.
     """
 
@@ -148,14 +147,14 @@ class Scene(NamedTuple):
 
 
 class Garments(NamedTuple):
-    """Hold what objects are made from: for each label from 1 its (N, 28, 28) uint8 images."""
+    """The source images of objects: for each label from 1, (N, 28, 28) uint8 images."""
 
     split: Split
     images: tuple[NDArray[np.uint8], ...]
 
 
 def read_garments(split: Split, options: SceneOptions) -> Garments:
-    """Read the images that the objects of a split are made from."""
+    """Read the source images for the objects of a split."""
     if split not in _SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(map(repr, _SPLITS))}.")
     images, labels = read_fashion_part("train" if split == "train" else "test")
@@ -180,8 +179,8 @@ def make_scene(seed: int, index: int, garments: Garments, options: SceneOptions)
     Args:
         seed: seed of the data set.
         index: number of the scene in its split.
-        garments: what `read_garments` returned for the split and the same options.
-        options: what the scene looks like.
+        garments: the result of `read_garments` for the split and the same options.
+        options: the options of the scene.
     """
     random = np.random.default_rng(mix_seed(seed, _SPLITS.index(garments.split), index))
     canvas = cluttered_background(options.size, random)
@@ -189,7 +188,7 @@ def make_scene(seed: int, index: int, garments: Garments, options: SceneOptions)
     class_mask = np.zeros(options.size, dtype=np.uint8)
     labels, boxes, instances = [], [], []
     for _ in range(random.integers(options.min_objects, options.max_objects + 1)):
-        # From front to back, so that what is hidden is known before anything is painted.
+        # From front to back, so that hidden objects are known before painting.
         label = int(random.integers(len(garments.images)))
         grey = garments.images[label][random.integers(len(garments.images[label]))]
         grey, top, left = _place(grey, options, random)
@@ -223,7 +222,7 @@ def make_scene(seed: int, index: int, garments: Garments, options: SceneOptions)
 def _place(
     grey: NDArray[np.uint8], options: SceneOptions, random: np.random.Generator
 ) -> tuple[NDArray[np.uint8], int, int]:
-    """Return the image scaled, stretched and perhaps mirrored, and its top and left in the scene, wholly inside."""
+    """Return the randomly scaled, stretched and mirrored image, and its top and left, fully inside the scene."""
     height, width = options.size
     side = min(options.size) * np.exp(random.uniform(np.log(options.min_scale), np.log(options.max_scale)))
     stretch = np.sqrt(_STRETCH ** random.uniform(-1, 1))

@@ -1,4 +1,4 @@
-"""Generated scenes for object detection, in memory: nothing to download, every box exact."""
+"""Generated scenes for object detection, in memory, with exact boxes; no download."""
 
 import torch
 
@@ -11,24 +11,24 @@ from diffkd.data.scenes.composition import Scene, SceneOptions, Split, make_scen
 
 
 class DetectionScenes(ImageData):
-    """Serve scenes of garments before clutter (`diffkd.data.scenes.composition`), with boxes tight around
-    what is visible.
+    """Serve scenes of garments on clutter (`diffkd.data.scenes.composition`), with boxes tight around the visible
+    pixels.
 
-    Scenes are made when the module is, about 2 ms each. Training and evaluation scenes share no garment.
+    Scenes are generated when the module is created, about 2 ms each. Training and evaluation scenes share no garment.
 
     Args:
         train_count: number of training scenes.
         val_count: number of evaluation scenes.
-        size: (H, W) of the scenes, in pixels. From 192 on, objects are small, medium and large in the sense of COCO.
-        classes: which garments occur, as names or numbers (0 to 9) of Fashion-MNIST; None takes all ten.
+        size: (H, W) of the scenes, in pixels. From 192 on, objects have COCO's small, medium and large sizes.
+        classes: garment classes, as names or numbers (0 to 9) of Fashion-MNIST; None uses all ten.
         batch_size: images per batch and process.
         seed: seed of scenes, order and augmentation.
         flip: mirror training scenes left to right with probability 1/2.
-        min_objects: fewest objects drawn in a scene.
-        max_objects: most objects drawn; see `SceneOptions`.
-        min_size: shorter side at which a detector is to work, in pixels; None takes that of the scenes. This and
-            `max_size` are for whoever builds the detector.
-        max_size: limit of its longer side; None takes that of the scenes.
+        min_objects: smallest number of objects drawn in a scene.
+        max_objects: largest number of objects drawn; see `SceneOptions`.
+        min_size: shorter side of the detector's input, in pixels; None uses that of the scenes. The detector is built
+            with this and `max_size`.
+        max_size: limit of the longer side of the detector's input; None uses that of the scenes.
 
     Raises:
         ValueError: if a value is out of its range, or there is no such class.

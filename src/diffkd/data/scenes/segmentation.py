@@ -1,4 +1,4 @@
-"""Generated scenes for semantic segmentation, in memory: nothing to download, every pixel's class exact."""
+"""Generated scenes for semantic segmentation, in memory, with exact masks; no download."""
 
 import torch
 from torch import Tensor
@@ -14,21 +14,21 @@ BACKGROUND = "background"
 
 
 class SegmentationScenes(ImageData):
-    """Serve scenes of garments before clutter (`diffkd.data.scenes.composition`), with the class of every pixel.
+    """Serve scenes of garments on clutter (`diffkd.data.scenes.composition`), with the class of every pixel.
 
-    Class 0 is the background, the garments follow. Scenes are made when the module is, about 2 ms each. Training and
-    evaluation scenes share no garment.
+    Class 0 is the background, followed by the garments. Scenes are generated when the module is created, about 2 ms
+    each. Training and evaluation scenes share no garment.
 
     Args:
         train_count: number of training scenes.
         val_count: number of evaluation scenes.
         size: (H, W) of the scenes, in pixels.
-        classes: which garments occur, as names or numbers (0 to 9) of Fashion-MNIST; None takes all ten.
+        classes: garment classes, as names or numbers (0 to 9) of Fashion-MNIST; None uses all ten.
         batch_size: images per batch and process.
         seed: seed of scenes, order and augmentation.
         flip: mirror training scenes left to right with probability 1/2.
-        min_objects: fewest objects drawn in a scene.
-        max_objects: most objects drawn; see `SceneOptions`.
+        min_objects: smallest number of objects drawn in a scene.
+        max_objects: largest number of objects drawn; see `SceneOptions`.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
 
@@ -54,7 +54,7 @@ class SegmentationScenes(ImageData):
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         if classes is not None:
-            # The names in `self.classes` are good arguments, too.
+            # The names in `self.classes` are also valid arguments.
             classes = tuple(one for one in classes if one != BACKGROUND)
         options = SceneOptions(size, classes, min_objects, max_objects)
 
@@ -73,15 +73,15 @@ class SegmentationScenes(ImageData):
 
 
 class MaskedImages(Dataset[tuple[Tensor, Tensor, int]]):
-    """Give (image, mask, index) of images in memory for the key (epoch, index) that `EpochSampler` yields.
+    """Return (image, mask, index) of images in memory for the key (epoch, index) of `EpochSampler`.
 
     Args:
         images: (N, 3, H, W) uint8.
         masks: (N, H, W) uint8.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
-        flip: mirror with probability 1/2, by a coin that is a function of (seed, epoch, index).
-        seed: seed of the coins.
+        flip: mirror with probability 1/2; the draw is a function of (seed, epoch, index).
+        seed: seed of the flips.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor, int]]):
         """Return the image (3, H, W) float32 normalised, its mask (H, W) int64 and its index."""
         epoch, index = key
         image, mask = self.images[index], self.masks[index]
-        # The highest bit: a seed is 63 bits long.
+        # The highest of the seed's 63 bits.
         if self.flip and mix_seed(self.seed, epoch, index) >> 62:
             image, mask = image.flip(-1), mask.flip(-1)
         return self._normalised(image), mask.long(), index

@@ -1,4 +1,4 @@
-"""ADE20K's scene parsing benchmark: 20,210 training and 2,000 evaluation images in 150 classes."""
+"""ADE20K's scene parsing benchmark: 20,210 training and 2,000 evaluation images, 150 classes."""
 
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,20 @@ _CLASSES = 150
 
 
 class Ade20k(SegmentationData):
-    """Serve the scene parsing benchmark of ADE20K (Zhou et al., 2017), as ADEChallengeData2016 unpacks.
+    """Serve the scene parsing benchmark of ADE20K (Zhou et al., 2017), as unpacked from ADEChallengeData2016.
 
-    Stored ids 1 to 150 become classes 0 to 149, and the stored 0, which is everything else, is ignored. Names come from
-    `objectInfo150.txt` if that lies in the root; otherwise class 3 is called "class 3".
+    Stored ids 1 to 150 become classes 0 to 149; id 0 (everything else) is ignored. Names are read from
+    `objectInfo150.txt` in the root if present; otherwise class 3 is named "class 3".
 
     Images, masks and batches are as in `MaskFolder`; `ignore_index` is 255.
 
     Args:
         root: folder that holds `images` and `annotations`, or `ADEChallengeData2016`.
         batch_size: training images per batch and process.
-        augmentation: what is done to training images besides the random crop.
+        augmentation: augmentation of training images besides the random crop.
         seed: seed of order and augmentation.
-        train: the split that is trained on.
-        val: the split that is evaluated.
+        train: the training split.
+        val: the evaluation split.
         **options: the other arguments of `SegmentationData`, such as `resize` and `num_workers`.
     """
 
@@ -54,7 +54,7 @@ class Ade20k(SegmentationData):
 
 
 def _names(path: Path) -> tuple[str, ...]:
-    """Read the names: a line per class, its id from 1 on first and its name last, apart by tabs."""
+    """Read the names: a line per class, separated by tabs, with the id (from 1) first and the name last."""
     if not path.is_file():
         return tuple(f"class {index}" for index in range(_CLASSES))
     rows = [line.strip().split("\t") for line in path.read_text(encoding="utf-8").splitlines()]

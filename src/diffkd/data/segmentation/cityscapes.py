@@ -8,7 +8,7 @@ from diffkd.data.segmentation.pairs import Pairs, scan_pairs
 from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
 
-# Name of each class that counts, in the order of train ids, and its id in *_labelIds.png.
+# Name of each evaluated class, in the order of train ids, and its id in *_labelIds.png.
 _CLASSES = {
     "road": 7,
     "sidewalk": 8,
@@ -33,20 +33,20 @@ _CLASSES = {
 
 
 class Cityscapes(SegmentationData):
-    """Serve Cityscapes (Cordts et al., 2016), as its archives leftImg8bit and gtFine unpack.
+    """Serve Cityscapes (Cordts et al., 2016), as unpacked from its archives leftImg8bit and gtFine.
 
     Images, masks and batches are as in `MaskFolder`; `ignore_index` is 255.
 
     Args:
         root: folder that holds `leftImg8bit` and `gtFine`.
         batch_size: training images per batch and process.
-        augmentation: what is done to training images besides the random crop.
+        augmentation: augmentation of training images besides the random crop.
         seed: seed of order and augmentation.
-        labels: which masks are read: "labelIds", the archive's own, whose 34 ids are mapped to the 19 train ids;
-            "labelTrainIds", made by the official scripts; "auto" takes labelIds where there are some.
-        train: the split that is trained on.
-        val: the split that is evaluated.
-        crop_size: (H, W) of training images in pixels; None takes `resize`, or else (512, 512).
+        labels: which masks to read: "labelIds", from the archive, whose 34 ids are mapped to the 19 train ids;
+            "labelTrainIds", made by the official scripts; "auto" uses labelIds if there are any.
+        train: the training split.
+        val: the evaluation split.
+        crop_size: (H, W) of training images in pixels; None uses `resize`, or else (512, 512).
         **options: the other arguments of `SegmentationData`, such as `resize` and `num_workers`.
     """
 

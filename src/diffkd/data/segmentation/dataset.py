@@ -1,4 +1,4 @@
-"""Data set and loaders over pairs of image and mask."""
+"""Data set of pairs of image and mask."""
 
 import math
 from collections.abc import Callable
@@ -21,11 +21,11 @@ PairTransform = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Scan(NamedTuple):
-    """Hold what reading all pairs found.
+    """Result of reading all pairs.
 
     Args:
-        problems: a message for each pair that is broken, by its index.
-        ids: the class ids that the masks of the others hold.
+        problems: one message per broken pair, by its index.
+        ids: the class ids in the masks of the other pairs.
     """
 
     problems: dict[int, str]
@@ -33,19 +33,19 @@ class Scan(NamedTuple):
 
 
 class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
-    """Give (image, mask, index) for the key (epoch, index) that `EpochSampler` yields.
+    """Return (image, mask, index) for the key (epoch, index) of `EpochSampler`.
 
-    What is drawn for a pair is a function of (seed, epoch, index), so that the number of workers, their timing and a
-    resume change nothing. The random state of the process is left as it was.
+    The augmentation of a pair is a function of (seed, epoch, index), so the number of workers, their timing and a
+    resume do not change it. The random state of the process is not changed.
 
     Args:
         pairs: files and sizes.
-        code: what the pixels of masks mean.
-        transform: image (3, H, W) uint8 and mask (H, W) to what the model is given.
+        code: mapping from mask pixels to class ids.
+        transform: from image (3, H, W) uint8 and mask (H, W) to the model's input and target.
         seed: seed of the augmentation.
-        resize: (H, W) that images and masks are brought to first; None leaves them.
-        full_size_masks: leave the masks at their own size.
-        cache: "memory" keeps decoded and resized pairs in the memory of the process, three or four bytes a pixel.
+        resize: (H, W) to which images and masks are resized first; None does not resize.
+        full_size_masks: do not resize the masks.
+        cache: "memory" keeps decoded and resized pairs in the memory of the process, three or four bytes per pixel.
         white: the value of 16-bit images that becomes 255.
     """
 
@@ -83,13 +83,13 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
         """Return image (3, H, W) float32, mask (H, W) int64 and index; raise ValueError if a file is broken."""
         epoch, index = key
         image, mask = self.read(index)
-        # Transforms of torchvision draw from the global generator of the CPU, and from no other.
+        # torchvision's transforms draw only from the global CPU generator.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, epoch, index))
             return *self.transform(image, mask), index
 
     def sizes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Return the (H, W) of every image and mask that an evaluation transform leaves whole."""
+        """Return the (H, W) of every image and mask if the transform keeps their size."""
         image = [self.resize or size for size in self.pairs.sizes]
         mask = self.pairs.sizes if self.full_size_masks else image
         return list(zip(image, mask, strict=True))
@@ -98,7 +98,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
         """Return image (3, H, W) uint8 and mask (H, W) uint8 or int32 of class ids, resized but not augmented.
 
         Raises:
-            ValueError: if a file is broken, a mask holds an id or a colour of no class, or their sizes differ.
+            ValueError: if a file is broken, a mask contains an id or colour of no class, or the sizes differ.
         """
         if self._kept is not None and index in self._kept:
             return self._kept[index]
@@ -120,13 +120,13 @@ class PairDataset(Dataset[tuple[Tensor, Tensor, int]]):
         return pair
 
     def ids_seen(self, enough: int) -> set[int] | None:
-        """Return class ids that the masks hold; None if a mask is broken, which whoever reads the pair will say.
+        """Return class ids in the masks; None if a mask is broken, which is reported when the pair is read.
 
         Args:
-            enough: how many different ones to look for. Masks are read until they are found: usually one mask.
+            enough: number of different ids to find. Masks are read until they are found, usually one mask.
         """
         seen: set[int] = set()
-        # Not one after the other: masks without any object are often neighbours.
+        # In a spread-out order: masks without objects are often neighbours.
         step = math.isqrt(len(self)) + 1
         for index in sorted(range(len(self)), key=lambda index: index % step):
             try:

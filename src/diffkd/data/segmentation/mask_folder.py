@@ -1,4 +1,4 @@
-"""Images and masks in folders: the usual form of one's own data for segmentation."""
+"""Images and masks in folders, the usual layout of custom segmentation data."""
 
 import json
 import re
@@ -20,11 +20,11 @@ _COLOR_FIRST = re.compile(rf"{_COLOR}[\s,;:]+(?P<name>\S.*)")
 
 
 def class_names(classes: str | Path | Sequence[str], root: Path) -> tuple[str, ...]:
-    """Return the names of classes in the order of their ids.
+    """Return the class names in the order of their ids.
 
     Args:
-        classes: the names, or a text file with one name a line; a relative path is looked for in `root` first. Empty
-            lines at its end do not count.
+        classes: the names, or a text file with one name per line; a relative path is searched in `root` first. Trailing
+            empty lines are ignored.
         root: the folder of the data.
 
     Returns:
@@ -53,20 +53,20 @@ def class_names(classes: str | Path | Sequence[str], root: Path) -> tuple[str, .
 
 
 def class_colors(colors: str | Path | Mapping[str, Sequence[int]], root: Path) -> dict[str, Color]:
-    """Return the colour of each class in masks that hold colours.
+    """Return the colour of each class, for masks that store colours.
 
     Args:
-        colors: name to (red, green, blue), 0 to 255; or a file: JSON with such a mapping, or text with a class a line,
-            `name, red, green, blue` or `red green blue name`, apart by commas, semicolons, colons or blanks. Lines
-            that begin with # and a first line of headings are passed over.
-        root: the folder of the data, in which a relative path is looked for first.
+        colors: name to (red, green, blue), 0 to 255; or a file: JSON with such a mapping, or text with one class per
+            line, `name, red, green, blue` or `red green blue name`, separated by commas, semicolons, colons or blanks.
+            Lines that begin with # and a header line are ignored.
+        root: the data folder, where a relative path is searched first.
 
     Returns:
-        Name to colour, in the order given.
+        Mapping from name to colour, in the given order.
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if it cannot be understood, or a colour is out of range; names the line.
+        ValueError: if it cannot be parsed, or a colour is out of range; the message names the line.
     """
     if isinstance(colors, Mapping):
         return _checked(list(colors.items()), "colors")
@@ -129,10 +129,10 @@ def _checked(colors: list[tuple[str, Sequence[Any]]], source: str) -> dict[str, 
 class MaskFolder(SegmentationData):
     """Serve images and masks from `root/train/images/`, `root/train/masks/` and the same below `root/val/`.
 
-    Image and mask are matched by their paths below these folders, less suffix and extension. Files are listed and
-    their sizes compared when the module is made. Masks are PNG: grey of up to 16 bits or with a palette, whose values
-    are class ids, or in colours, with a table of them. Training images are augmented and cropped to `crop_size`;
-    evaluation images are whole, and only those of one size share a batch.
+    Image and mask are matched by their paths below these folders, without suffix and extension. Files are listed and
+    their sizes compared when the module is created. Masks are PNG: grey (up to 16 bits) or palette images of class ids,
+    or colour images with a table of colours. Training images are augmented and cropped to `crop_size`; evaluation
+    images are not cropped, and a batch contains only images of one size.
 
     Batches are images (B, 3, H, W) float32 normalised, masks (B, H, W) int64 of class ids in [0, K) or `ignore_index`,
     and indices (B,) int64.
@@ -140,27 +140,27 @@ class MaskFolder(SegmentationData):
     Args:
         root: the folder.
         batch_size: training images per batch and process.
-        augmentation: what is done to training images besides the random crop.
+        augmentation: augmentation of training images besides the random crop.
         seed: seed of order and augmentation.
-        classes: names of the classes in the order of their ids, or a text file with one name a line, looked for in
-            `root` first. A name for `ignore_index` may be the last one; it is no class.
-        num_classes: K; None takes the number of names or colours. Without names, class 3 is called "class 3".
-        ignore_index: the id of pixels that count neither in training nor in evaluation: none of the classes, or 0,
-            which then keeps its place among the classes and has no pixels.
-        id_map: stored id to class id, for masks of other ids; pixels of all other ids are ignored.
-        colors: for masks of colours: class name to (red, green, blue), or a file of them (`class_colors`). Names that
-            are not in `classes` are ignored; without `classes`, ids follow the order of the colours.
-        unknown_colors: "error" refuses a mask with a colour that is not in `colors`, "ignore" ignores its pixels.
-        train: the split that is trained on.
-        val: the split that is evaluated; None takes "val", or else "valid", "validation" or "test".
-        images: folder of a split's images; "{split}" stands for the split, as in "images/{split}". Without it the
-            folder lies in the split's.
-        masks: likewise of the masks.
-        image_suffix: what the names of images end in besides the name shared with the mask, with or without the
-            extension; other files are passed over.
-        mask_suffix: likewise of masks, such as "_mask".
-        on_bad_image: "error" refuses pairs that cannot be used; "skip" reads every pair now and leaves such out, with a
-            warning that counts and names them.
+        classes: names of the classes in the order of their ids, or a text file with one name per line, searched in
+            `root` first. The last name may be that of `ignore_index`; it is not a class.
+        num_classes: K; None uses the number of names or colours. Without names, class 3 is named "class 3".
+        ignore_index: the id of pixels ignored in training and evaluation: outside of the class ids, or 0, which then
+            stays a class without pixels.
+        id_map: mapping from stored id to class id; pixels of all other ids are ignored.
+        colors: for colour masks: class name to (red, green, blue), or a file with this mapping (`class_colors`). Names
+            that are not in `classes` are ignored; without `classes`, the order of the colours gives the ids.
+        unknown_colors: "error" raises for a mask with a colour that is not in `colors`, "ignore" ignores its pixels.
+        train: the training split.
+        val: the evaluation split; None uses "val", or else "valid", "validation" or "test".
+        images: folder of a split's images; "{split}" is replaced by the split, as in "images/{split}". Without it the
+            folder is inside the split's folder.
+        masks: folder of a split's masks, likewise.
+        image_suffix: suffix of image names after the part shared with the mask, with or without the extension; other
+            files are ignored.
+        mask_suffix: suffix of mask names, likewise, such as "_mask".
+        on_bad_image: "error" raises for pairs that cannot be used; "skip" reads every pair before training and leaves
+            out unusable ones, with a warning that counts and names them.
         **options: the other arguments of `SegmentationData`, such as `crop_size` and `num_workers`.
 
     Attributes:
@@ -169,7 +169,7 @@ class MaskFolder(SegmentationData):
     Raises:
         FileNotFoundError: if a folder or file is missing.
         ValueError: if a file has no partner, sizes differ, a mask is not of the expected kind, a link leaves the root,
-            or a value is out of range; while iterating, if a file is broken or a mask holds an id of no class.
+            or a value is out of range; while iterating, if a file is broken or a mask contains an id of no class.
     """
 
     def __init__(
@@ -198,8 +198,8 @@ class MaskFolder(SegmentationData):
             raise FileNotFoundError(f"{top}: no such folder; give a root with {train}/{images} and {train}/{masks}.")
         table = None if colors is None else class_colors(colors, top)
         names = class_names(classes, top) if classes is not None else tuple(table) if table else None
-        counted = _counted(names, num_classes, ignore_index)
-        coded = None if table is None else _coded(table, counted, ignore_index)
+        counted = _evaluated_classes(names, num_classes, ignore_index)
+        coded = None if table is None else _ids_and_colors(table, counted, ignore_index)
         id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
         code = MaskCode(len(counted), ignore_index, id_map=id_map, colors=coded, unknown_colors=unknown_colors)
 
@@ -238,8 +238,8 @@ def _folder(name: str, split: str) -> str:
     return name.replace("{split}", split) if "{split}" in name else f"{split}/{name}"
 
 
-def _counted(names: tuple[str, ...] | None, num_classes: int | None, ignore_index: int) -> tuple[str, ...]:
-    """Return the names of the classes that count: all but a last one that is the ignored id."""
+def _evaluated_classes(names: tuple[str, ...] | None, num_classes: int | None, ignore_index: int) -> tuple[str, ...]:
+    """Return the names of the classes, without a last name that belongs to the ignored id."""
     if names is None:
         if num_classes is None:
             raise ValueError("nothing says which classes there are: give classes, num_classes or colors.")
@@ -264,7 +264,7 @@ def _counted(names: tuple[str, ...] | None, num_classes: int | None, ignore_inde
     return names
 
 
-def _coded(table: dict[str, Color], classes: tuple[str, ...], ignore_index: int) -> list[tuple[int, Color]]:
+def _ids_and_colors(table: dict[str, Color], classes: tuple[str, ...], ignore_index: int) -> list[tuple[int, Color]]:
     missing = [name for name in classes if name not in table]
     if missing:
         raise ValueError(f"colors: none for {', '.join(map(repr, missing[:5]))}; give a colour for each class.")

@@ -1,4 +1,4 @@
-"""Reading of mask files: stored ids or colours to class ids."""
+"""Reading of mask files: from stored ids or colours to class ids."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from diffkd.data.images import WHITE, Header, header_of, opened, read_rgb, upright
+from diffkd.data.images import WHITE, Header, header_of, read_rgb, upright, with_open_image
 
-_LOSSY = ("jpeg", "tiff_jpeg", "webp")  # inside a TIFF
+_LOSSY = ("jpeg", "tiff_jpeg", "webp")  # lossy compressions of a TIFF
 _LOSSLESS = ("PNG", "BMP", "GIF", "TIFF", "PPM")
 _IDS = ("1", "L", "P", "I;16", "I;16B", "I")
-_RAW_IDS = 1 << 16  # 16 bits at most
+_RAW_IDS = 1 << 16  # number of ids of 16 bits
 _COLOURS = ("1", "L", "P", "RGB", "RGBA")
 
 
 def image_header(path: str | os.PathLike[str]) -> Header:
     """Read the size of an image without decoding it; raise ValueError, naming the file, if that fails."""
     try:
-        return opened(path, header_of)
+        return with_open_image(path, header_of)
     except Exception as error:  # Pillow's readers raise almost anything on a corrupt file
         raise ValueError(f"image {path} {_unreadable(error)}; replace it, or remove it and its mask.") from error
 
@@ -33,17 +33,17 @@ def mask_header(path: str | os.PathLike[str], *, colours: bool) -> Header:
 
     Args:
         path: the file.
-        colours: whether the mask holds colours instead of class ids.
+        colours: whether the mask stores colours instead of class ids.
 
     Returns:
         Its size.
 
     Raises:
-        ValueError: if the file is not a PNG, BMP, GIF, TIFF or PGM without loss, cannot be read, or holds colours where
-            ids are expected or the other way round; names the file and the mend.
+        ValueError: if the file is not a lossless PNG, BMP, GIF, TIFF or PGM, cannot be read, or stores colours where
+            ids are expected or vice versa; the message names the file and the fix.
     """
     try:
-        kind, mode, header, lossy = opened(path, _mask_facts)
+        kind, mode, header, lossy = with_open_image(path, _mask_facts)
     except Exception as error:
         raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
     if lossy or kind not in _LOSSLESS:
@@ -62,7 +62,7 @@ def mask_header(path: str | os.PathLike[str], *, colours: bool) -> Header:
 
 
 def _mask_facts(image: Image.Image) -> tuple[str | None, str, Header, bool]:
-    """Return format, mode and sizes of a mask, and whether its compression loses something."""
+    """Return format, mode and sizes of a mask, and whether its compression is lossy."""
     lossy = image.format in ("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000") or image.info.get("compression") in _LOSSY
     return image.format, image.mode, header_of(image), lossy
 
@@ -71,13 +71,13 @@ def read_mask(path: str | os.PathLike[str], *, colours: bool = False) -> npt.NDA
     """Read the class ids of a mask, or its colours.
 
     Ids are the grey values of a file with 1, 2, 4, 8 or 16 bits, or the indices into its palette, as stored; nothing is
-    scaled. Colours are those of an RGB image or of the palette; transparency is dropped. Interlaced files are read as
-    any other. The orientation of EXIF is applied, as to images. Check sums are verified, for a wrong bit is a wrong
+    scaled. Colours are those of an RGB image or of the palette; transparency is dropped. Interlaced files are
+    supported. The EXIF orientation is applied, as for images. Checksums are verified, since a wrong bit is a wrong
     class.
 
     Args:
         path: the file.
-        colours: whether the mask holds colours instead of class ids.
+        colours: whether the mask stores colours instead of class ids.
 
     Returns:
         Ids (H, W) uint8 or uint16; or colours (H, W, 3) uint8.
@@ -90,13 +90,13 @@ def read_mask(path: str | os.PathLike[str], *, colours: bool = False) -> npt.NDA
         content = Path(path).read_bytes()
         is_png = content.startswith(b"\x89PNG")
         if is_png:
-            opened(content, methodcaller("verify"))
-        pixels = opened(content, partial(_mask_pixels, colours=colours))
+            with_open_image(content, methodcaller("verify"))
+        pixels = with_open_image(content, partial(_mask_pixels, colours=colours))
     except Exception as error:
         raise ValueError(f"mask {path} {_unreadable(error)}; replace it, or remove it and its image.") from error
     if colours:
         return pixels
-    # Byte 24 of a PNG is the number of bits and byte 25 is 0 for grey. Pillow spreads grey of 2 and 4 bits over 0..255.
+    # Byte 24 of a PNG is the bit depth and byte 25 is 0 for grey. Pillow scales 2-bit and 4-bit grey to 0..255.
     if is_png and content[25] == 0 and content[24] in (2, 4):
         return pixels // np.uint8(255 // ((1 << content[24]) - 1))
     if pixels.dtype.itemsize > 1 and not 0 <= pixels.min() <= pixels.max() < _RAW_IDS:
@@ -110,7 +110,7 @@ def _mask_pixels(image: Image.Image, colours: bool) -> npt.NDArray[Any]:
         return np.asarray(turned.convert("RGB"))
     if image.format == "GIF" and turned.mode == "P":
         table = np.array(turned.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
-        if (table == table[:, :1]).all():  # a grey image, of which GIF keeps the greys that occur
+        if (table == table[:, :1]).all():  # a grey image; GIF stores only the greys that occur
             greys: npt.NDArray[Any] = table[np.asarray(turned), 0]
             return greys
     return np.asarray(turned)
@@ -130,19 +130,19 @@ def _unreadable(error: BaseException) -> str:
     return f"cannot be read ({type(error).__name__}: {error})"
 
 
-_UNKNOWN = -(1 << 31)  # no class, nor any id to ignore
+_UNKNOWN = -(1 << 31)  # neither a class nor a possible `ignore_index`
 
 
 class MaskCode:
-    """Read masks as class ids in [0, K) or the ignored id.
+    """Maps mask files to class ids in [0, K) or the ignored id.
 
     Args:
         num_classes: K.
-        ignore_index: the id of pixels that are not counted; any integer of 32 bits but the lowest.
-        id_map: stored id to class id or `ignore_index`; None takes ids as they are.
-        unmapped: what stored ids that `id_map` lacks are: ignored, or an error.
-        colors: class id or `ignore_index` to red, green, blue, as pairs of the two, for masks that hold colours.
-        unknown_colors: what a colour of no class is: an error, or ignored.
+        ignore_index: the id of ignored pixels; any 32-bit integer except the lowest.
+        id_map: stored id to class id or `ignore_index`; None uses ids unchanged.
+        unmapped: whether stored ids missing in `id_map` are ignored or an error.
+        colors: pairs of class id or `ignore_index` and (red, green, blue), for masks that store colours.
+        unknown_colors: whether a colour of no class is an error or ignored.
 
     Raises:
         ValueError: if an id is out of range, two classes have one colour, or both `id_map` and `colors` are given.
@@ -175,7 +175,7 @@ class MaskCode:
         self.holds_colors = colors is not None
         self._mapped = id_map is not None
         self._unknown_color = ignore_index if unknown_colors == "ignore" else _UNKNOWN
-        # A byte for each pixel where it will do, for masks that are kept in memory.
+        # One byte per pixel if possible, for masks that are cached in memory.
         small = 0 <= ignore_index < 256 and num_classes <= 256
         self.dtype: np.dtype[Any] = np.dtype(np.uint8 if small else np.int32)
         self._table = self._id_table(id_map, ignore_index if unmapped == "ignore" else _UNKNOWN)
@@ -188,18 +188,20 @@ class MaskCode:
             path: a PNG.
 
         Returns:
-            (H, W) class ids and `ignore_index`, of 8 bits where they fit, otherwise of 32.
+            (H, W) class ids and `ignore_index`, uint8 if they fit, otherwise int32.
 
         Raises:
-            ValueError: if the file cannot be read, or holds an id or a colour without a class; names the file, the id
-                or colour, the first such pixel and the mend.
+            ValueError: if the file cannot be read, or contains an id or a colour without a class; the message names the
+                file, the id or colour, the first such pixel and the fix.
         """
         stored = read_mask(path, colours=self.holds_colors)
         ids = self._of_colors(stored) if self.holds_colors else self._table[stored]
         unknown = ids == _UNKNOWN
         if unknown.any():
             row, column = (int(place) for place in np.argwhere(unknown)[0])
-            raise ValueError(f"mask {path} {self._complaint(stored[row, column], row, column, int(unknown.sum()))}")
+            raise ValueError(
+                f"mask {path} {self._unknown_value_message(stored[row, column], row, column, int(unknown.sum()))}"
+            )
         return ids.astype(self.dtype)
 
     def _id_table(self, id_map: Mapping[int, int] | None, otherwise: int) -> npt.NDArray[np.int32]:
@@ -237,7 +239,7 @@ class MaskCode:
         places = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
         return np.where(self._keys[places] == keys, self._values[places], np.int32(self._unknown_color))
 
-    def _complaint(self, value: Any, row: int, column: int, count: int) -> str:
+    def _unknown_value_message(self, value: Any, row: int, column: int, count: int) -> str:
         where = f"at row {row}, column {column} ({count} such pixels)"
         if self.holds_colors:
             return (

@@ -1,4 +1,4 @@
-"""Pairs of image and mask found in folders, with every check that needs no decoding."""
+"""Pairs of image and mask found in folders, with all checks that do not need decoding."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from diffkd.data.folders import image_files, leaves, quoted
+from diffkd.data.folders import format_names, image_files, leads_outside
 from diffkd.data.segmentation.masks import image_header, mask_header
 
-_LISTED = 10  # problems that an error spells out
+_LISTED = 10  # problems listed in an error
 
 
 class Pairs(NamedTuple):
-    """List the images and masks of one split.
+    """The images and masks of one split.
 
     Args:
         images: N files.
         masks: N files.
-        sizes: N times (height, width) in pixels of the upright image.
+        sizes: N pairs (height, width) in pixels of the upright image.
     """
 
     images: list[str]
@@ -44,26 +44,26 @@ def scan_pairs(
     colors: bool = False,
     skip_bad: bool = False,
 ) -> Pairs:
-    """Pair the files of two folders by their paths below them, less suffix and extension, and check each pair.
+    """Pair the files of two folders by relative path without suffix and extension, and check each pair.
 
-    Files are found at any depth; hidden ones and those without the suffix are passed over.
+    Files are found at any depth; hidden files and files without the suffix are ignored.
 
     Args:
-        root: the folder of the data, which no link may leave.
+        root: the data folder, which no link may leave.
         images: folder of the images, below `root`.
         masks: folder of the masks, below `root`.
-        image_suffix: what the names of images end in, with or without their extension.
-        mask_suffix: likewise of masks.
-        colors: whether masks hold colours instead of class ids.
-        skip_bad: as for `check_pairs`; files without the other part of their pair are left out with a warning.
+        image_suffix: suffix of image names, with or without the extension.
+        mask_suffix: suffix of mask names, likewise.
+        colors: whether masks store colours instead of class ids.
+        skip_bad: as for `check_pairs`; unpaired files are left out with a warning.
 
     Returns:
         The pairs, in the order of their names.
 
     Raises:
         FileNotFoundError: if a folder is missing.
-        ValueError: if there are no images, an image or a mask is alone, two files claim one name, a link leaves the
-            root, or a pair does not pass `check_pairs`; names the files and the mend.
+        ValueError: if there are no images, an image or mask has no partner, two files have the same name, a link leaves
+            the root, or a pair fails `check_pairs`; the message names the files and the fix.
     """
     found = _by_key(root, images, image_suffix, "image")
     wanted = _by_key(root, masks, mask_suffix, "mask")
@@ -87,23 +87,23 @@ def scan_pairs(
 def check_pairs(
     root: Path, pairs: Iterable[tuple[str | Path, str | Path]], *, colors: bool = False, skip_bad: bool = False
 ) -> Pairs:
-    """Read the heads of all files, and return the pairs with their sizes.
+    """Read the headers of all files, and return the pairs with their sizes.
 
     Args:
         root: the folder of the data.
         pairs: image and mask files.
-        colors: whether masks hold colours instead of class ids.
-        skip_bad: whether pairs that cannot be used are let pass, with size 0, for whoever decodes them to leave out.
+        colors: whether masks store colours instead of class ids.
+        skip_bad: keep pairs that cannot be used, with size 0, for the later check to leave out.
 
     Returns:
         The pairs, in the order given.
 
     Raises:
         ValueError: if an image cannot be read, a mask is not a PNG or not of the expected kind, or the sizes of a pair
-            differ; names up to ten of them, and each reason that they share once.
+            differ; the message lists up to ten files, and each shared reason once.
     """
     good = Pairs([], [], [])
-    alike: dict[str, tuple[str, list[str]]] = {}  # the first message and all files, by what is wrong with them
+    alike: dict[str, tuple[str, list[str]]] = {}  # by reason: the first message, and all files
     for image, mask in pairs:
         try:
             size = _checked(image, mask, colors)
@@ -117,14 +117,16 @@ def check_pairs(
         good.sizes.append(size)
     if skip_bad:
         return good
-    listed = [f"{message} Likewise {quoted(files[1:])}." if files[1:] else message for message, files in alike.values()]
+    listed = [
+        f"{message} Likewise {format_names(files[1:])}." if files[1:] else message for message, files in alike.values()
+    ]
     count = sum(len(files) for _, files in alike.values())
     refuse(listed, f"{root}: {count} pair(s) of image and mask cannot be used")
     return good
 
 
 def refuse(problems: list[str], headline: str) -> None:
-    """Raise ValueError if there are problems: the headline, and the first ten of them."""
+    """Raise ValueError if there are problems, with the headline and the first ten problems."""
     if problems:
         more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ValueError(f"{headline}:" + "".join(f"\n  {problem}" for problem in problems[:_LISTED]) + more)
@@ -154,7 +156,7 @@ def _by_key(root: Path, name: str, suffix: str, kind: str) -> dict[str, str]:
         seen = f"; {folder.parent} holds {', '.join(map(repr, beside[:10]))}" if beside else ""
         raise FileNotFoundError(f"{folder}: no such folder of {kind}s{seen}; give the folders of images and masks.")
     real = root.resolve()
-    if leaves(folder, real, named=name):
+    if leads_outside(folder, real, named=name):
         raise ValueError(f"{folder}: leads to {folder.resolve()}, outside of {root}; copy the files into the folder.")
     found: dict[str, str] = {}
     for path in image_files(folder, real):

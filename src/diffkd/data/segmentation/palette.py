@@ -30,7 +30,7 @@ _CITYSCAPES = (
 
 
 def palette(num_classes: int, name: Literal["voc", "cityscapes"] = "voc") -> npt.NDArray[np.uint8]:
-    """Return a colour for every class, all of them different.
+    """Return a distinct colour for every class.
 
     Args:
         num_classes: K, at most 2^24, or 19 for "cityscapes".
@@ -41,7 +41,7 @@ def palette(num_classes: int, name: Literal["voc", "cityscapes"] = "voc") -> npt
         (K, 3) red, green, blue.
 
     Raises:
-        ValueError: if there are not as many colours.
+        ValueError: if there are fewer colours than classes.
 
     >>> palette(4).tolist()
     [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]

@@ -1,4 +1,4 @@
-"""What the data modules of segmentation share: their arguments, and loaders over two lists of pairs."""
+"""Base of the segmentation data modules: shared arguments, and loaders over training and evaluation pairs."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from diffkd.data.folders import links_followed, quoted
+from diffkd.data.folders import allow_outside_links, format_names
 from diffkd.data.image_data import ImageData, train_or_val
 from diffkd.data.images import OnBadImage, check_on_bad_image
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
-from diffkd.data.seeding import held_back
+from diffkd.data.seeding import split_by_class
 from diffkd.data.segmentation.dataset import PairDataset
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, refuse
@@ -27,45 +27,45 @@ Split = Literal["train", "val"]
 
 
 class SegmentationData(ImageData):
-    """Serve pairs of image and mask: training images augmented and cropped, evaluation images whole.
+    """Serve pairs of image and mask; training images are augmented and cropped, evaluation images are not.
 
     Batches are images (B, 3, H, W) float32 normalised, masks (B, H, W) int64 of class ids in [0, K) or `ignore_index`,
-    and indices (B,) int64. Only evaluation images of one size share a batch.
+    and indices (B,) int64. An evaluation batch contains only images of one size.
 
     Args:
-        read: lists the pairs of a split.
-        code: what the pixels of masks mean.
+        read: function that lists the pairs of a split.
+        code: mapping from mask pixels to class ids.
         names: names of the K classes.
         on_bad_image: "error" or "skip", see `MaskFolder`.
         batch_size: training images per batch and process.
-        augmentation: what is done to training images besides the random crop.
+        augmentation: augmentation of training images besides the random crop.
         seed: seed of order and augmentation.
-        crop_size: (H, W) of training images in pixels; None takes `resize`, or else (512, 512).
-        resize: (H, W) that all images are brought to first, at evaluation too; None leaves them.
-        full_size_masks: at evaluation leave masks at their own size while images are resized.
-        val_batch_size: evaluation images per batch and process at most; None takes `batch_size` where images are
-            resized, and 1 otherwise.
-        cache: "memory" keeps the decoded and resized pairs in the memory of each process, so that small data are
+        crop_size: (H, W) of training images in pixels; None uses `resize`, or else (512, 512).
+        resize: (H, W) to which all images are resized first, also in evaluation; None does not resize.
+        full_size_masks: in evaluation, keep masks at their original size while images are resized.
+        val_batch_size: largest number of evaluation images per batch and process; None uses `batch_size` if images are
+            resized, otherwise 1.
+        cache: "memory" caches the decoded and resized pairs in the memory of each process, so that small data sets are
             decoded once.
-        num_workers: worker processes; None takes none with the cache, and otherwise one per core, at most 8.
-        verify: read every image and mask now, and list those that cannot be used, instead of stopping at the first in
-            mid-epoch.
+        num_workers: worker processes; None: 0 with the cache, otherwise one per core, at most 8.
+        verify: read every image and mask before training, and list those that cannot be used, instead of stopping at
+            the first in mid-epoch.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
-        follow_links: let symbolic links lead out of the folder, as in caches and on shared disks. Set it only where you
-            trust the links; names in annotations stay inside in any case.
-        val_share: share of the training images that is held back for evaluation, drawn by `seed`, in the place of the
-            evaluation images; None takes these.
-        white_level: the value of 16-bit images that becomes white, 255; 4095 for 12 bits. None takes 65535, and warns
-            where all images would be nearly black.
+        follow_links: allow symbolic links that lead out of the folder, as in caches and on shared disks. Set it only if
+            you trust the links; names in annotations stay inside in any case.
+        val_share: share of the training images that is held back for evaluation, drawn by `seed`, instead of the
+            evaluation images; None uses the evaluation images.
+        white_level: the value of 16-bit images that is mapped to white, 255; 4095 for 12 bits. None uses 65535, and
+            warns if all images would be nearly black.
 
     Attributes:
         skipped: one message per pair left out.
 
     Raises:
         FileNotFoundError: if a folder or list is missing.
-        ValueError: if a pair of files cannot be used, as in `MaskFolder`, a value is out of range, the pixels that
-            count in the training masks are not of two classes at least, or `verify` finds a broken pair.
+        ValueError: if a pair of files cannot be used, as in `MaskFolder`, a value is out of range, the training masks
+            have fewer than two classes, or `verify` finds a broken pair.
     """
 
     task = "segmentation"
@@ -95,12 +95,12 @@ class SegmentationData(ImageData):
         val_share: float | None = None,
         white_level: int | None = None,
     ) -> None:
-        with links_followed(follow_links):
+        with allow_outside_links(follow_links):
             train_pairs, _ = train_or_val(partial(read, "train"), partial(read, "val"))
             if val_share is None:
                 val_pairs = read("val")
             else:
-                kept, held = held_back([0] * len(train_pairs.images), val_share, seed)
+                kept, held = split_by_class([0] * len(train_pairs.images), val_share, seed)
                 train_pairs, val_pairs = train_pairs.select(kept), train_pairs.select(held)
         if cache not in ("none", "memory"):
             raise ValueError(f"cache={cache!r}: give 'none' or 'memory'.")
@@ -117,7 +117,7 @@ class SegmentationData(ImageData):
         crop, whole = TrainTransform(augmentation, crop_size, code.ignore_index, mean, std), EvalTransform(mean, std)
         white = white_level_of(white_level, train_pairs.images)
         skipped: list[str] = []
-        all_learned: set[int] | None = None  # known where every mask was read
+        all_learned: set[int] | None = None  # known if every mask was read
         if on_bad_image == "skip":
             train_pairs, all_learned = _without_broken(PairDataset(train_pairs, code, whole), "training", skipped)
             val_pairs, _ = _without_broken(PairDataset(val_pairs, code, whole), "evaluation", skipped)
@@ -150,7 +150,7 @@ class SegmentationData(ImageData):
 
 
 def _without_broken(data: PairDataset, split: str, skipped: list[str]) -> tuple[Pairs, set[int]]:
-    """Return the pairs that can be read, and their class ids; collect and warn of the others."""
+    """Return the readable pairs and their class ids; collect messages about the others, and warn."""
     broken, ids = data.scan(os.cpu_count() or 1)
     problems = list(broken.values())
     counted = f"{len(broken)} of {len(data)} {split} pairs are"
@@ -173,12 +173,12 @@ def _verified(training: PairDataset, evaluation: PairDataset) -> set[int]:
 
 
 def _check_ids(training: PairDataset, evaluation: PairDataset, all_learned: set[int] | None) -> None:
-    """Raise ValueError if there is nothing to learn; warn of absent classes, and of nothing to evaluate on.
+    """Raise ValueError if training masks have fewer than two classes; warn of absent ones and empty evaluation masks.
 
     Args:
         training: the training pairs.
         evaluation: the evaluation pairs.
-        all_learned: the class ids of the training masks, where all of them were read.
+        all_learned: the class ids of the training masks, if all of them were read.
     """
     code = training.code
     nothing = f"every pixel of every mask is ignored (id {code.ignore_index}), the first being "
@@ -194,14 +194,14 @@ def _check_ids(training: PairDataset, evaluation: PairDataset, all_learned: set[
         )
     absent = set(range(code.num_classes)) - {code.ignore_index} - (all_learned or set())
     if all_learned is not None and absent:
-        listed = quoted(sorted(absent))
+        listed = format_names(sorted(absent))
         rank_zero_warn(f"no training mask holds class(es) {listed}, which cannot be learned. {mend}")
     if evaluation.ids_seen(1) == set():
         rank_zero_warn(f"nothing to evaluate on: {nothing}{evaluation.pairs.masks[0]}. {mend}")
 
 
 def _example(data: PairDataset, transform: EvalTransform, size: Size) -> Tensor:
-    """Return the first and the last image, normalised, cut or padded to (2, 3, H, W) of `size`."""
+    """Return the first and the last image, normalised, cropped or padded to (2, 3, H, W) of `size`."""
     pairs = [transform(*data.read(index)) for index in (0, len(data) - 1)]
     return torch.stack([fitted(*pair, size, data.code.ignore_index)[0] for pair in pairs])
 

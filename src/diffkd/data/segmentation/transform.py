@@ -1,4 +1,4 @@
-"""Augmentation and normalisation of image and mask together."""
+"""Joint augmentation and normalisation of image and mask."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from torchvision.transforms.v2 import functional
 
 @dataclass(frozen=True)
 class SegmentationAugmentation:
-    """Say how training images and their masks are augmented together; the default changes nothing.
+    """Options of the joint augmentation of training images and masks; the default changes nothing.
 
-    The order is: scale, random crop to the data module's `crop_size`, flip, colour jitter, normalisation, padding
-    where the scaled image is smaller than the crop: the image with 0, its mean, and the mask with the ignored id.
+    The order is: scale, random crop to the data module's `crop_size`, flip, colour jitter, normalisation, padding if
+    the scaled image is smaller than the crop: the image with 0 (the mean), the mask with the ignored id.
 
     Args:
-        scale: smallest and largest factor of the random scale, drawn evenly; (1, 1) is off, (0.5, 2) is usual. Images
-            are resized bilinearly with antialiasing, masks by the nearest pixel.
+        scale: smallest and largest factor of the random scale, drawn uniformly; (1, 1) is off, (0.5, 2) is usual.
+            Images are resized bilinearly with antialiasing, masks by the nearest pixel.
         flip: mirror left to right with probability 1/2.
         color_jitter: largest relative change of brightness, contrast and saturation, each drawn from
             [1 - color_jitter, 1 + color_jitter]; 0 is off, 0.5 is usual.
-        hue: largest turn of the hue, as a fraction of the colour circle; 0 is off, 0.07 is usual.
+        hue: largest shift of the hue, as a fraction of the colour circle; 0 is off, 0.07 is usual.
         max_class_share: largest share of the labelled pixels of a crop that one class may have; a crop above it is
             drawn again, ten times at most. 1 is off, 0.75 is usual.
 
@@ -52,19 +52,19 @@ class SegmentationAugmentation:
             )
 
 
-_CROPS = 10  # drawn at most in the search for one with several classes
+_CROPS = 10  # largest number of draws for `max_class_share`
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Augment an image with its mask, as `SegmentationAugmentation` says, and bring both to one size.
+    """Augment an image and its mask by `SegmentationAugmentation`, and crop or pad both to one size.
 
-    Draws from the global generator of the CPU, as the transforms of torchvision do.
+    Draws from the global CPU generator, as torchvision's transforms do.
 
     Args:
-        augmentation: what to do.
+        augmentation: the options.
         crop_size: (H, W) of the result, in pixels.
-        ignore_index: the id of pixels that are not counted; the mask is padded with it.
+        ignore_index: the id of ignored pixels; the mask is padded with it.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
     """
@@ -112,7 +112,7 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Normalise a whole image and leave its mask as it is.
+    """Normalise an image without cropping; the mask is not changed.
 
     Args:
         mean: three values, in units of [0, 1].
@@ -135,7 +135,7 @@ def resized(image: Tensor, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor,
 
 
 def _resized_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    # Torch makes nonsense of a single column, unless the channels are stored last.
+    # Torch gives wrong results for a single column, unless the memory format is channels last.
     given = image[None].contiguous(memory_format=torch.channels_last)[0] if size[1] == 1 else image
     moved: Tensor = functional.resize(tv_tensors.Image(given), list(size), antialias=True)
     return moved
@@ -144,12 +144,12 @@ def _resized_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a mask (h, w) to (H, W).
 
-    Each pixel takes the one nearest to its centre. Torch's older "nearest" takes corners, which lie half a pixel off
-    the bilinear image.
+    Each pixel takes the value nearest to its centre. Torch's older "nearest" samples at corners, half a pixel off the
+    bilinear image.
     """
     if tuple(mask.shape) == size:
         return mask
-    # As an image, since older torchvision (0.26) takes corners for every mask, whatever it is asked for.
+    # As an image, since older torchvision (0.26) always samples masks at corners, whatever the interpolation mode.
     exact = v2.InterpolationMode.NEAREST_EXACT
     moved: Tensor = functional.resize_image(mask.as_subclass(Tensor)[None], list(size), interpolation=exact)
     resized: Tensor = tv_tensors.Mask(moved[0])
@@ -157,7 +157,7 @@ def resized_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def normalised(image: Tensor, mask: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Return plain tensors: the image of bytes as float32 less `mean` over `std`, and the mask as int64."""
+    """Return tensors: the uint8 image as float32, scaled to [0, 1] and normalised, and the mask as int64."""
     floats = functional.to_dtype(image.as_subclass(Tensor), torch.float32, scale=True)
     return functional.normalize(floats, list(mean), list(std)), mask.as_subclass(Tensor).to(torch.int64)
 
@@ -173,7 +173,7 @@ def padded(image: Tensor, mask: Tensor, size: tuple[int, int], ignore_index: int
 
 
 def fitted(image: Tensor, mask: Tensor, size: tuple[int, int], ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Cut the middle of a normalised image and its mask, or pad them, to (H, W)."""
+    """Centre-crop or pad a normalised image and its mask to (H, W)."""
     height, width = (min(old, side) for old, side in zip(mask.shape, size, strict=True))
     top, left = (mask.shape[0] - height) // 2, (mask.shape[1] - width) // 2
     window = slice(top, top + height), slice(left, left + width)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from diffkd.data.folders import EXTENSIONS, leaves
+from diffkd.data.folders import EXTENSIONS, leads_outside
 from diffkd.data.segmentation.mask_folder import class_names
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, check_pairs, refuse
@@ -41,21 +41,21 @@ _CLASSES = (
 
 
 class VocSegmentation(SegmentationData):
-    """Serve the segmentation part of PASCAL VOC (Everingham et al., 2010), as its archive unpacks.
+    """Serve the segmentation part of PASCAL VOC (Everingham et al., 2010), as unpacked from its archive.
 
     Images, masks and batches are as in `MaskFolder`; `ignore_index` is 255.
 
     Args:
         root: folder that holds `JPEGImages`, or `VOCdevkit/VOC2012` or `VOC2012` with it.
         batch_size: training images per batch and process.
-        augmentation: what is done to training images besides the random crop.
+        augmentation: augmentation of training images besides the random crop.
         seed: seed of order and augmentation.
-        train: list of the images that are trained on: `ImageSets/Segmentation/<train>.txt`, such as "train", or
-            "train_aug" with the masks of SBD.
-        val: list of those that are evaluated.
+        train: list of the training images: `ImageSets/Segmentation/<train>.txt`, such as "train", or "train_aug" with
+            the masks of SBD.
+        val: list of the evaluation images.
         masks: folder of the masks, such as "SegmentationClassAug".
-        classes: names of other classes in the order of their ids, or a text file with one name a line, looked for in
-            `root` first; None takes those of PASCAL VOC.
+        classes: names of other classes in the order of their ids, or a text file with one name per line, searched in
+            `root` first; None uses the classes of PASCAL VOC.
         **options: the other arguments of `SegmentationData`, such as `resize` and `num_workers`.
     """
 
@@ -81,26 +81,26 @@ class VocSegmentation(SegmentationData):
         def read(split: Split) -> Pairs:
             pairs = _listed(top, lists[split], masks)
             if split == "train" and classes is None:
-                _hint_at_own_classes(pairs, code)
+                _warn_about_custom_classes(pairs, code)
             return pairs
 
         super().__init__(read, code, names, batch_size=batch_size, augmentation=augmentation, seed=seed, **options)
         self.root, self.train, self.val, self.masks = root, train, val, masks
-        # As an argument it may be None or a file, as an attribute it is the names.
+        # The argument may be None or a file; the attribute holds the names.
         self.save_hyperparameters({"classes": classes}, logger=False)
 
 
 _LOOKED_AT = 64
 
 
-def _hint_at_own_classes(pairs: Pairs, code: MaskCode) -> None:
-    """Warn if the masks hold the first few ids alone, as those of other classes in the folders of PASCAL VOC do."""
+def _warn_about_custom_classes(pairs: Pairs, code: MaskCode) -> None:
+    """Warn if the masks contain only the first few ids, as with custom classes in PASCAL VOC's folder layout."""
     seen: set[int] = set()
     for mask in pairs.masks[:: len(pairs.masks) // _LOOKED_AT + 1]:
         try:
             seen |= set(np.unique(code.read(mask)).tolist())
         except ValueError:
-            return  # whoever reads the pair says so
+            return  # reported when the pair is read
     seen -= {code.ignore_index}
     if seen and max(seen) < len(_CLASSES) // 2 and seen == set(range(max(seen) + 1)):
         named = ", ".join(_CLASSES[: max(seen) + 1])
@@ -111,7 +111,7 @@ def _hint_at_own_classes(pairs: Pairs, code: MaskCode) -> None:
 
 
 def _listed(root: Path, split: str, masks: str) -> Pairs:
-    """Pair the images and masks that a list names: by a name a line, or by the paths of both as the lists of SBD do."""
+    """Pair the images and masks of a list, with one name per line or, as in the lists of SBD, the paths of both."""
     source = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such list; give a root with JPEGImages, {masks} and ImageSets.")
@@ -124,7 +124,7 @@ def _listed(root: Path, split: str, masks: str) -> Pairs:
     real = root.resolve()
     pairs = [_pair(root, name, masks) for name in names]
     for path in (path for pair in pairs for path in pair):
-        if leaves(path, real, named=path.relative_to(root) if path.is_relative_to(root) else path):
+        if leads_outside(path, real, named=path.relative_to(root) if path.is_relative_to(root) else path):
             raise ValueError(f"{source}: {path.stem!r} leads to {path.resolve()}, outside of {root}; remove it.")
     missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
     refuse(missing, f"{source}: {len(missing)} of the files it names are missing; add them or remove their names")
@@ -132,7 +132,7 @@ def _listed(root: Path, split: str, masks: str) -> Pairs:
 
 
 def _pair(root: Path, name: str, masks: str) -> tuple[Path, Path]:
-    """Return the image and the mask that a line names."""
+    """Return the image and the mask named in a line."""
     parts = name.split()
     if len(parts) == 2 and all("/" in part for part in parts):
         image, mask = (root / part.lstrip("/") for part in parts)
@@ -143,7 +143,7 @@ def _pair(root: Path, name: str, masks: str) -> tuple[Path, Path]:
 
 
 def _found(folder: Path, name: str, usual: str) -> Path:
-    """Return the file of a name, whatever its extension; where there is none, that with the usual one."""
+    """Return the file of a name with any extension; if none exists, the path with the default extension."""
     extensions = (usual, usual.upper(), *sorted(EXTENSIONS), *map(str.upper, sorted(EXTENSIONS)))
     paths = (folder / f"{name}{extension}" for extension in extensions)
     return next((path for path in paths if path.is_file()), folder / f"{name}{usual}")
