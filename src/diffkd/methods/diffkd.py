@@ -322,7 +322,7 @@ class DiffKD(nn.Module):
             chain = timesteps_of_level(levels, gamma, len(self.steps)) if self.from_gamma else self.visited
             passes = DenoiserPasses(self.denoiser, chain, noisy_target, timesteps, checkpoint=self.checkpoint)
             estimates, clean_student = self._denoised(passes, noisy_student, chain, levels)
-            predicted = passes.beside()
+            predicted = passes.extra()
 
         projections = [at_least_float32(self.output_projection(one.to(self.dtype))) for one in estimates]
         denoised = projections[-1]
