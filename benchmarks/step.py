@@ -20,7 +20,7 @@ from benchmarks.memory import peak_bytes
 from benchmarks.report import RESULTS, machine, save, table, with_quartiles
 from benchmarks.roofline import Rates, measured_rates
 from benchmarks.timing import CLOCKS, ratios, spread, take_turns
-from diffkd.training.memory import freed_memory_kept
+from diffkd.training.memory import keep_freed_memory
 
 
 def measure(
@@ -123,7 +123,7 @@ def main(words: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         case = case if chosen.batch is None else replace(case, batch=chosen.batch)
         known = WITH_NETWORKS if case.has_networks else FEATURE_ALONE
         contestants = [each for each in known if each in chosen.contestants]
-        with freed_memory_kept():
+        with keep_freed_memory():
             results[name] = measure(case, settings, contestants, chosen.rounds, rates, chosen.clock)
         print(f"\n{case.title}; batch {case.batch}, {chosen.precision}, n = {chosen.rounds}\n{describe(results[name])}")
     options = [word for word in ("compile", "plain_networks") if getattr(chosen, word)]

@@ -11,7 +11,7 @@ from diffkd.commands.compare import find_method
 from diffkd.files.config import unwrap_factory
 from diffkd.models import load_detector
 from diffkd.recipes import recipe_names
-from diffkd.training.models import inherit
+from diffkd.training.models import inherit_neck_and_head
 
 # (FGD: temperature, alpha, beta, gamma, lambda of the authors' configs; MGD: weight, share of the positions dropped)
 FGD = {
@@ -98,15 +98,15 @@ def test_a_detector_inherits_all_but_the_backbone():
 
     student, teacher = build("test_resnet"), build("test_resnet")
     body = {name: value.clone() for name, value in student.state_dict().items() if name.startswith("backbone.body.")}
-    inherit(student, teacher)
+    inherit_neck_and_head(student, teacher)
     theirs = teacher.state_dict()
     for name, value in student.state_dict().items():
         assert torch.equal(value, body[name] if name in body else theirs[name])
     assert any(not torch.equal(value, theirs[name]) for name, value in body.items())
     with pytest.raises(ValueError, match=r"cannot inherit the teacher's neck and head, which differ in 'backbone\.fpn"):
-        inherit(build("test_efficientnet"), teacher)
+        inherit_neck_and_head(build("test_efficientnet"), teacher)
     with pytest.raises(ValueError, match="cannot inherit"):
-        inherit(nn.Linear(2, 2), nn.Linear(2, 2))
+        inherit_neck_and_head(nn.Linear(2, 2), nn.Linear(2, 2))
 
 
 class Segmenter(nn.Module):

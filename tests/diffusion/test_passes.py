@@ -99,7 +99,7 @@ def test_passes_equal_the_denoiser_called_as_often(size, rows, training, steps):
         start = h
         for t in chain:
             h = h + (passes.step(h) if model is denoiser else plain(h, t[None]))
-        beside = passes.beside() if model is denoiser else plain(noisy, timesteps)
+        beside = passes.extra() if model is denoiser else plain(noisy, timesteps)
         (h.square().sum() + beside.pow(3).sum()).backward()
         found.append([h, beside, start.grad, *(p.grad for p in model.parameters()), *model.buffers()])
         if model is denoiser:

@@ -18,7 +18,7 @@ from diffkd.data.seeding import mix_seed
 from diffkd.tasks.classification import Classification, logits_of
 from diffkd.training.lightning_module import Training
 from diffkd.training.optimization import Schedule
-from diffkd.training.progress import quiet_trainer
+from diffkd.training.progress import silence_lightning
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -37,7 +37,7 @@ def trainer(**options):
 
 
 def fit(task, data, **options):
-    with quiet_trainer():
+    with silence_lightning():
         run = trainer(**options)
         run.fit(task, datamodule=data)
     return run
@@ -115,7 +115,7 @@ def test_the_average_is_measured_beside_the_student(image_files):
     assert task.result is not task.student
     assert task.history.last["top1"] == pytest.approx((averaged == labels).float().mean().item())
     assert task.history.last["top1_unaveraged"] == pytest.approx((current == labels).float().mean().item())
-    assert task.average.updates == 12
+    assert task.ema.updates == 12
 
 
 def test_rows_hold_losses_by_term_and_gamma(image_files):
@@ -170,7 +170,7 @@ def test_half_precision(image_files, precision):
     task = make(distilled(), ema=0.9)
     fit(task, arrays(image_files), precision=precision)
     assert task.history.last["epoch"] == 2
-    assert {p.dtype for p in task.average.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in task.ema.model.parameters()} == {torch.float32}
 
 
 def test_what_is_not_logits_is_refused():

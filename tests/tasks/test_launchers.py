@@ -5,7 +5,7 @@ import json
 import pytest
 from short_trainings import arrays, train
 
-from diffkd.tasks.distributed import Launcher, is_first_process, launcher, trains_alone
+from diffkd.tasks.distributed import Launcher, is_first_process, launcher, single_process
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0"}
 SRUN = {
@@ -76,9 +76,9 @@ def test_one_of_several_processes_writes(environ, values, first):
 
 
 def test_whether_a_training_takes_one_process():
-    assert all(trains_alone(devices, 1) for devices in (1, "1", [3], "0,"))
-    assert not any(trains_alone(devices, 1) for devices in (2, "2", [0, 1], "0,1"))
-    assert not trains_alone(1, 2)
+    assert all(single_process(devices, 1) for devices in (1, "1", [3], "0,"))
+    assert not any(single_process(devices, 1) for devices in (2, "2", [0, 1], "0,1"))
+    assert not single_process(1, 2)
 
 
 def test_several_processes_for_a_training_of_one_are_refused_where_they_are_meant_as_one(environ):

@@ -12,7 +12,7 @@ import torch
 from short_trainings import METHODS, arrays, signal_self, train
 
 from diffkd import KD, FitNet
-from diffkd.training.checkpointing import Interrupted, Saver, WholeFiles, read_checkpoint
+from diffkd.training.checkpointing import AtomicCheckpointIO, Interrupted, Saver, read_checkpoint
 
 
 class Hostile:
@@ -22,11 +22,11 @@ class Hostile:
 
 def test_what_is_written_is_read(tmp_path):
     content = {"diffkd": {"history": [1.5, None]}, "state_dict": {"weight": torch.ones(2)}}
-    WholeFiles().save_checkpoint(content, tmp_path / "deep" / "last.ckpt")
-    read = WholeFiles().load_checkpoint(tmp_path / "deep" / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint(content, tmp_path / "deep" / "last.ckpt")
+    read = AtomicCheckpointIO().load_checkpoint(tmp_path / "deep" / "last.ckpt")
     assert read["diffkd"] == content["diffkd"]
     assert torch.equal(read["state_dict"]["weight"], torch.ones(2))
-    WholeFiles().remove_checkpoint(tmp_path / "deep" / "last.ckpt")
+    AtomicCheckpointIO().remove_checkpoint(tmp_path / "deep" / "last.ckpt")
     assert list((tmp_path / "deep").iterdir()) == []
 
 

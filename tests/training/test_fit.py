@@ -232,7 +232,7 @@ def test_the_report_warns_of_an_ignorant_teacher():
             model, Classification(6), optimizer=torch.optim.SGD, schedule=Schedule(warmup_epochs=warmup), epochs=1
         )
         output, losses = model(images)
-        task.ledger.record(0, {"task": output.mean(), **losses}, images)
+        task.loss_log.record(0, {"task": output.mean(), **losses}, images)
         console = Console(file=io.StringIO(), width=200)
         report(task, (images, labels, labels), console)
         return console.file.getvalue()

@@ -7,16 +7,16 @@ import textwrap
 
 import pytest
 
-from diffkd.training.memory import freed_memory_kept
+from diffkd.training.memory import keep_freed_memory
 
 FAULTS = """
 import resource, torch
-from diffkd.training.memory import freed_memory_kept
+from diffkd.training.memory import keep_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-with freed_memory_kept():
+with keep_freed_memory():
     sizes = (3_000_000, 1_000_000, 2_000_000)
     for round_ in range(12):
         if round_ == 4:
@@ -47,7 +47,7 @@ def test_thresholds_that_the_environment_sets_are_kept():
 
 
 def test_what_fails_within_gets_out():
-    with pytest.raises(KeyError), freed_memory_kept():
+    with pytest.raises(KeyError), keep_freed_memory():
         raise KeyError
 
 

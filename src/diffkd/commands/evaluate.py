@@ -20,9 +20,9 @@ from diffkd.tasks.options import SegmentationOptions
 from diffkd.tasks.task_of_data import build_task, load_saved
 from diffkd.teacher.view import TeacherInput
 from diffkd.training.lightning_module import Training
-from diffkd.training.models import lay_out
+from diffkd.training.models import use_channels_last
 from diffkd.training.options import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
-from diffkd.training.progress import quiet_trainer
+from diffkd.training.progress import silence_lightning
 
 
 def evaluate(
@@ -89,7 +89,7 @@ def evaluate(
     _check_names(path, card.get("classes") or facts.classes, facts.classes)
     options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
     built = load_saved(name, facts, path, card)
-    lay_out(built, facts, card.get("channels_last"), accelerator)
+    use_channels_last(built, facts, card.get("channels_last"), accelerator)
     training = Training(
         _renormalised(built, card, facts),
         build_task(facts, segmentation=options if segmentation is None else segmentation),
@@ -97,7 +97,7 @@ def evaluate(
         schedule=DEFAULT_SCHEDULE,
         epochs=1,
     )
-    with quiet_trainer():
+    with silence_lightning():
         trainer = Trainer(
             accelerator=accelerator,
             devices=1,

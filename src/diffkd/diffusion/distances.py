@@ -1,7 +1,7 @@
 """Distances between a student's and a teacher's tensor.
 
-All take `(student, teacher)` of equal shape, (B, C) or (B, C, H, W), compute in float32 or wider whatever comes in, and
-return a scalar. Classes or channels lie in dimension 1.
+All take `(student, teacher)` of equal shape, (B, C) or (B, C, H, W), compute in float32 or wider for any dtype, and
+return a scalar. Classes or channels are dimension 1.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,12 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return `tensor` in float32, or as it is if it is wider: half precision is too coarse for distances."""
+    """Return `tensor` in float32, or unchanged if wider: half precision is too coarse for distances."""
     return tensor.to(promote_types(tensor.dtype, float32))
 
 
 def check_several_classes(who: str, classes: int) -> None:
-    """Raise ValueError if there is a single class: its softmax is 1 whatever its score is, and has no gradient."""
+    """Raise ValueError if there is only one class: its softmax is always 1, without gradient."""
     if classes < 2:
         raise ValueError(
             f"{who} compares softmax distributions and needs 2 or more classes, got {classes}: over a single one they "
@@ -32,7 +32,7 @@ def check_several_classes(who: str, classes: int) -> None:
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared error over all entries (Eq. 7 of the DiffKD paper, for features)."""
     student, teacher = at_least_float32(student), at_least_float32(teacher)
-    # Of two types, older PyTorch (2.11) has no gradient.
+    # Older PyTorch (2.11) has no gradient for mixed dtypes.
     common = promote_types(student.dtype, teacher.dtype)
     return F.mse_loss(student.to(common), teacher.to(common))
 
@@ -49,7 +49,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
         temperature: tau > 0.
 
     Returns:
-        A scalar; 0 where both distributions agree.
+        A scalar; 0 if both distributions are equal.
 
     Raises:
         ValueError: if there is a single class.
@@ -61,7 +61,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
 
 
 def kl_by_position(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return :func:`kl_divergence` averaged over the positions of (B, K, H, W) too; of vectors the same.
+    """Return :func:`kl_divergence`, for (B, K, H, W) also averaged over positions.
 
     Liu, Chen, Liu, Qin, Luo, Wang, *Structured Knowledge Distillation for Semantic Segmentation*, CVPR 2019, Eq. 1.
     """
@@ -86,8 +86,8 @@ def dist(
         beta: weight of the relation between classes (per sample).
         gamma: weight of the relation between samples (per class).
         temperature: tau > 0 of both softmaxes; the loss is scaled by tau^2.
-        pool_positions: on maps, relate all B * H * W positions of a class with one another, as dense prediction wants;
-            otherwise each position relates the B samples on its own, as the authors' classification code does.
+        pool_positions: on maps, correlate over all B * H * W positions of a class, for dense prediction; otherwise
+            over the B samples at each position, as in the authors' classification code.
 
     Returns:
         A scalar in [0, 2 (beta + gamma) tau^2].
@@ -105,7 +105,7 @@ def dist(
 
 
 def pearson(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
-    """Return Pearson's correlation along dimension 1 of (N, M, ...) tensors, (N, ...); 0 where one is constant."""
+    """Return Pearson's correlation along dimension 1 of (N, M, ...) tensors, (N, ...); 0 if one is constant."""
     a = a - a.mean(dim=1, keepdim=True)
     b = b - b.mean(dim=1, keepdim=True)
     norms: Tensor = a.norm(dim=1) * b.norm(dim=1)
@@ -113,7 +113,7 @@ def pearson(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def attention_mse(student: Tensor, teacher: Tensor, temperature: float = 0.5) -> Tensor:
-    """Return the squared error weighted by where the teacher looks: the DiffKD paper's distance for detectors (dagger).
+    """Return the squared error weighted by the teacher's attention, the DiffKD paper's distance for detectors (dagger).
 
     `mean(A_s A_c (s - t)^2)` with the teacher's attention over positions and over channels, each 1 on average (Yang et
     al., *Focal and Global Knowledge Distillation for Detectors*, CVPR 2022, Eq. 3 to 6).
@@ -124,7 +124,7 @@ def attention_mse(student: Tensor, teacher: Tensor, temperature: float = 0.5) ->
         temperature: of both attentions.
 
     Returns:
-        A scalar; the mean squared error where the teacher is constant.
+        A scalar; the mean squared error if the teacher is constant.
     """
     ours, theirs = at_least_float32(student), at_least_float32(teacher.detach())
     space, channels = attentions(theirs, temperature)
@@ -146,7 +146,7 @@ def distance_by_name(name: str, temperature: float = 1.0, *, class_map: bool = F
     Args:
         name: of the distance.
         temperature: of those between distributions.
-        class_map: whether it compares class maps, (B, C, H, W), each position being a distribution.
+        class_map: whether it compares class maps, (B, C, H, W), with a distribution at each position.
 
     Raises:
         ValueError: if there is no such distance.

@@ -16,10 +16,10 @@ from diffkd.diffusion.distances import at_least_float32
 
 
 class BatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation of (B, C) and (B, C, H, W) that survives a single value per channel.
+    """Batch normalisation of (B, C) and (B, C, H, W) that allows a single value per channel.
 
     With one value per channel (a batch of one vector, a 1x1 map of one image) batch statistics do not exist; the
-    running statistics stand in for them then, and are left as they are.
+    running statistics are then used, and not updated.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -36,9 +36,9 @@ class BatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, as a matrix product where that is faster: in channels-last layout, on a CPU.
+    """A 1x1 convolution, computed as a matrix product for channels_last inputs on a CPU, where that is faster.
 
-    There, (B, C, H, W) lies in memory as the rows (B * H * W, C); a convolution would reorder the weight every time.
+    There, (B, C, H, W) is stored as the rows (B * H * W, C); a convolution would reorder the weight in every call.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -46,7 +46,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, in, H, W) to (B, out, H, W), layout kept."""
-        # A compiler plans layouts itself, and does not foresee those in which the gradients of the rows come.
+        # The compiler plans memory formats itself, and assumes other strides for the gradients of the rows.
         rows = not torch.compiler.is_compiling() and input.is_cpu
         if rows and input.is_contiguous(memory_format=torch.channels_last):
             return F.linear(input.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
 
     Args:
         channels: C.
-        reduction: by how much the inner convolutions are narrower.
+        reduction: factor by which the inner convolutions have fewer channels.
         activate: apply ReLU after the sum, as in ResNet. The authors' code does not.
     """
 
@@ -84,7 +84,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` plus its bottleneck."""
-        x = self.block(x).add_(x)  # in place: nothing keeps what a batch normalisation returns
+        x = self.block(x).add_(x)  # in place: autograd does not save the output of batch normalisation
         return F.relu(x) if self.activate else x
 
 
@@ -111,7 +111,7 @@ class Denoiser(nn.Module):
         activate: bool = False,
     ) -> None:
         super().__init__()
-        # The authors' table has 1280 rows of which 1000 are used: with as many, their weights load as they are.
+        # The authors' table has 1280 rows, of which 1000 are used; the same size lets their weights load.
         self.time_embedding = nn.Embedding(max(1280, num_train_timesteps), channels)
         self.pred = _denoiser_layers(channels, is_map, output_norm, activate)
 
@@ -122,11 +122,11 @@ class Denoiser(nn.Module):
 
         Args:
             noisy: (B, C, H, W) or (B, C), z_t.
-            timesteps: (B,) or (1,) int64 in 0..T-1; or their embeddings, (B, C) or (1, C), looked up before.
-            linears: what to call in place of the linear layers, in their order (see :mod:`diffkd.diffusion.passes`);
+            timesteps: (B,) or (1,) int64 in 0..T-1; or their embeddings, (B, C) or (1, C).
+            linears: callables that replace the linear layers, in their order (see :mod:`diffkd.diffusion.passes`);
                 empty: the layers themselves.
-            batches: how many batches of the same size `noisy` holds one after the other, each with statistics of its
-                own (vectors only).
+            batches: number of concatenated batches of equal size in `noisy`, each with its own batch statistics
+                (vectors only).
 
         Returns:
             The predicted noise, same shape.
@@ -173,13 +173,13 @@ def sinusoids(timesteps: Tensor, width: int) -> Tensor:
 
 
 class FilmDenoiser(nn.Module):
-    """The light :class:`Denoiser`, told the timestep by a scale and a shift after every batch normalisation.
+    """The light :class:`Denoiser`, conditioned on the timestep by a scale and shift after every batch normalisation.
 
     After the k-th normalisation, h becomes (1 + a_k(t)) h + b_k(t), per channel, with (a, b) from a small network on
     the :func:`sinusoids` of t (Perez et al., *FiLM*, AAAI 2018, Eq. 2; Dhariwal and Nichol, *Diffusion Models Beat
-    GANs on Image Synthesis*, NeurIPS 2021, Sec. 3.1). Its last layer starts at zero, so that the denoiser begins as one
-    without time. What is added to the input, as in :class:`Denoiser`, is the same for the whole batch in the student's
-    denoising, and batch normalisation takes it out again; this it does not.
+    GANs on Image Synthesis*, NeurIPS 2021, Sec. 3.1). Its last layer is initialised to zero, so that the timestep has
+    no effect at first. The embedding that :class:`Denoiser` adds to the input is constant over the batch in the
+    student's denoising, so that batch normalisation removes it; scale and shift after normalisation remain.
 
     Args:
         channels: C of the latent.
@@ -207,7 +207,7 @@ class FilmDenoiser(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """Predict from (B, C, H, W) or (B, C) and timesteps, (B,) or (1,) int64, what the denoiser is trained for."""
+        """Return the prediction for (B, C, H, W) or (B, C) and timesteps, (B,) or (1,) int64; same shape."""
         dtype = self.time.get_parameter("0.weight").dtype
         every = self.time(sinusoids(timesteps, self.width).to(dtype))  # (B, sum of sizes)
         films = iter(every.reshape(*every.shape, *[1] * (noisy.ndim - 2)).split(self.sizes, dim=1))
@@ -222,7 +222,7 @@ class FilmDenoiser(nn.Module):
 
 
 def _filmed(layers: nn.Sequential | Sequence[nn.Module], x: Tensor, films: Iterator[Tensor]) -> Tensor:
-    """Run layers one after the other, with the next scale and shift after each batch normalisation."""
+    """Run layers in sequence, with the next scale and shift after each batch normalisation."""
     for layer in layers:
         x = layer(x)
         if isinstance(layer, BatchNorm):

@@ -1,4 +1,4 @@
-"""The passes through a denoiser in one forward: shared weight gradients, and recomputed activations if wanted."""
+"""The passes through a denoiser in one forward: shared weight gradients, and optional activation checkpointing."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,17 +15,16 @@ from diffkd.features.calling import on_device_of
 
 LinearPass = Callable[[Tensor], Tensor]
 
-# Entries of a weight, 1 MiB in float32, that the caches next to a processor hold: for smaller ones the bookkeeping
-# costs more than the products.
+# Entries of a weight, 1 MiB in float32, that fit into a CPU cache: for smaller weights the overhead exceeds the gain.
 CACHED = 2**18
 
 
 def linear_passes(layer: nn.Linear, rows: Sequence[int]) -> list[LinearPass]:
     """Return `layer` once for each of its passes, to be called at most once each, with (rows[i], in).
 
-    Outputs and gradients are the layer's own up to rounding. The layer itself is returned where one product would not
-    pay, or would not be the same: small weights, no gradients, while compiling (which plans the backward itself), and
-    layers that are more than a plain nn.Linear with plain parameters (hooks, parametrisations, sharded weights).
+    Outputs and gradients are the layer's own up to rounding. The layer itself is returned if a joint product would not
+    be faster or not equal: small weights, no gradients, while compiling (the compiler plans the backward), and layers
+    that are not a plain nn.Linear with plain parameters (hooks, parametrisations, sharded weights).
     """
     if not _pays(layer, rows):
         return [layer] * len(rows)
@@ -49,7 +48,7 @@ def linear_passes(layer: nn.Linear, rows: Sequence[int]) -> list[LinearPass]:
 
 
 def is_wide(layer: nn.Linear, rows: int) -> bool:
-    """Whether the weight is what a pass costs: larger than what passes through it, and than what a cache holds."""
+    """Whether reading the weight dominates a pass: it is larger than the activations and than a CPU cache."""
     return max(CACHED, rows * (layer.in_features + layer.out_features)) < layer.weight.numel()
 
 
@@ -68,7 +67,7 @@ def _pays(layer: nn.Linear, rows: Sequence[int]) -> bool:
 
 
 class _HandOut(torch.autograd.Function):
-    """(weight, bias) to an input and an output token per pass; the backward makes the one product."""
+    """Maps (weight, bias) to an input and an output token per pass; the backward computes one joint product."""
 
     @staticmethod
     def forward(weight: Tensor, bias: Tensor | None, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -77,7 +76,7 @@ class _HandOut(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)  # a pass outside this backward has none, rather than zeros
+        ctx.set_materialize_grads(False)  # passes outside this backward get None instead of zeros
         ctx.has_bias = inputs[1] is not None
 
     @staticmethod
@@ -91,7 +90,7 @@ class _HandOut(torch.autograd.Function):
 
 
 class _Pass(torch.autograd.Function):
-    """One pass through the layer. The weight's gradient leaves through the tokens, as its two factors."""
+    """One pass through the layer. Its two factors of the weight's gradient are the gradients of the tokens."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, input_token: Tensor, output_token: Tensor) -> Tensor:
@@ -107,25 +106,24 @@ class _Pass(torch.autograd.Function):
         return g @ weight if ctx.needs_input_grad[0] else None, None, None, x, g
 
 
-# The compiler of PyTorch 2.8 would update running statistics in the recomputation too: there it keeps activations.
+# The compiler of PyTorch 2.8 updates running statistics in the recomputation too: no checkpointing there.
 _STATISTICS_TWICE = torch.__version__ < "2.9"
 
 
 class DenoiserPasses:
-    """The passes of one forward: a chain of denoising steps, and one pass beside it that does not depend on them.
+    """The passes of one forward: a chain of denoising steps, and one extra pass that does not depend on them.
 
-    Where weights are what a pass costs (logits), the pass beside goes through the layers together with the last step,
-    each with its own batch statistics: every weight is read once less, and running statistics are updated in the order
-    of the passes.
+    If reading the weights dominates (logits), the extra pass is batched with the last step, each with its own batch
+    statistics: every weight is read one time less, and running statistics are updated in the order of the passes.
 
     Args:
-        denoiser: predicts the noise from `(noisy, timesteps)`, with one timestep per sample. Any but a
-            :class:`~diffkd.diffusion.modules.Denoiser` is called as it is, once for each pass.
-        chain: timesteps of the denoising steps, in their order, (n,) int64, or (n, B) where each sample has its own.
-        noisy: input of the pass beside, (B, C, H, W) or (B, C), as many samples as in the steps.
-        timesteps: its timesteps, (B,) int64; None: there is no pass beside.
-        checkpoint: keep none of a pass's activations, and compute them again in its backward. The results are equal to
-            the last bit; the running statistics are updated once.
+        denoiser: predicts the noise from `(noisy, timesteps)`, with one timestep per sample. Other modules than
+            :class:`~diffkd.diffusion.modules.Denoiser` are called once for each pass.
+        chain: timesteps of the denoising steps, in their order, (n,) int64, or (n, B) for one per sample.
+        noisy: input of the extra pass, (B, C, H, W) or (B, C), with the batch size of the steps.
+        timesteps: its timesteps, (B,) int64; None: no extra pass.
+        checkpoint: activation checkpointing: recompute a pass's activations in its backward. The results are bitwise
+            equal; the running statistics are updated once.
     """
 
     def __init__(
@@ -139,9 +137,9 @@ class DenoiserPasses:
         layers: list[nn.Linear] = []
         if isinstance(denoiser, Denoiser):
             layers = [layer for layer in denoiser.pred if isinstance(layer, nn.Linear)]
-            *self.times, self.time_beside = _looked_up(denoiser.time_embedding, planned)
+            *self.times, self.extra_time = _looked_up(denoiser.time_embedding, planned)
         else:
-            *self.times, self.time_beside = [one.expand(rows) for one in planned]
+            *self.times, self.extra_time = [one.expand(rows) for one in planned]
         self.together = not alone and len(layers) > 0 and all(is_wide(layer, 2 * rows) for layer in layers)
         counts = [rows] * (len(chain) - 1) + ([2 * rows] if self.together else [rows] if alone else [rows, rows])
         per_layer = [linear_passes(layer, counts) for layer in layers]
@@ -149,13 +147,13 @@ class DenoiserPasses:
             list(zip(*per_layer, strict=True)) if layers else [()] * len(counts)
         )
         self.steps = 0
-        self._beside: Tensor | None = None
+        self._extra: Tensor | None = None
 
     def step(self, noisy: Tensor) -> Tensor:
         """Predict the noise in the input of the next step of the chain.
 
         Raises:
-            RuntimeError: if there is none.
+            RuntimeError: if no step is left.
         """
         if self.steps == len(self.times):
             raise RuntimeError(f"{self.steps} denoising steps were planned, and this is one more")
@@ -164,15 +162,15 @@ class DenoiserPasses:
         if not (self.together and self.steps == len(self.times)):
             return self._run(noisy, time, linears)
         both = torch.cat([noisy, self.noisy])
-        times = torch.cat([time.expand_as(self.time_beside), self.time_beside])
-        predicted, self._beside = self._run(both, times, linears, 2).chunk(2)
+        times = torch.cat([time.expand_as(self.extra_time), self.extra_time])
+        predicted, self._extra = self._run(both, times, linears, 2).chunk(2)
         return predicted
 
-    def beside(self) -> Tensor:
-        """Predict the noise in the input of the pass beside, after the last step."""
-        if self._beside is None:
-            self._beside = self._run(self.noisy, self.time_beside, self.linears[-1])
-        return self._beside
+    def extra(self) -> Tensor:
+        """Predict the noise in the input of the extra pass; call after the last step."""
+        if self._extra is None:
+            self._extra = self._run(self.noisy, self.extra_time, self.linears[-1])
+        return self._extra
 
     def _run(self, noisy: Tensor, time: Tensor, linears: tuple[LinearPass, ...], batches: int = 1) -> Tensor:
         turn = (noisy, time, linears, batches) if self.light else (on_device_of(self.denoiser, noisy), time)
@@ -180,9 +178,9 @@ class DenoiserPasses:
         if not (self.checkpoint and torch.is_grad_enabled()) or (compiling and _STATISTICS_TWICE):
             result = self.denoiser(*turn)
         else:
-            # A compiler plans the recomputation itself, statistics aside, and takes no contexts.
+            # The compiler handles running statistics in the recomputation, and takes no context_fn.
             extra: dict[str, Any] = {} if compiling else {"context_fn": partial(_contexts, self.denoiser)}
-            # The light one draws no random numbers, so that there is no state of a generator to keep.
+            # The light denoiser draws no random numbers, so that no generator state needs to be kept.
             result = recomputed(self.denoiser, *turn, use_reentrant=False, preserve_rng_state=not self.light, **extra)
         if not isinstance(result, Tensor) or result.shape != noisy.shape:
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
@@ -194,21 +192,21 @@ class DenoiserPasses:
 
 
 def _looked_up(table: nn.Embedding, timesteps: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Look all timesteps up at once: the gradient of each lookup is as large as the table. Sharded tables: none."""
+    """Look up all timesteps at once: the gradient of each lookup is as large as the table. Not if it is sharded."""
     if type(table.weight) is not nn.Parameter:
         return timesteps
     return table(torch.cat(list(timesteps))).split([len(one) for one in timesteps])  # type: ignore[no-any-return]
 
 
 def _contexts(denoiser: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """What surrounds the first computation, and every further one."""
+    """The contexts of the forward and of the recomputation."""
     return nullcontext(), _StatisticsKept(denoiser)
 
 
 class _StatisticsKept:
-    """Within, a module's buffers are copies: batch normalisations update those, and the true ones stay as they are.
+    """A context in which a module's buffers are copies, so that BatchNorm updates do not change the actual ones.
 
-    It can be entered again and again, as a graph can be run backwards more than once.
+    It can be entered repeatedly, since a graph can be run backward more than once.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -18,7 +18,7 @@ Prediction = Literal["noise", "clean", "velocity"]
 class DDIMStep(NamedTuple):
     """One reverse step `x <- x_scale * x + noise_scale * eps(x, timestep)`, folded into two coefficients.
 
-    Of a network that predicts something else than the noise, `noise_scale` is the factor of that.
+    For a network that predicts something other than the noise, `noise_scale` is the factor of its prediction.
     """
 
     timestep: int
@@ -35,7 +35,7 @@ def alphas_cumprod(num_train_timesteps: int = 1000, schedule: BetaSchedule = "li
             sqrt(beta); Rombach et al. 2022) or "cosine" (Nichol and Dhariwal 2021, betas capped at 0.999).
 
     Returns:
-        (T,) float32, strictly decreasing. Built in float32 throughout, as the authors' table is.
+        (T,) float32, strictly decreasing. Computed in float32, like the authors' table.
 
     Raises:
         ValueError: if `num_train_timesteps` is not positive or the schedule is unknown.
@@ -72,7 +72,7 @@ def ddim_steps(
         prediction: what the network predicts.
 
     Returns:
-        n steps, in the order in which they are taken. The last arrives at the clean feature (abar = 1).
+        n steps, in their order. The last gives the clean feature (abar = 1).
 
     Raises:
         ValueError: if there are more steps than timesteps to visit, or `start_timestep` lies outside 1..T-1.
@@ -84,7 +84,7 @@ def ddim_steps(
         stride = total // (2 * inference_steps)
         timesteps = [k * stride for k in reversed(range(inference_steps))]
         previous = [t - stride for t in timesteps]
-        clean_from = -1  # timestep 0 carries noise of its own: only what lies beyond it is clean
+        clean_from = -1  # timestep 0 still has noise: the clean feature comes after it
     else:
         if not 1 <= start_timestep < total:
             raise ValueError(f"start_timestep must be in 1..{total - 1} for {total} timesteps, got {start_timestep}")
@@ -126,7 +126,7 @@ def ddim_denoise(denoiser: Callable[[Tensor, int], Tensor], x: Tensor, steps: Se
 
     Args:
         denoiser: predicts the noise from `(x, timestep)`.
-        x: (B, C, ...) the noisy feature, float32 or float64: the state of the loop keeps this type.
+        x: (B, C, ...) the noisy feature, float32 or float64: the loop keeps this dtype.
         steps: as from :func:`ddim_steps`.
 
     Returns:
@@ -139,7 +139,7 @@ def ddim_denoise(denoiser: Callable[[Tensor, int], Tensor], x: Tensor, steps: Se
 
 
 def clean_scales(abar: Tensor, prediction: Prediction) -> tuple[Tensor, Tensor]:
-    """Return `(x_scale, scale)` of the estimate `z_0 = x_scale * z_t + scale * f` from what a network predicts, f.
+    """Return `(x_scale, scale)` of the estimate `z_0 = x_scale * z_t + scale * f` from a network's prediction f.
 
     | prediction | f             | z_0                                  |
     | ---------- | ------------- | ------------------------------------ |
@@ -183,7 +183,7 @@ def ddim_scales(abar: Tensor, previous: Tensor, prediction: Prediction) -> tuple
 
 
 def learned(clean: Tensor, noise: Tensor, abar: Tensor, prediction: Prediction) -> Tensor:
-    """Return what a network that makes that prediction is trained to return for the noisy z_t of :func:`add_noise`.
+    """Return the training target of a network with that prediction, for the noisy z_t of :func:`add_noise`.
 
     The noise eps (Eq. 4), the clean z_0, or the velocity sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho, 2022).
 
@@ -202,9 +202,9 @@ def learned(clean: Tensor, noise: Tensor, abar: Tensor, prediction: Prediction) 
 
 
 def timesteps_of_level(abar: Tensor, gamma: Tensor, inference_steps: int) -> Tensor:
-    """Plan the reverse process of `gamma z + (1 - gamma) eps` (Eq. 8) from the timestep that is as noisy.
+    """Plan the reverse process of `gamma z + (1 - gamma) eps` (Eq. 8) from the timestep of the same noise level.
 
-    There, noise and signal are as (1 - gamma) : gamma, so abar = gamma^2 / (gamma^2 + (1 - gamma)^2); the first
+    The ratio of noise to signal is (1 - gamma) : gamma, so abar = gamma^2 / (gamma^2 + (1 - gamma)^2); the first
     timestep with no more signal than that is where a sample starts. From there the steps are spaced evenly down to 0.
 
     Args:

@@ -14,16 +14,16 @@ class Standardization(nn.Module):
 
     Noise schedules presume targets of unit variance (Karras et al., *Elucidating the Design Space of Diffusion-Based
     Generative Models*, NeurIPS 2022, Sec. 5), and the squared error of a feature grows with its variance: with
-    standardised targets, noise level, losses and weights mean the same on every teacher. Ranzinger et al., *PHI-S*,
+    standardised targets, noise level, losses and weights are comparable across teachers. Ranzinger et al., *PHI-S*,
     arXiv 2410.01680, standardise the teachers' features of RADIO for the same reason.
 
-    The statistics are the exact mean and variance of the first 1 / `momentum` batches taken together, then averages
-    that forget by `momentum`. A batch counts before it is standardised, so that the first one is in order. They are
-    updated in training alone, over the batches of all processes of a distributed training, and are float32 or wider
-    whatever the module is cast to. Before the first batch the module is the identity.
+    The statistics are the exact mean and variance of the first 1 / `momentum` batches together, then exponential
+    moving averages with `momentum`. A batch is included before it is standardised, the first one too. They are updated
+    in training mode only, over the batches of all ranks, and stay float32 or wider if the module is cast. Before the
+    first batch the module is the identity.
 
-    A channel's deviation counts as at least `floor` times the root mean square over all channels: one that is almost
-    never active is not blown up.
+    A channel's deviation is at least `floor` times the root mean square over all channels, so that a channel that is
+    almost never active is not amplified.
 
     Args:
         channels: C.
@@ -33,7 +33,7 @@ class Standardization(nn.Module):
     Attributes:
         mean: (C,), in units of the feature.
         variance: (C,), likewise squared.
-        batches: how many batches have been seen, an int64 scalar.
+        batches: number of batches seen, an int64 scalar.
 
     Raises:
         ValueError: if `momentum` is outside (0, 1] or `floor` outside [0, 1).
@@ -55,7 +55,7 @@ class Standardization(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Take a batch into the statistics (in training alone) and return it standardised.
+        """Update the statistics with a batch (in training mode) and return it standardised.
 
         Args:
             feature: (B, C, H, W) or (B, C).
@@ -70,12 +70,12 @@ class Standardization(nn.Module):
         return (feature - mean) / deviation
 
     def restore(self, standardized: Tensor) -> Tensor:
-        """Return what :meth:`forward` would standardise to `standardized`, in the units of the feature."""
+        """Invert the standardisation: return `standardized` in the units of the feature."""
         mean, deviation = self._on(standardized)
         return at_least_float32(standardized) * deviation + mean
 
     def summary(self) -> str:
-        """Return mean and standard deviation of the feature in a few words; waits for the device."""
+        """Return mean and standard deviation of the feature as text; waits for the device."""
         if not int(self.batches):
             return "no batch seen"
         deviation = self.variance.sqrt()
@@ -85,7 +85,7 @@ class Standardization(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Say what the buffers do not."""
+        """Return the options."""
         return f"{len(self.mean)}, momentum={self.momentum}, floor={self.floor}"
 
     def _on(self, feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class Standardization(nn.Module):
         self.batches.add_(1)
         share = self.batches.to(self.mean.dtype).reciprocal().clamp_min(self.momentum)
         difference = mean.to(self.mean.dtype) - self.mean
-        # The variance of both together: the average of the two, and that of their means.
+        # Pooled variance: the average of the two variances, plus the variance of the two means.
         between = share * (1 - share) * difference.square()
         self.variance.copy_((1 - share) * self.variance + share * variance + between)
         self.mean.add_(share * difference)
@@ -113,14 +113,14 @@ class Standardization(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
-            # A cast to half precision moves the statistics along and leaves them as precise as they are.
+            # A cast to half precision moves the statistics, but keeps their dtype.
             if before is not None and after is not None and after.dtype.itemsize < 4:
                 self._buffers[name] = before.to(after.device)
         return self
 
 
 def _over_all_processes(mean: Tensor, variance: Tensor, count: float) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of the entries of all processes, of which each has `count` a channel."""
+    """Return mean and variance over the entries of all ranks; `count` is the number per channel on each rank."""
     own = torch.cat([mean, variance, mean.new_full((1,), count)])
     parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, own)

@@ -1,1 +1,1 @@
-"""Two models, pairs of their layers, and one method between each pair."""
+"""The distiller: student, frozen teacher, pairs of layers, one method per pair."""

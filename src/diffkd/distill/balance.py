@@ -1,4 +1,4 @@
-"""Weights of pairs that follow the gradients: how hard a method pulls at the student, beside its task."""
+"""Gradient-based weights of pairs: the ratio of the gradient norms of a method and of the task's loss."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from diffkd.diffusion.distances import at_least_float32
 
 @dataclass(frozen=True)
 class Balance:
-    """A pair's weight that keeps the method's gradient at the student's layer at a multiple of the task's.
+    """A pair's weight that keeps the norm of the method's gradient at a multiple of that of the task's.
 
     The weight is `balance` * |gradient of the task| / |gradient of the pair's unweighted losses|, both with respect to
     the student's feature of the pair as it is recorded (of several features together), each norm averaged over the
@@ -21,13 +21,13 @@ class Balance:
     gradient-guided adaptive modulation of Liao et al., *RT-DETRv4*, arXiv 2510.25257, Sec. 3.3, for any pair.
 
     Args:
-        balance: how hard the pair pulls, in multiples of the task; 1: as hard.
+        balance: target ratio of the gradient norms of method and task; 1: equal norms.
         every: batches between two measurements. Each costs two partial backward passes, from the task's loss and from
-            the method's down to the feature, and keeps the graph until the real one.
+            the method's down to the feature, and retains the graph for the actual backward.
         momentum: of the average over the measurements.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of range.
     """
 
     balance: float = 1.0
@@ -44,13 +44,13 @@ class Balance:
 
 @dataclass
 class Measurable:
-    """What a forward leaves for a measurement of gradients.
+    """The tensors of a forward that a measurement of gradients needs.
 
     Args:
         features: the student's recorded features of each pair.
-        losses: the sum of each pair's losses, before any weight.
-        terms: its losses, likewise.
-        factors: what they are multiplied with beside the pair's weight.
+        losses: the sum of each pair's losses, unweighted.
+        terms: the losses of each pair, unweighted.
+        factors: the factor of each pair's losses apart from its weight.
     """
 
     features: list[list[Tensor]]
@@ -61,9 +61,9 @@ class Measurable:
     def norms(self, task: Tensor, pairs: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         """Return the norms of the gradients of the method and of the task at the features of some pairs.
 
-        Both are squared, scalars in float32; that of the task is None where it does not depend on the features.
+        Both are squared, scalars in float32; that of the task is None if it does not depend on the features.
         """
-        # In float16 gradients vanish; the task's and the method's alike are taken of losses a power of two larger.
+        # Gradients underflow in float16: both losses are scaled by the same power of two.
         half = any(feature.dtype == torch.float16 for index in pairs for feature in self.features[index])
         scale = 2.0**12 if half else 1.0
         every = {id(f): f for index in pairs for f in self.features[index] if f.requires_grad}
@@ -93,7 +93,7 @@ def _squared(gradients: Sequence[Tensor | None], like: Tensor, scale: float) -> 
 
 
 class Balancer(nn.Module):
-    """Keeps the weights of the pairs of a distiller that have a :class:`Balance`.
+    """Holds the weights of a distiller's pairs that have a :class:`Balance`.
 
     Args:
         weights: of all pairs.
@@ -113,12 +113,12 @@ class Balancer(nn.Module):
         self.names = tuple(names)
         self.register_buffer("norms", torch.zeros(len(weights), 2))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.calls = 0  # the same number, to be asked for without waiting for the device
+        self.calls = 0  # `count` on the host, which needs no synchronisation
         self.register_load_state_dict_post_hook(_take_over_count)  # type: ignore[no-untyped-call]
 
     @property
     def due(self) -> list[int]:
-        """The pairs that are measured on this batch."""
+        """The indices of the pairs to measure on this batch."""
         return [index for index, one in self.balances.items() if self.calls % one.every == 0]
 
     def weight(self, index: int) -> Tensor:
@@ -127,7 +127,7 @@ class Balancer(nn.Module):
         return torch.where(method > 0, self.balances[index].balance * task / method, torch.zeros_like(task))
 
     def update(self, measurable: Measurable, task: Tensor) -> None:
-        """Measure the pairs that are due, over all processes, and average.
+        """Measure the pairs that are due, over all ranks, and update the averages.
 
         Raises:
             ValueError: if the task's loss does not depend on the feature of a pair.
@@ -149,7 +149,7 @@ class Balancer(nn.Module):
         for row, index in enumerate(pairs):
             balance = self.balances[index]
             share = max(1 / (self.calls // balance.every + 1), 1 - balance.momentum)
-            # A batch that overflowed in half precision says nothing.
+            # A batch that overflowed in half precision is skipped.
             usable = new[row].isfinite().all()
             self.norms[index] = torch.where(usable, self.norms[index].lerp(new[row], share), self.norms[index])
 

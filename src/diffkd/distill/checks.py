@@ -1,4 +1,4 @@
-"""Checks of the distiller: which models can be student and teacher, and whether gradients reach the student."""
+"""Checks of the distiller: valid models for student and teacher, and gradients that reach the student."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from diffkd.files.weights import unwrap
 
 
 def check_models(student: nn.Module, teacher: nn.Module) -> None:
-    """Raise ValueError if the models share what is trained, have weights without values, or are programs."""
+    """Raise ValueError if the models share trained parameters, have meta tensors, or come from torch.export."""
     _check_modes("student", student)
     _check_modes("teacher", teacher)
     # By memory, not by object: a state dict loaded with assign=True shares it between two parameters.
@@ -27,15 +27,15 @@ def check_models(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def _memory(parameter: Tensor) -> int:
-    """Where a parameter's values lie, or which object it is, if that cannot be told."""
+    """The address of a parameter's memory, or the object's id if it has none."""
     try:
         return parameter.data_ptr() or id(parameter)
-    except (RuntimeError, ValueError):  # it is lazy, sparse, or wraps other tensors
+    except (RuntimeError, ValueError):  # lazy, sparse, or a wrapper of other tensors
         return id(parameter)
 
 
 def _check_modes(side: str, model: object) -> None:
-    """Raise ValueError if a model is what torch.export makes: it has no layers, and cannot be put into evaluation."""
+    """Raise ValueError if a model comes from torch.export: it has no layers and no evaluation mode."""
     try:
         if isinstance(model, nn.Module):
             with evaluation_mode(model):
@@ -49,7 +49,7 @@ def _check_modes(side: str, model: object) -> None:
 
 
 def _check_values(side: str, model: nn.Module) -> None:
-    """Raise ValueError, naming the first, if weights of a model have no values: they are on the device "meta"."""
+    """Raise ValueError, naming the first, if weights of a model are on the device "meta" (without values)."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(
@@ -63,7 +63,7 @@ class GradientWarning(UserWarning):
 
 
 class GradientFlow:
-    """Looks at the student's features in training, and warns of each pair once.
+    """Checks that the student's features carry gradients in training, and warns once per pair.
 
     Args:
         names: of the pairs.
@@ -75,22 +75,22 @@ class GradientFlow:
         self.missing: dict[str, tuple[str, ...]] = {}
         self._warned: set[str] = set()
 
-    def look(self, features: Mapping[str, Tensor]) -> None:
-        """Take in the student's features by layer, as they came out of a forward with gradients switched on."""
+    def observe(self, features: Mapping[str, Tensor]) -> None:
+        """Check the student's features by layer, from a forward with gradients enabled."""
         found = {
             name: tuple(layer for layer in layers if not features[layer].requires_grad)
             for name, layers in self.layers.items()
         }
         self.missing = {name: layers for name, layers in found.items() if layers}
         if torch.compiler.is_compiling():
-            return  # a graph cannot warn; :meth:`check` still tells
+            return  # a compiled graph cannot warn; :meth:`check` still raises
         for name, layers in self.missing.items():
             if name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(_explain(name, layers), GradientWarning, stacklevel=4)
 
     def check(self) -> None:
-        """Raise ValueError if a pair had no gradient at all, not even from one of several layers."""
+        """Raise ValueError if none of a pair's features carries a gradient."""
         for name, layers in self.missing.items():
             if layers == self.layers[name]:
                 raise ValueError(_explain(name, layers))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from diffkd.distill.balance import Balance, Balancer, Measurable
 from diffkd.distill.checks import GradientFlow, check_models
 from diffkd.distill.matching import Pair, as_text, attribute_of, pair_layers, pair_rows, unique_names
-from diffkd.distill.observation import Observation, as_constant, handed_to, read_pair
+from diffkd.distill.observation import Observation, as_constant, read_pair, select_arguments
 from diffkd.features.activations import before_activation
 from diffkd.features.calling import first_parameter, on_device_of, run
 from diffkd.features.layers import Layer, activations_of, find_layer, list_layers
@@ -28,10 +28,10 @@ from diffkd.teacher.view import StudentView
 
 
 def build_method(method: nn.Module | MethodFactory, student: Reader, teacher: Reader) -> nn.Module:
-    """Return the method, or what its factory makes for the features that two readers give it.
+    """Return the method, or build it by its factory from the shapes of two readers.
 
     Raises:
-        ValueError: if it is one of this package's and a factor of its losses is negative or not finite.
+        ValueError: if a method of this package has a loss factor that is negative or not finite.
     """
     if isinstance(method, nn.Module):
         built = method
@@ -49,7 +49,7 @@ def build_method(method: nn.Module | MethodFactory, student: Reader, teacher: Re
 
 
 def _factors(method: nn.Module) -> Iterator[tuple[str, float]]:
-    """Yield the numbers that a method multiplies losses or scores with, and their names."""
+    """Yield the factors of a method's losses or scores, with their names."""
     for name, value in vars(method).items():
         if name == "weights":
             yield from ((f"{term}_weight", weight) for term, weight in value.items())
@@ -58,7 +58,7 @@ def _factors(method: nn.Module) -> Iterator[tuple[str, float]]:
 
 
 def _norm_before(teacher: nn.Module, layers: Sequence[Layer], name: str) -> nn.Module | None:
-    """Return the BatchNorm right before the activation that "layer@pre" names, None for other names and without one."""
+    """Return the BatchNorm right before the activation that "layer@pre" names, None if there is none."""
     path, before = before_activation(name)
     found = next((layer.before for layer in layers if layer.name == path and before), None)
     return teacher.get_submodule(found.norm) if found is not None and found.norm else None
@@ -68,31 +68,31 @@ class Distiller(nn.Module):
     """Trains a student on the features of a frozen teacher.
 
     One forward runs teacher, student and all losses, so the distiller as a whole can be compiled or wrapped for
-    distributed training. `parameters()` and `state_dict()` hold the student and the methods; the teacher is in neither,
-    but `.to()` moves it along, and it stays in evaluation mode. What the student's forward returns is its own affair.
+    distributed training. `parameters()` and `state_dict()` hold the student and the methods, not the teacher, which
+    `.to()` moves too and which stays in evaluation mode. The student's forward may return anything.
 
     Args:
         student: the model to train.
         teacher: the model to learn from.
-        pairs: which layers learn from which, or "auto" (see :func:`~diffkd.match_layers`). What the teacher would run
-            after the last layer that is wanted is left out.
+        pairs: pairs of layers, or "auto" (see :func:`~diffkd.match_layers`). The teacher's forward stops after the last
+            paired layer.
         example: input of the student for probing: a tensor (B, C, H, W), a tuple of arguments or a mapping of keyword
-            arguments. Two images do.
-        method: default method of the pairs; with "auto" also a list of methods, each paired as it wants.
-        teacher_input: turns the student's input into the teacher's, where they are normalised or sized differently
+            arguments. Two images suffice.
+        method: default method of the pairs; with "auto" also a list of methods, each with its own automatic pairs.
+        teacher_input: converts the student's input to the teacher's, if normalisation or size differ
             (:class:`~diffkd.TeacherInput`), or takes it from layers of the student
             (:class:`~diffkd.teacher.view.StudentView`).
-        teacher_options: how the teacher runs; by default as it was given (:class:`~diffkd.TeacherOptions`).
-        balance: weight of the automatic pairs on features; those on logits keep theirs, and so do given pairs.
+        teacher_options: how the teacher runs; by default unchanged (:class:`~diffkd.TeacherOptions`).
+        balance: weight of the automatic pairs on features; pairs on logits and given pairs keep their weights.
 
-    Methods that want the teacher's classifier (SRRL) get its pooling and last linear layer.
+    Methods that need the teacher's classifier (SRRL) get its pooling and last linear layer.
 
     Raises:
         ValueError: if a layer is unknown or cannot be distilled, shapes are not understood, nothing can be paired, or a
-            model has weights without values.
+            model has weights on the device "meta".
 
     Warns:
-        GradientWarning: once for each pair whose student's feature carries no gradient in training.
+        GradientWarning: once for each pair whose student feature carries no gradient in training.
 
     Example:
         >>> from torch import nn, randn
@@ -159,7 +159,7 @@ class Distiller(nn.Module):
         self._student_recorder.attach(student)
         given_teacher = unwrap(teacher)
         teacher = prepare_teacher(teacher, teacher_example, teacher_names, teacher_options)
-        # In a list, so that it is no submodule: it is in no state dict, optimiser, broadcast or average.
+        # In a list, so that it is no submodule: not in state dict, optimiser, broadcast or EMA.
         self._teacher = [teacher]
         self._teacher_recorder = Recorder(
             list(dict.fromkeys(teacher_names)), activations=activations_of(teacher_layers)
@@ -210,7 +210,7 @@ class Distiller(nn.Module):
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the methods want to be handed besides features, such as "labels" or "indices"."""
+        """Names of keyword arguments that the methods need besides features, such as "labels" or "indices"."""
         return frozenset(name for method in self.methods for name in getattr(method, "needs", ()))
 
     def forward(
@@ -220,15 +220,15 @@ class Distiller(nn.Module):
 
         Args:
             inputs: the student's input, as in the constructor's `example`.
-            teacher_features: what :meth:`teacher_features` returned for these inputs, now or earlier; the teacher then
-                does not run.
-            context: what :attr:`needs` names, such as `labels=`; further names are ignored.
+            teacher_features: the result of :meth:`teacher_features` for these inputs, such as a cached one; the teacher
+                then does not run.
+            context: the arguments that :attr:`needs` names, such as `labels=`; other names are ignored.
 
         Returns:
-            The student's own output, and the weighted losses by "pair/term", to be summed with the task's.
+            The student's own output, and the weighted losses by "pair/term", to be added to the task's loss.
 
         Raises:
-            TypeError: if something that a method needs is missing.
+            TypeError: if an argument that a method needs is missing.
         """
         output, results, features = self._distil(inputs, teacher_features, context)
         losses: dict[str, Tensor] = {}
@@ -254,13 +254,13 @@ class Distiller(nn.Module):
 
     @property
     def due(self) -> bool:
-        """Whether :meth:`balance` measures on the next batch, which must then not run in a compiled graph."""
+        """Whether :meth:`balance` measures on the next batch, which must then run uncompiled."""
         return self.balancer is not None and len(self.balancer.due) > 0
 
     def balance(self, losses: Mapping[str, Tensor], task: Tensor) -> dict[str, Tensor]:
-        """Let the weights of pairs with a :class:`~diffkd.Balance` follow the gradients; between forward and backward.
+        """Update the weights of pairs with a :class:`~diffkd.Balance`; call between forward and backward.
 
-        Without such pairs nothing happens. With them it is to be called after every forward in training:
+        Does nothing without such pairs. With them, call it after every forward in training:
 
             output, losses = distiller(images)
             task = F.cross_entropy(output, labels)
@@ -268,14 +268,14 @@ class Distiller(nn.Module):
             (task + sum(losses.values())).backward()
 
         Args:
-            losses: what the forward returned.
-            task: the task's loss, a scalar, as it is added to them.
+            losses: the losses from the forward.
+            task: the task's loss, a scalar, with the factor it has in the sum.
 
         Returns:
-            The losses, on a batch on which weights were measured with the new ones.
+            The losses, with the new weights if they were measured on this batch.
 
         Raises:
-            RuntimeError: if weights are to be measured, and the forward ran in a compiled graph.
+            RuntimeError: if a measurement is due, and the forward ran in a compiled graph.
             ValueError: if the task's loss does not depend on the student's feature of a balanced pair.
         """
         measurable, self._measurable = self._measurable, None
@@ -299,14 +299,14 @@ class Distiller(nn.Module):
     def pulls(self, task: Tensor) -> dict[str, tuple[float, float]] | None:
         """Return the gradient norms of method and task at the student's features, by pair; waits for the device.
 
-        To be called between a forward with :attr:`watched` set and its backward, before :meth:`balance`.
+        Call it between a forward with :attr:`watched` set and its backward, before :meth:`balance`.
 
         Args:
             task: the task's loss.
 
         Returns:
-            The norms of the gradients of each pair's losses without the pair's weight, and of the task's, 0 where one
-            does not depend on the feature; of this process alone. None if nothing was kept.
+            The norms of the gradients of each pair's losses without the pair's weight, and of the task's, 0 if it does
+            not depend on the feature; of this rank alone. None if the forward kept nothing.
         """
         if self._measurable is None:
             return None
@@ -315,7 +315,7 @@ class Distiller(nn.Module):
         return dict(zip(self.names, roots, strict=True))
 
     def weights(self) -> dict[str, float | Tensor]:
-        """Return the weight of each pair; of one with a :class:`~diffkd.Balance` a scalar tensor, of now."""
+        """Return the weight of each pair; for a :class:`~diffkd.Balance` the current one, a scalar tensor."""
         return {
             name: self.balancer.weight(index)
             if isinstance(pair.weight, Balance) and self.balancer is not None
@@ -329,7 +329,7 @@ class Distiller(nn.Module):
         terms: list[dict[str, Tensor]],
         factors: list[Tensor | float],
     ) -> None:
-        """Keep what a measurement of gradients needs, until :meth:`balance` takes it or the next batch comes."""
+        """Keep the tensors for a measurement of gradients, until :meth:`balance` or the next batch."""
         kept = self.training and torch.is_grad_enabled()
         if kept and self.due and self._measurable is not None and not self.watched:
             raise RuntimeError(
@@ -346,14 +346,14 @@ class Distiller(nn.Module):
             )
 
     def observe(self, inputs: Any, **context: Any) -> dict[str, Observation]:
-        """Return the features of each pair for a batch, and what its method makes of them.
+        """Return the features of each pair for a batch, and the result of its method.
 
-        The modules keep their modes: call `.eval()` first, and wrap in `torch.no_grad()`, to look without training.
+        The modules keep their modes: for inspection call `.eval()` first, and use `torch.no_grad()`.
         """
         return dict(zip(self.names, self._distil(inputs, None, context)[1], strict=True))
 
     def teacher_features(self, inputs: Any) -> dict[str, Tensor]:
-        """Return the outputs of the teacher's wanted layers by name, where its own input follows from `inputs` alone.
+        """Return the outputs of the teacher's paired layers by name, computed from `inputs` alone.
 
         Raises:
             TypeError: if its input is taken from layers of the student.
@@ -362,7 +362,7 @@ class Distiller(nn.Module):
         return self._teach(inputs, {})
 
     def teach(self, inputs: Any) -> Any:
-        """Return what the teacher returns for the student's inputs, where its own input follows from those alone.
+        """Return the teacher's output for the student's inputs, computed from those alone.
 
         Raises:
             TypeError: if its input is taken from layers of the student.
@@ -372,15 +372,15 @@ class Distiller(nn.Module):
             return run(self.teacher, on_device_of(self.teacher, self._teacher_inputs(inputs, {})))
 
     def set_epoch(self, epoch: float) -> None:
-        """Say how far the training has come, in epochs from 0, for pairs whose losses count by a :class:`~diffkd.Ramp`.
+        """Set the current epoch, fractional and counted from 0, for pairs with a :class:`~diffkd.Ramp`.
 
-        Only such pairs need it; the factors are kept in a tensor, so that a compiled distiller sees them change.
+        Other pairs do not need it. The factors are kept in a tensor, so that a compiled distiller sees changes.
         """
         if not all(pair.ramp.is_constant for pair in self.pairs):
             self.ramp_factors.copy_(torch.tensor([pair.ramp(epoch) for pair in self.pairs]))
 
     def release(self) -> None:
-        """Take the hooks off both models for good, say to pickle the student whole; this distiller is done then."""
+        """Remove the hooks from both models, for example to pickle the student; the distiller is unusable then."""
         self._student_recorder.detach()
         self._teacher_recorder.detach()
 
@@ -395,7 +395,7 @@ class Distiller(nn.Module):
             )
 
     def check_gradients(self) -> None:
-        """Raise ValueError if a pair had no gradient to the student at all in the last forward of the training."""
+        """Raise ValueError if a pair had no gradient to the student in the last training forward."""
         self._flow.check()
 
     def train(self, mode: bool = True) -> Self:
@@ -407,7 +407,7 @@ class Distiller(nn.Module):
     def rows(self) -> list[tuple[str, ...]]:
         """Return one row per pair: name, student layer and shape, teacher layer and shape, method, parameters.
 
-        The shapes are those that each model returns; what the method gets of a pair of maps may be resized.
+        The shapes are those that the models return; the method may get resized maps.
         """
         return list(pair_rows(self.names, self.readers, self.methods))  # type: ignore[arg-type]
 
@@ -420,7 +420,7 @@ class Distiller(nn.Module):
     ) -> tuple[Any, list[Observation], dict[str, Tensor]]:
         output, ours, calls = self._student_recorder.record(self.student, inputs)
         if self.training and torch.is_grad_enabled():
-            self._flow.look(ours)
+            self._flow.observe(ours)
         theirs = self._teach(inputs, calls) if teacher_features is None else teacher_features
         if isinstance(self.teacher_input, StudentView):
             context = self.teacher_input.context(inputs, calls) | context
@@ -435,15 +435,15 @@ class Distiller(nn.Module):
                 and isinstance(teacher, Tensor)
             ):
                 context = {**context, "teacher_head": pooled_classifier(self.teacher, teacher.shape[1])}
-            result = method(student, teacher, **handed_to(method, name, context))
+            result = method(student, teacher, **select_arguments(method, name, context))
             results.append(Observation(student, teacher, result))
         return output, results, ours
 
     def _teach(self, inputs: Any, calls: dict[str, Call]) -> dict[str, Tensor]:
         if self.teacher.training and not torch.compiler.is_compiling():
-            self.teacher.eval()  # somebody has woken it
+            self.teacher.eval()  # user code has called train()
         with torch.no_grad():
-            # The example was cast to the teacher's type, so a teacher in half precision gets its images likewise.
+            # Like the example, images are cast to the dtype of the teacher.
             teacher_inputs = on_device_of(self.teacher, self._teacher_inputs(inputs, calls))
             features = self._teacher_recorder.record(self.teacher, teacher_inputs, whole=False).features
         features = {name: as_constant(feature) for name, feature in features.items()}

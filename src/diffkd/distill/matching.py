@@ -1,4 +1,4 @@
-"""Pairs of layers: which layer of the student learns from which layer of the teacher."""
+"""Pairs of student and teacher layers, and automatic pairing."""
 
 import math
 import warnings
@@ -28,17 +28,17 @@ class Pair:
     """A layer of the student, the layer of the teacher it learns from, and the method between them.
 
     Args:
-        student: dotted layer name, "output" for what the model returns, "fpn[0]" for an element of a layer's output,
-            "layer3@pre" for what the activation is applied to that makes a layer's output (of a layer whose output is
-            not activated, what the next one is applied to, after at most a normalisation); a list of names for methods
-            that take several levels at once.
+        student: dotted layer name, "output" for the model's output, "fpn[0]" for an element of a layer's output,
+            "layer3@pre" for the input of the activation at the end of a layer (if the layer does not end in one: of the
+            next activation, with at most a normalisation between); a list of names for methods that take several levels
+            at once.
         teacher: the same for the teacher; None: the student's name(s).
         method: a method, or a factory `(student_shape, teacher_shape) -> method` such as a method's class. None: the
             distiller's default.
-        weight: factor of all of the pair's losses, or a :class:`~diffkd.Balance` that finds it.
-        ramp: when in the training they count, on top of `weight`.
+        weight: factor of all of the pair's losses, or a :class:`~diffkd.Balance` that determines it.
+        ramp: further factor of the losses that depends on the epoch.
         name: prefix of the losses' names; None: the student's layer.
-        student_layout: how to read the student's output, where it is not found out right.
+        student_layout: layout of the student's output, if it is not inferred correctly.
         teacher_layout: the same for the teacher.
 
     Raises:
@@ -82,24 +82,24 @@ def match_layers(
 ) -> list[Pair]:
     """Pair the layers of two models automatically.
 
-    Depending on what the method wants: the last maps before pooling, the logits (where both have the same classes), the
-    stages (:func:`~diffkd.distill.stages.stages`), deepest with deepest, or the last or the second of them.
+    The method's `wants` selects: the last maps before pooling, the logits (if the number of classes is equal), the
+    stages (:func:`~diffkd.distill.stages.stages`), aligned at the deepest, or the last or the second stage.
     Models without maps (plain MLPs) pair their last hidden vectors. Segmenters with the same classes pair their class
-    maps before up-sampling, in the place of logits, and a method that wants those gets nothing else of them. Scores of
-    fewer classes than the method can learn from are left out, with a warning. Detectors pair the levels of their
-    feature pyramids (:func:`~diffkd.distill.stages.common_levels`).
+    maps before up-sampling in place of logits; a method that wants class maps gets only those. Scores of fewer classes
+    than the method requires are left out, with a warning. Detectors pair the levels of their feature pyramids
+    (:func:`~diffkd.distill.stages.common_levels`).
 
     Args:
         student, teacher: any two modules.
         example: input of the student, as for :func:`~diffkd.list_layers`.
         teacher_example: input of the teacher; None: the student's.
-        method: the method's factory, which says what it wants; None: the last feature and the logits.
+        method: the method's factory, which has `wants`; None: the last feature and the logits.
 
     Returns:
         The pairs, `method` set in each.
 
     Raises:
-        ValueError: if the models offer nothing that the method wants; the message says what to give instead.
+        ValueError: if the models have no layers that the method wants; the message says what to give instead.
     """
     student_layers = list_layers(student, example)
     teacher_layers = list_layers(teacher, example if teacher_example is None else teacher_example)
@@ -175,7 +175,7 @@ def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: Meth
 
 
 def _named(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None) -> list[tuple[str, str]]:
-    """Return the names of layers that go together, before their activation on the sides that the method says."""
+    """Return the names of paired layers, with "@pre" on the sides in the method's `before_activation`."""
     sides: frozenset[SideName] = attribute_of(method, "before_activation", frozenset())
 
     def name(layer: Layer, side: SideName) -> str:
@@ -187,7 +187,7 @@ def _named(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFac
 def _pyramid_pairs(
     student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None, wants: frozenset[Want]
 ) -> list[Pair] | None:
-    """Return the pairs of two feature pyramids' common levels; None if there are no two pyramids."""
+    """Return the pairs of two feature pyramids' common levels; None if a model has no pyramid."""
     levels = common_levels(student, teacher)
     if not levels or not wants & {"feature", "stages", "levels", "class map", "last stage", "second stage"}:
         return None
@@ -207,14 +207,14 @@ def _box_output_pair(student: Sequence[Layer], teacher: Sequence[Layer], method:
 
 
 def wants_of(factory: Any) -> frozenset[Want]:
-    """Return what a method's factory wants of automatic pairing: its own `wants`, or that of the class it wraps."""
+    """Return `wants` of a method's factory, or of the class it wraps."""
     wants: frozenset[Want] = attribute_of(factory, "wants", DEFAULT_WANTS)
     features_only = getattr(factory, "keywords", {}).get("features_only", False)  # an option of DiffKD
     return wants - {"logits", "class map"} if features_only else wants
 
 
 def least_classes_of(factory: Any) -> int:
-    """Return the fewest classes of logits that a method's factory, or the class it wraps, says it can learn from."""
+    """Return `least_classes` of a method's factory, or of the class it wraps."""
     return int(attribute_of(factory, "least_classes", DEFAULT_LEAST_CLASSES if factory is None else 1))
 
 
@@ -229,7 +229,7 @@ def attribute_of(factory: Any, name: str, default: Any) -> Any:
 
 
 def _scored(layers: Sequence[Layer]) -> int | None:
-    """How many classes a model scores, at each position or once; None if it scores none."""
+    """The number of classes that a model scores, per position or per image; None if it has no scores."""
     scores = class_map(layers)
     shape = None if scores is None else scores.feature_shape
     return vector_classes(layers) if shape is None else shape.channels
@@ -243,7 +243,7 @@ HEADER = ("pair", "student layer", "shape", "teacher layer", "shape", "method", 
 
 
 def unique_names(pairs: Sequence[Pair]) -> tuple[str, ...]:
-    """Return a name for each pair: its own, or that of its student's layers; numbered from the second of a kind on."""
+    """Return a name for each pair: its own, or that of its student's layers; duplicates get a number."""
     wanted = [pair.name or ",".join(pair.student_names) for pair in pairs]
     count: Counter[str] = Counter()
     names = []

@@ -1,4 +1,4 @@
-"""One pair in one batch: its two features as they are compared, and the result of its method."""
+"""One pair in one batch: its two features as given to the method, and the method's result."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from diffkd.features.shape import Resizing
 
 
 class Observation(NamedTuple):
-    """One pair's features in a batch, each (B, C, H, W) or (B, C), or a list of such, and what its method returned.
+    """One pair's features in a batch, each (B, C, H, W) or (B, C) or a list of these, and the method's result.
 
     For DiffKD, `result` is a :class:`~diffkd.DiffKDOutput` with the denoised feature.
     """
@@ -23,10 +23,10 @@ class Observation(NamedTuple):
 
 
 def as_constant(feature: Tensor) -> Tensor:
-    """Return a teacher's feature as a tensor without gradient, that a loss can use, be it made in inference mode."""
+    """Return a teacher's feature detached, and usable in a loss even if it was computed in inference mode."""
     if not torch.compiler.is_compiling() and feature.is_inference():
-        feature = feature.clone()  # no backward may keep the other
-    # A teacher may switch gradients on again, for what it computes from gradients of its own.
+        feature = feature.clone()  # autograd cannot save inference tensors for backward
+    # A teacher may enable gradients inside its forward.
     return feature.detach()
 
 
@@ -37,9 +37,9 @@ def read_pair(
     theirs: Mapping[str, Tensor],
     resizes: Resizing = "student",
 ) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
-    """Return the features of a pair from the outputs of both models' layers, single maps resized as the method wants.
+    """Return the features of a pair from the outputs of both models' layers; single maps are resized by `resizes`.
 
-    Lists of maps are left as they are.
+    Lists of maps are not resized.
     """
     our_feature, their_feature = student.read(ours), teacher.read(theirs)
     if isinstance(our_feature, Tensor) and isinstance(their_feature, Tensor) and our_feature.ndim == 4:
@@ -49,11 +49,11 @@ def read_pair(
     return our_feature, their_feature
 
 
-def handed_to(method: nn.Module, pair: str, context: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a method needs besides the features of its pair.
+def select_arguments(method: nn.Module, pair: str, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments that a method needs besides the features of its pair.
 
     Raises:
-        TypeError: if the context lacks some of it.
+        TypeError: if one of them is missing in the context.
     """
     needed = getattr(method, "needs", ())
     missing = [need for need in needed if context.get(need) is None]

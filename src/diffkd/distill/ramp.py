@@ -1,4 +1,4 @@
-"""Ramps: by how much a distillation loss counts at each epoch."""
+"""Ramps: the factor of a distillation loss at each epoch."""
 
 import math
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ramp:
-    """A factor that follows the epoch: 0 before `start`, rising linearly for `warmup` epochs, 0 again from `stop` on.
+    """A factor that depends on the epoch: 0 before `start`, then a linear warm-up to 1, 0 again from `stop` on.
 
     Args:
-        start: first epoch in which the loss counts, counted from 0; fractions are allowed.
+        start: first epoch in which the loss applies, counted from 0; fractions are allowed.
         warmup: epochs in which the factor rises from 0 to 1.
-        stop: epoch from which the loss counts no more; None: to the end.
-        by_epoch: keep the factor for the whole of an epoch, and count that epoch: 1 / warmup in the first, as
-            mdistiller has it. With a warm-up of one epoch the loss then counts in full from the first step.
+        stop: epoch from which the loss is off; None: never.
+        by_epoch: keep the factor constant within an epoch, 1 / warmup in the first, as in mdistiller. With a warm-up
+            of one epoch the factor is 1 from the first step.
 
     Raises:
-        ValueError: if a number is negative or not finite, or nothing is left between start and stop.
+        ValueError: if a number is negative or not finite, or `stop` is not after `start`.
     """
 
     start: float = 0.0
@@ -51,4 +51,4 @@ class Ramp:
 
 
 ALWAYS = Ramp()
-"""The loss counts in full from the first step to the last."""
+"""A factor of 1 throughout."""

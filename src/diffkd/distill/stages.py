@@ -1,4 +1,4 @@
-"""The layers of a model that are its features: last feature, one per resolution, pyramid levels, class map."""
+"""Selection of feature layers: last feature, one stage per resolution, pyramid levels, class map, box outputs."""
 
 import math
 from collections import Counter
@@ -11,14 +11,14 @@ from diffkd.features.layers import Layer
 def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
     """Return the levels of a detector's feature pyramid, their names by key, from large to small.
 
-    It is the last output of several maps that have ever fewer positions, if possible with equal channels, such as what
-    torchvision's `backbone` returns: {"0": "backbone[0]", "1": "backbone[1]", ...}. A model that returns one tensor, as
-    classifiers and segmenters do, has none.
+    It is the last output with several maps of decreasing size, preferably with equal channels, such as the output of
+    torchvision's `backbone`: {"0": "backbone[0]", "1": "backbone[1]", ...}. A model that returns one tensor, such as a
+    classifier or segmenter, has none.
     """
     if layers[-1].layout is not None and not layers[-1].elements:
         return {}
     found = [layer for layer in reversed(layers[:-1]) if layer.instead is None and _falls(layer)]
-    # Without a pyramid of its own a detector has the maps of its backbone, whose channels differ.
+    # A detector without a pyramid has the maps of its backbone, whose channels differ.
     alike = [layer for layer in found if len({shape[1] for _, shape in layer.elements}) == 1]
     for layer in alike or found:
         return {name.rpartition("[")[2].rstrip("]"): name for name, _ in layer.elements}
@@ -30,14 +30,14 @@ def _falls(layer: Layer) -> bool:
     if len(shapes) < 2 or any(len(shape) != 4 for shape in shapes):
         return False
     areas = [math.prod(shape[2:]) for shape in shapes]
-    return areas == sorted(areas, reverse=True) and areas[0] > areas[-1]  # the last two may be 1x1 both
+    return areas == sorted(areas, reverse=True) and areas[0] > areas[-1]  # the last two may both be 1x1
 
 
 def common_levels(student: Sequence[Layer], teacher: Sequence[Layer]) -> list[tuple[str, str]]:
     """Return the pairs of levels that two feature pyramids have in common, from large to small; [] if there are none.
 
-    Levels of the same key go together, unless keys mean other sizes in each: the level "0" is a quarter of the image in
-    a Faster R-CNN and an eighth in a RetinaNet. Then those of the same size do.
+    Levels are paired by key, or by size if the sizes of a key differ: level "0" has stride 4 in a Faster R-CNN and
+    stride 8 in a RetinaNet.
     """
     ours, theirs = pyramid(student), pyramid(teacher)
     sizes = [{name: shape[2:] for layer in layers for name, shape in layer.elements} for layers in (student, teacher)]
@@ -72,22 +72,19 @@ def box_outputs(layers: Sequence[Layer]) -> tuple[str, str] | None:
 
 
 def class_map(layers: Sequence[Layer]) -> Layer | None:
-    """Return the layer that gives a segmenter's class scores by position, before they are up-sampled.
-
-    None for models that do not score positions.
-    """
+    """Return the layer with a segmenter's class scores per position, before up-sampling; None for other models."""
     if layers[-1].layout is None or not layers[-1].is_map or not layers[-1].scores:
         return None
     scores = [layer for layer in layers if layer.scores and layer.is_map and layer.instead is None]
-    return min(scores, key=_positions)  # of equals the first, which is the convolution itself
+    return min(scores, key=_positions)  # of equal sizes the first, which is the convolution itself
 
 
 def _positions(layer: Layer) -> int:
     return math.prod(layer.feature_shape.size) if layer.feature_shape else 0
 
 
-_SKIP = 8  # a layer of that many times fewer positions has left out a resolution: halving the sides makes 4, twice 16
-_POOLS = ("AdaptiveAvgPool2d", "AdaptiveMaxPool2d")  # to a size that a head wants, be it larger than the map
+_SKIP = 8  # a layer with fewer positions by this factor skips a resolution: stride 2 gives 4, stride 4 gives 16
+_POOLS = ("AdaptiveAvgPool2d", "AdaptiveMaxPool2d")  # to a fixed size for the head, possibly larger than the map
 
 
 def last_feature(layers: Sequence[Layer]) -> Layer | None:
@@ -99,7 +96,7 @@ def last_feature(layers: Sequence[Layer]) -> Layer | None:
         maps = [layer for layer in before if layer.instead is None and layer.is_map and not _has(layer, channels)]
     else:
         classes = vector_classes(layers)
-        # A layer that scores every position (an auxiliary head) comes after the last feature, and is none.
+        # A layer with scores per position (an auxiliary head) comes after the last feature.
         linear = ("Linear", "Conv2d")
         maps = [
             layer for layer in _trunk(layers) if layer.is_map and not (layer.type in linear and _has(layer, classes))
@@ -108,20 +105,19 @@ def last_feature(layers: Sequence[Layer]) -> Layer | None:
         return maps[-1]
     output = layers[-1]
     vectors = [layer for layer in layers[:-1] if layer.instead is None and layer.layout and not layer.is_map]
-    # The layer that makes the output, and whatever merely passes it on, is no hidden one.
+    # The layer that computes the output, and layers that only pass it on, are not hidden layers.
     hidden = [layer for layer in vectors if layer.shape != output.shape]
     return hidden[-1] if hidden else None
 
 
 def stages(layers: Sequence[Layer]) -> list[Layer]:
-    """Return one map per resolution that the model passes through, from large to small.
+    """Return the last map of each resolution, from large to small.
 
-    Taken from the outermost modules that show them ("layer2", "stages.1"), the last one at each; of a classifier the
-    last that holds several convolutions or linear layers, if any does: a head's convolution, or a normalisation after
-    the last block, is no stage, and neither is a stem before the first stage. Otherwise the list ends with the last
-    feature. A module that returns
-    a map much smaller than what came before it is looked into, at whatever depth, for those in between
-    ("resnet.encoder.stages.1"); while fewer than three are found, so is the first module.
+    The maps are outputs of the outermost modules that return them ("layer2", "stages.1"); in a classifier those of
+    modules with several convolutions or linear layers, if there are any, since a head's convolution, a normalisation
+    after the last block, or a stem is no stage. Otherwise the list ends with the last feature. If a module returns a
+    map much smaller than the one before, the modules inside it are searched, at any depth, for the resolutions between
+    ("resnet.encoder.stages.1"); while fewer than three stages are found, so is the first module.
     """
     last = last_feature(layers)
     if last is None or not last.is_map:
@@ -148,7 +144,7 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
         by_area = _blocks_first(layers, shown, opened, by_area)
     found = [by_area[area] for area in sorted(by_area, reverse=True)]
     order = {layer.name: position for position, layer in enumerate(layers)}
-    # An attention map may look like a large feature map; but it comes late, after smaller ones.
+    # An attention map may look like a large feature map, but comes after smaller maps.
     return [
         layer
         for position, layer in enumerate(found)
@@ -159,10 +155,10 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
 def _blocks_first(
     layers: Sequence[Layer], shown: Sequence[Layer], opened: Collection[str], by_area: dict[int, Layer]
 ) -> dict[int, Layer]:
-    """Return the levels by area: blocks of several convolutions where there are some, and nothing before the first.
+    """Return the levels by area: blocks of several convolutions if there are any, and nothing before the first.
 
-    A module that was looked into returns what its last part does, which may be a head's convolution: it stands for its
-    resolution only where no block inside does.
+    A module that was searched returns the output of its last part, possibly a head's convolution: it is the level of
+    its resolution only if no block inside is.
     """
     names = {layer.name for layer in layers}
     inner = {around for name in names for around in _enclosing(name)}
@@ -185,17 +181,17 @@ def _enclosing(name: str) -> Iterator[str]:
 
 
 def _holds_between(maps: Sequence[Layer], layer: Layer, before: int) -> bool:
-    """Whether inside of a layer there are maps smaller than what came before it, and larger than what it returns."""
+    """Whether a layer contains maps smaller than the map before it and larger than its output."""
     inside = (one for one in maps if one.name.startswith(f"{layer.name}."))
     return any(_area(layer) < _area(one) < before for one in inside)
 
 
 def _trunk(layers: Sequence[Layer]) -> list[Layer]:
-    """Return the intact layers that are not inside a head: a module that takes maps and returns none.
+    """Return the intact layers that are not inside a head (a module that takes maps and returns none).
 
-    A head may look at maps of its own (attention pooling does); those are not features of the model. But a module with
-    more maps inside than there are outside is no head but the net, in a wrapper that may normalise or resize its images
-    first: the search goes on inside the last of them.
+    Maps inside a head (attention pooling has some) are not features of the model. But a module with more maps inside
+    than outside is the network itself in a wrapper that normalises or resizes images: the search continues inside the
+    last of these.
     """
     root = ""
     while True:
@@ -231,6 +227,6 @@ def _batch(layer: Layer) -> int | None:
 
 
 def vector_classes(layers: Sequence[Layer]) -> int | None:
-    """Return how many classes a model scores once for an image, None if it returns no vector."""
+    """Return the number of classes of a model that returns one score vector per image, None for other models."""
     shape = layers[-1].feature_shape
     return shape.channels if shape is not None and not layers[-1].is_map else None

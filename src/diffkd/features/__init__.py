@@ -1,1 +1,1 @@
-"""How a model is read: its layers, their layouts and shapes, what they put out."""
+"""Inspection of models: layers, their layouts and shapes, and recording of their outputs by hooks."""

@@ -1,11 +1,10 @@
-"""Where a network applies its activations, and how the value before one of them is recorded.
+"""Detection of activations in a network, and recording of the value before one of them.
 
-`layer3@pre` names what the activation is applied to that makes the output of `layer3`. Where that output is not
-activated (networks that normalise and activate before each convolution), it names what the next activation is applied
-to, with at most a normalisation between: then `layer1@pre` of a Wide ResNet is the output of the BatchNorm that follows
-`layer1`. The activation may be a module, called once or several times, or a function such as `F.relu`, in place or not.
-Where activated maps are joined with others and shuffled afterwards, as ShuffleNetV2 does, the values before are joined
-and shuffled in their place.
+`layer3@pre` names the input of the activation at the end of `layer3`. If the layer does not end in an activation
+(pre-activation networks), it names the input of the next activation, with at most a normalisation between: `layer1@pre`
+of a Wide ResNet is the output of the BatchNorm that follows `layer1`. The activation may be a module, called once or
+several times, or a function such as `F.relu`, in place or not. If activated maps are concatenated and shuffled
+afterwards, as in ShuffleNetV2, the same operations are applied to the values before the activations.
 """
 
 from collections import Counter
@@ -17,28 +16,28 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 PRE = "@pre"
-"""What follows the name of a layer to name the value before its activation."""
+"""Suffix of a layer's name for the value before its activation."""
 
 ACTIVATIONS = frozenset(
     {"relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "prelu", "elu", "elu_", "silu"}
     | {"gelu", "hardswish", "mish", "selu", "selu_", "celu", "celu_", "softplus"}
 )
 MOVES = frozenset({"cat", "channel_shuffle", "view", "reshape", "transpose", "permute", "contiguous"})
-"""Operations that join or rearrange values and leave them as they are."""
+"""Operations that concatenate or rearrange values without changing them."""
 NORMALISATIONS = frozenset({"batch_norm", "group_norm", "layer_norm", "instance_norm"})
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One call of an activation, as the probe saw it.
+    """One call of an activation in the probed forward.
 
     Attributes:
-        module: dotted name of the activation's module; of a called function that of the innermost module whose forward
-            calls it, "" for the model itself.
-        call: which call it is, from 0: of the module, or of any activation while the calling module runs.
-        is_function: whether it is a called function.
+        module: dotted name of the activation's module; for a function that of the innermost module whose forward calls
+            it, "" for the model itself.
+        call: index of the call, from 0: of the module, or of any activation function within the calling module.
+        is_function: whether it is a function call.
         norm: dotted name of the BatchNorm right before it, on the same path and not in a shortcut; "" if there is none.
-        moved: whether the layer joins or rearranges what the activation returns; `module` is the layer itself then.
+        moved: whether the layer concatenates or rearranges the activation's output; `module` is then the layer itself.
     """
 
     module: str
@@ -49,12 +48,12 @@ class Activation:
 
 
 def before_activation(name: str) -> tuple[str, bool]:
-    """Split "layer3@pre" into the layer's name and whether the value before its activation is meant."""
+    """Split "layer3@pre" into the layer's name and whether it has the suffix."""
     return (name.removesuffix(PRE), True) if name.endswith(PRE) else (name, False)
 
 
 def moved_from(name: str, args: Sequence[Any], find: Callable[[Tensor], Tensor | None]) -> list[Any] | None:
-    """Return the arguments of an operation of :data:`MOVES` with tensors replaced as `find` says; None if none is."""
+    """Return the arguments of an operation of :data:`MOVES` with tensors replaced by `find`; None if none is."""
     if name == "cat":
         parts = [find(one) for one in args[0]]
         if all(part is None for part in parts):
@@ -82,9 +81,9 @@ class _Step:
 
 
 class ActivationTrace(TorchFunctionMode):
-    """Notes every activation and normalisation of one run, and where in the model it was called.
+    """Records every activation and normalisation of one forward, and the module that called it.
 
-    Its methods :meth:`enter` and :meth:`leave` are to be called around every module.
+    Call :meth:`enter` and :meth:`leave` around every module.
     """
 
     def __init__(self) -> None:
@@ -93,25 +92,25 @@ class ActivationTrace(TorchFunctionMode):
         self._steps: list[_Step] = []
         self._module_calls: Counter[str] = Counter()
         self._function_calls: Counter[str] = Counter()
-        self._moved: list[Tensor] = []  # what was made of activated values by joining and rearranging them
+        self._moved: list[Tensor] = []  # results of concatenating and rearranging activated values
         self._norms: list[tuple[str, int]] = []  # those that ran, with the channels of their output
         self.position = 0
 
     def enter(self, name: str, module: nn.Module, args: Any) -> None:
-        """Note that a module is called."""
+        """Record that a module is called."""
         self._stack.append((name, module, args[0] if args else None))
 
     def leave(self, name: str, module: nn.Module, output: Any) -> None:
-        """Note that a module has returned."""
+        """Record that a module has returned."""
         while len(self._stack) > 1 and self._stack.pop()[0] != name:
-            pass  # a module whose hooks were skipped
+            pass  # a module whose hooks did not run
         self._module_calls[name] += 1
         if isinstance(output, Tensor) and output.ndim > 1 and is_batchnorm(module):
             self._norms.append((name, output.shape[1]))
         self.position += 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and note it if it is of interest."""
+        """Run an operation, and record activations, normalisations and moves."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         made = func(*args, **kwargs)
@@ -143,22 +142,22 @@ class ActivationTrace(TorchFunctionMode):
         return Activation(name, calls, True, norm)
 
     def _norm_in(self, parent: str, given: Tensor) -> str:
-        """Name the BatchNorm that last ran beside the activation: those inside of a shortcut lie deeper."""
+        """Return the name of the last BatchNorm at the activation's level; those inside a shortcut are deeper."""
         around = next((name for name, module, _ in reversed(self._stack) if name and is_batchnorm(module)), "")
         if around:
-            return around  # a normalisation that holds its activation
+            return around  # a normalisation that contains its activation
         channels = given.shape[1] if given.ndim > 1 else 0
         beside = [one for one, width in self._norms if width == channels and one.rpartition(".")[0] == parent]
         return beside[-1] if beside else ""
 
     def before(self, layer: str, tensor: Tensor, version: int, position: int) -> Activation | None:
-        """Return the activation whose input `@pre` means for a layer's output.
+        """Return the activation whose input `@pre` denotes for a layer's output.
 
         Args:
-            layer: its name.
-            tensor: the output.
-            version: how often it had been changed in place when the layer returned it.
-            position: how many layers had finished by then.
+            layer: name of the layer.
+            tensor: its output.
+            version: the output's version counter (in-place changes) when the layer returned it.
+            position: number of layers that had finished by then.
         """
         earlier = [step for step in self._steps if step.position <= position and step.activation is not None]
         for step in reversed(earlier):
@@ -174,11 +173,11 @@ class ActivationTrace(TorchFunctionMode):
 
 
 class CalledActivations(TorchFunctionMode):
-    """Tells a listener of every called activation function, and of what is done with its result.
+    """Calls a listener for every activation function, and for operations of :data:`MOVES` on its result.
 
     Args:
         listener: an object with methods `called(given, in_place)` before an activation, `activated(made)` after it, and
-            `moved(name, args, apply, made)` after an operation of :data:`MOVES`, which `apply` does to other arguments.
+            `moved(name, args, apply, made)` after an operation of :data:`MOVES`; `apply` repeats it on other arguments.
     """
 
     def __init__(self, listener: Any) -> None:
@@ -186,7 +185,7 @@ class CalledActivations(TorchFunctionMode):
         self.listener = listener
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Tell the listener of an activation, and run the operation."""
+        """Run an operation, and call the listener."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ACTIVATIONS:
@@ -202,6 +201,6 @@ class CalledActivations(TorchFunctionMode):
 
 
 def is_batchnorm(module: nn.Module) -> bool:
-    """Whether a module is a batch normalisation over maps, with scale and shift, frozen or not, of any library."""
+    """Whether a module is a BatchNorm over maps with scale and shift, frozen or not, of any library."""
     held = isinstance(getattr(module, "weight", None), Tensor) and isinstance(getattr(module, "bias", None), Tensor)
     return held and isinstance(getattr(module, "running_mean", None), Tensor)

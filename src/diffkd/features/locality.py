@@ -1,8 +1,7 @@
-"""The right layout among several possible ones, found by a change in one corner of the image; prefix tokens.
+"""Choice between several possible layouts by perturbing one corner of the image; detection of prefix tokens.
 
-Positions of a layer answer most to what changes at their place in the image. Where the shape of an output can be read
-in two ways, (N, N, N) as channels first or last, or tokens as several grids, the reading in which the answer lies in
-the changed corner is the right one.
+Positions of a layer respond most to changes at their place in the image. If a shape allows two layouts, (N, N, N) as
+channels first or last, or tokens as several grids, the correct one is that whose response is in the perturbed corner.
 """
 
 import re
@@ -17,26 +16,26 @@ from diffkd.features.calling import with_tensors
 from diffkd.features.layout import Layout
 from diffkd.files.weights import unwrap
 
-# A reading is taken if the changes look as much like the corner as LEAST, and more than in any other by MARGIN. How
-# often it is the right one is counted by benchmarks/layouts.py. Where attention or pooling spreads the changes over the
-# whole image, nothing is decided.
+# A layout is chosen if the similarity of the response to the corner is above LEAST, and above that of all others by
+# MARGIN. benchmarks/layouts.py counts how often it is correct. If attention or pooling spreads the response over the
+# whole image, none is chosen.
 LEAST, MARGIN = 0.7, 0.1
 
 
 def change_corner(example: Any) -> Any:
-    """Return a model's input with the upper left quarter of its images, floating-point tensors (..., H, W), changed."""
+    """Return a model's input with the upper left quarter of its images, floats (..., H, W), perturbed."""
     return with_tensors(example, _with_corner)
 
 
 def most_local(layouts: Sequence[Layout], before: Tensor, after: Tensor) -> Layout | None:
-    """Return the layout that puts the changes of a layer's output into the corner that was changed.
+    """Return the layout in which a layer's output changed in the perturbed corner.
 
     Args:
-        layouts: the readings that its shape allows.
-        before, after: the output for an example, and for what :func:`change_corner` made of it.
+        layouts: the layouts that its shape allows.
+        before, after: the output for an example, and for the result of :func:`change_corner`.
 
     Returns:
-        One of the layouts, or None if the changes do not tell.
+        One of the layouts, or None if the changes are not conclusive.
     """
     if before.shape != after.shape:
         return None
@@ -64,27 +63,27 @@ def _corner(height: int, width: int) -> Tensor:
     return mask
 
 
-# As timm, torchvision, transformers and the models' own repositories call the parameters.
+# Parameter names in timm, torchvision, transformers and the models' own repositories.
 _TOKENS = re.compile(
     r"((cls|class|dist|distill|distillation|reg|register|storage)_?tokens?|class_embedding)(_?\d+)?", re.ASCII
 )
 
 
 def prefix_tokens(model: nn.Module) -> frozenset[int]:
-    """Return the numbers of prefix tokens of which the model speaks.
+    """Return the numbers of prefix tokens that a model's modules declare.
 
-    Any of its modules may: by an attribute `num_prefix_tokens`, as in timm, or by parameters of its own that are called
-    such tokens ("cls_token", "register_tokens"), of which those of one module are added up. Those that differ by a
-    number at the end ("cls_token1", "cls_token2") belong to grids of their own.
+    A module declares them by an attribute `num_prefix_tokens`, as in timm, or by parameters with such names
+    ("cls_token", "register_tokens"), whose tokens are added up per module. Parameters that differ by a final number
+    ("cls_token1", "cls_token2") belong to separate grids and count once.
 
     Returns:
-        The numbers, empty if the model says nothing. Not every layer has these tokens: they may come late or be absent.
+        The numbers, empty if no module declares any. Layers may also have none of these tokens.
     """
     found: set[int] = set()
     for module in unwrap(model).modules():
-        told = getattr(module, "num_prefix_tokens", None)
-        if isinstance(told, int):
-            found.add(told)
+        declared = getattr(module, "num_prefix_tokens", None)
+        if isinstance(declared, int):
+            found.add(declared)
             continue
         counts: dict[str, int] = {}
         for name, parameter in module.named_parameters(recurse=False):

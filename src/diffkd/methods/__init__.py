@@ -7,18 +7,19 @@ losses, or a tuple with a field `losses` as :class:`DiffKD` does. Class attribut
 - `wants`: what automatic pairing gives it, a set of the words in :mod:`diffkd.features.shape`;
 - `before_activation` (may be missing): for which sides of stages and levels automatic pairing takes the map before its
   activation, a set of "student" and "teacher";
-- `resizes` (may be missing): what is done about two maps of different size before the method gets them: "student", the
-  student's is brought to the teacher's (the default), "larger", the larger is averaged to the smaller, or "none";
-- `take_norms` (may be missing): is called once with the BatchNorm right before the teacher's activation for each layer
-  that is tapped there, None for others;
-- `least_classes` (may be missing): the fewest classes of logits that it can learn from, which automatic pairing then
-  heeds;
-- `least_batch` (may be missing): the fewest images of a batch that it can learn from, as it relates them;
-- `tasks` (may be missing): what it is for, of "classification", "detection" and "segmentation"; `diffkd fit` refuses it
-  for others;
-- `needs` (may be missing): names of further things that its forward takes by keyword, such as `("labels",)`; the caller
-  of the distiller hands them over. One that needs "indices" and takes `samples=None` is told by `diffkd fit` how many
-  training images there are, and one that needs "labels" and takes `classes=None` how many classes.
+- `resizes` (may be missing): how two maps of different size are resized before the method gets them: "student", the
+  student's map to the teacher's size (the default), "larger", the larger map to the smaller size by averaging, or
+  "none";
+- `take_norms` (may be missing): a method that is called once with a list: for each teacher layer recorded before its
+  activation the BatchNorm right before that activation, None for other layers;
+- `least_classes` (may be missing): the smallest number of classes for which the method works on logits; automatic
+  pairing respects it;
+- `least_batch` (may be missing): the smallest batch size for which the method works;
+- `tasks` (may be missing): the tasks it supports, of "classification", "detection" and "segmentation"; `diffkd fit`
+  refuses it for others;
+- `needs` (may be missing): names of keyword arguments of its forward besides the features, such as `("labels",)`; the
+  caller of the distiller passes them. `diffkd fit` sets `samples=None` of a method that needs "indices" to the number
+  of training images, and `classes=None` of one that needs "labels" to the number of classes.
 """
 
 from collections.abc import Callable
@@ -53,7 +54,7 @@ from diffkd.methods.srrl import SRRL
 from diffkd.methods.vid import VID
 from diffkd.methods.wttm import WTTM
 
-# Of one feature on each side the shapes are a FeatureShape each, of several a list of them.
+# The arguments are one FeatureShape per side for a single feature, and lists of FeatureShape for several features.
 MethodFactory = Callable[[Any, Any], nn.Module]
 
 __all__ = [

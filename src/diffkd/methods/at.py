@@ -1,4 +1,4 @@
-"""AT: match where in the image the features are strong."""
+"""AT: match spatial attention maps."""
 
 from typing import ClassVar
 
@@ -14,11 +14,12 @@ class AT(nn.Module):
 
     `mean((Q_s / |Q_s| - Q_t / |Q_t|)^2)` over images and positions, where Q sums `|F|^p` over the channels. The paper's
     factor `beta / 2 * sum` becomes the mean, as in the authors' code; their beta of 1000 is the default weight, also in
-    RepDistiller and mdistiller, on every stage of the network. Of maps of different size the larger is averaged.
+    RepDistiller and mdistiller, on every stage of the network. If sizes differ, the larger map is averaged to the
+    smaller.
 
     Args:
         student: the student's shape, a map.
-        teacher: the teacher's shape, a map. Channels need not agree.
+        teacher: the teacher's shape, a map. Channels may differ.
         power: p of the attention map; 2 in paper and code.
         weight: factor of the loss.
 

@@ -1,4 +1,4 @@
-"""BoxKD: match what a detector says of each box before any is selected."""
+"""BoxKD: match a detector's class scores and box regression before boxes are selected."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -14,12 +14,12 @@ from diffkd.features.shape import FeatureShape, Want
 class BoxKD(nn.Module):
     """Plain knowledge distillation of a detector's outputs: box regression, and optionally class scores.
 
-    What DiffKD's authors add to the feature pyramid (Sec. 4.2 and App. C.5: the regression output, weight 1). "kd" is
-    the squared error of the regression, "classes" the divergence of the class scores: of softmax where there is a
+    DiffKD's authors add it to the feature pyramid (Sec. 4.2 and App. C.5: the regression output, weight 1). "kd" is
+    the squared error of the regression, "classes" the divergence of the class scores: of softmax if there is a
     background class (two-stage), of independent sigmoids otherwise.
 
-    By default boxes count as much as the teacher sees an object in them, `sum w e / sum w` with w the teacher's
-    probability of a foreground class, since most boxes hold none and their regression means nothing.
+    By default boxes are weighted, `sum w e / sum w` with w the teacher's probability of a foreground class, since most
+    boxes contain no object and their regression is meaningless.
 
     Args:
         student: shapes of the student's class scores and regression: K and 4 channels (one-stage), or K + 1 and
@@ -27,7 +27,7 @@ class BoxKD(nn.Module):
         teacher: shapes of the teacher's.
         regression_weight: factor of the regression's loss.
         class_weight: factor of the class scores' loss; 0 leaves it out.
-        foreground: weight boxes by the teacher's probability of an object; False: all alike.
+        foreground: weight boxes by the teacher's probability of an object; False: equal weights.
 
     Raises:
         ValueError: if the shapes are not two of equal channels, or a weight is negative.

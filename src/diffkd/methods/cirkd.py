@@ -1,4 +1,4 @@
-"""CIRKD: match how pixels relate to those of other images, in the batch and in memories."""
+"""CIRKD: match the similarities of pixels to those of other images, in the batch and in memory queues."""
 
 from typing import ClassVar
 
@@ -26,7 +26,7 @@ from diffkd.methods.inputs import (
 class ClassQueue(nn.Module):
     """Keeps the last `size` embeddings of every class, in buffers.
 
-    Nothing is fetched from the device: what is invalid goes to a spare row at the end.
+    No value is copied to the host: invalid entries are written to a spare row at the end.
 
     Args:
         classes: number of classes.
@@ -73,11 +73,11 @@ class ClassQueue(nn.Module):
 
         Args:
             number: how many of each class.
-            step: scalar int64 that the draws follow from.
-            stream: which of several independent sequences.
+            step: scalar int64 that seeds the draws.
+            stream: index of the independent random sequence.
 
         Returns:
-            (classes * number, dim) entries, and (classes * number,) bool, false for those of classes without entries.
+            (classes * number, dim) entries, and (classes * number,) bool, False for classes without entries.
         """
         filled = self.count.clamp(max=self.size)[:, None]
         place = random_integers(step, (self.classes, number), filled.clamp_min(1), stream)
@@ -92,24 +92,24 @@ class CIRKD(nn.Module):
     All three losses compare, by the divergence of their softmax, the cosine similarities of a pixel: "kd" to the pixels
     of every image of the batch; "pixel" to pixels, and "region" to class averages, of the teacher on earlier images,
     kept in a queue for each class. In the latter two the student is projected to the teacher's channels, and only
-    labelled pixels count. The queues and the step are buffers, and draws follow from the step, so that a resumed run
-    goes on as it would have; in distributed training every process stores what all of them saw, from batches of equal
-    size.
+    labelled pixels count. The queues and the step are buffers, and the step seeds the draws, so that a resumed run
+    gives the same results as an uninterrupted one. In distributed training every rank stores the embeddings of all
+    ranks; their batches must be of equal size.
 
-    All defaults are those of the authors' code for Cityscapes. Other than there, nothing is drawn from the queues that
-    was not stored before, and the queue of a class holds pixels of that class alone: by the authors' indexing about a
-    quarter of them are. A memory takes 4 * classes * (pixel_memory + region_memory) * Ct bytes.
+    All defaults are those of the authors' code for Cityscapes. Unlike that code, only stored entries are drawn from
+    the queues, and the queue of a class holds pixels of that class alone: with the authors' indexing about a quarter
+    of them are. The queues take 4 * classes * (pixel_memory + region_memory) * Ct bytes.
 
     Args:
         student: the student's shape, a map of features.
         teacher: the teacher's shape, a map of features.
-        classes: number of classes; labels outside of 0..classes-1 are ignored. None: as many as the data have, which
-            `diffkd fit` tells, and 19, those of Cityscapes, in a loop of one's own.
+        classes: number of classes; labels outside of 0..classes-1 are ignored. None: `diffkd fit` sets the number of
+            the data; in your own training loop it is 19, as for Cityscapes.
         pixel_memory: pixels kept for each class.
         region_memory: regions kept for each class.
         pixel_contrast: pixels drawn at a step, spread over the classes.
         region_contrast: regions drawn at a step, spread over the classes.
-        pixels_per_image: how many pixels of a class are stored of an image.
+        pixels_per_image: pixels of each class that are stored per image.
         temperature: of the similarities.
         pool: average the maps of "kd" over squares of this size, which saves memory: that loss takes (B * H * W)^2
             numbers.
@@ -178,7 +178,7 @@ class CIRKD(nn.Module):
             {"kd": loss, "pixel": loss, "region": loss}.
 
         Raises:
-            ValueError: if sizes differ, `labels` are no class maps, or a batch brings more than a queue holds.
+            ValueError: if sizes differ, `labels` are no class maps, or a batch has more entries than a queue holds.
         """
         check_same_grid(student, teacher)
         check_label_maps("CIRKD", labels, len(student))
@@ -215,7 +215,7 @@ class CIRKD(nn.Module):
 
     def _to_memory(self, ours: Tensor, theirs: Tensor, known: Tensor, entries: Tensor, exists: Tensor) -> Tensor:
         entries = entries.to(ours.dtype).T
-        # Far below all others, but finite: the difference of two infinities is no number.
+        # Far below all others, but finite: the difference of two infinities is NaN.
         bias = torch.where(exists, 0.0, -1e4).to(ours.dtype)
         losses = divergence(*(x @ entries / self.temperature + bias for x in (ours, theirs)))
         return (losses * known).sum() / known.sum().clamp_min(1)
@@ -242,6 +242,6 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _by_class(entries: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather (B, classes, n, dim) and (B, classes, n) of all processes, and bring the class to the front."""
+    """Gather (B, classes, n, dim) and (B, classes, n) of all ranks, and move the class dimension to the front."""
     entries, valid = (gathered(x).transpose(0, 1).flatten(1, 2) for x in (entries, valid))
     return entries, valid

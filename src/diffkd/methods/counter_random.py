@@ -1,8 +1,7 @@
-"""Random integers that follow from a step counter alone.
+"""Random integers computed from a step counter (a counter-based random number generator).
 
-Methods with a memory draw from it at every step. Drawn from a generator, the draws would depend on a state that is in
-no checkpoint; drawn from the counter, which is a buffer, a resumed run draws what the uninterrupted one would have. No
-value is fetched from the device.
+Methods with a memory draw from it at every step. The state of a `torch.Generator` is in no checkpoint; the counter is a
+buffer, so that a resumed run draws the same numbers as an uninterrupted one. No value is copied to the host.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ def random_integers(step: Tensor, shape: Sequence[int], high: int | Tensor, stre
         step: scalar int64, the counter.
         shape: shape of the result.
         high: exclusive bound below 2^31, broadcast against `shape`.
-        stream: which of several independent sequences, for example the rank.
+        stream: index of the independent random sequence, for example the rank.
 
     Returns:
         int64 of `shape`, on the device of `step`; the same for the same arguments, on all devices.
@@ -33,7 +32,7 @@ def random_integers(step: Tensor, shape: Sequence[int], high: int | Tensor, stre
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scramble 32 bits: xor-shift and multiply. The factors are below 2^31, so that no product leaves int64."""
+    """Scramble 32 bits: xor-shift and multiply. The factors are below 2^31, so that no product overflows int64."""
     x = x & _MASK
     x = x ^ (x >> 16)
     x = (x * 0x21F0AAAD) & _MASK

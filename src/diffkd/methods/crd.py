@@ -1,4 +1,4 @@
-"""CRD: tell the teacher's embedding of the same image from those of other images, kept in a memory."""
+"""CRD: contrast the teacher's embedding of the same image with those of other images in a memory bank."""
 
 from collections.abc import Sequence
 from math import log, sqrt
@@ -22,22 +22,22 @@ class CRD(nn.Module):
     so that P averages 1 / n. A memory holds a running average of every sample's embedding, and is updated after the
     loss.
 
-    Negatives are drawn without replacement among the samples of other classes, as in the authors' default: a stretch of
-    one random order of all samples for each step, from a random place for each image. Where there are fewer than M,
-    they are repeated, as there. `diffkd fit` tells the classes of the samples; in a loop of one's own that does not,
-    they are learned from the batches, and a sample not seen yet counts as one of another class. The memories, classes,
-    Z and the step are buffers, and draws follow from the step, so that a resumed run goes on as it would have. In
-    distributed training, every process sees the batches of all (of equal size) and holds the same memories; they need
-    not be broadcast.
+    Negatives are drawn without replacement from the samples of other classes, as in the authors' default: each step
+    shuffles all samples, and each image takes a contiguous part of that order from a random offset. If there are fewer
+    than M, they are repeated, as there. `diffkd fit` passes the classes of the samples; without them, in your own
+    training loop, they are collected from the batches, and a sample not seen yet counts as one of another class. The
+    memories, classes, Z and the step are buffers, and the step seeds the draws, so that a resumed run gives the same
+    results as an uninterrupted one. In distributed training, every rank gathers the batches of all ranks (of equal
+    size) and holds the same memories; they need not be broadcast.
 
     All defaults are those of the authors' code (RepDistiller) for CIFAR-100.
 
     Args:
         student: the student's shape; maps are averaged over positions.
         teacher: the teacher's shape.
-        samples: n, number of training samples, whose indices are 0..n-1; None: as many as the data have, which
-            `diffkd fit` tells, and 50000, those of CIFAR-100, in a loop of one's own.
-        sample_labels: the class of each training sample, (n,), as `diffkd fit` tells; None: learned from the batches.
+        samples: n, number of training samples, whose indices are 0..n-1; None: `diffkd fit` sets the number of the
+            data; in your own training loop it is 50000, as for CIFAR-100.
+        sample_labels: the class of each training sample, (n,); `diffkd fit` sets it. None: collected from the batches.
         negatives: M.
         dim: length of the projected embeddings.
         temperature: tau > 0.
@@ -82,13 +82,13 @@ class CRD(nn.Module):
             )
         if known is not None and known.shape != (samples,):
             raise ValueError(f"CRD has {samples} samples, but got labels of {tuple(known.shape)}; give one for each")
-        # Among so many samples in a row there are as many as are wanted of other classes.
+        # So many extra candidates guarantee enough samples of other classes.
         self.spare = negatives if known is None else int(known.bincount().max())
         self.samples, self.negatives, self.temperature = samples, negatives, temperature
         self.momentum, self.weight = momentum, weight
         self.student_projection = nn.Linear(student.channels, dim)
         self.teacher_projection = nn.Linear(teacher.channels, dim)
-        # The same in every process, whatever its seed.
+        # The same on every rank, whatever its seed.
         generator = torch.Generator().manual_seed(0)
         bound = sqrt(3 / dim)
         for name in ("student_memory", "teacher_memory"):
@@ -103,7 +103,7 @@ class CRD(nn.Module):
         Args:
             student: (B, Cs, H, W) or (B, Cs).
             teacher: (B, Ct, H, W) or (B, Ct).
-            indices: (B,) int64, which training samples these are, in 0..samples-1.
+            indices: (B,) int64 indices of the training samples, in 0..samples-1.
             labels: (B,) int64, their classes.
 
         Returns:
@@ -136,7 +136,7 @@ class CRD(nn.Module):
             return unit(at_least_float32(projection(like_parameters(pooled, projection))))
 
     def _contrast(self, embeddings: Tensor, memory: Tensor, candidates: Tensor, side: int) -> Tensor:
-        # A copy, for the memory changes before the backward pass. The scores of all samples are far smaller than the
+        # A copy, since the memory changes before the backward pass. The scores of all samples are far smaller than the
         # (B, 1 + M, dim) entries of the drawn ones.
         scores = embeddings / self.temperature @ memory.to(embeddings.dtype, copy=True).T
         scores = scores.gather(1, candidates)
@@ -168,11 +168,11 @@ def other_class_samples(
     Args:
         classes: (n,) class of every sample, -1 if unknown.
         labels: (B,) classes to avoid.
-        count: number of draws for each of them. Where fewer are of other classes, they are repeated.
-        step: scalar int64; the draws follow from it (:func:`~diffkd.methods.counter_random.random_integers`).
-        stream: which of several independent sequences.
-        spare: how many more are looked at, so that enough of them are of other classes: the size of the largest class
-            does. None: all samples.
+        count: number of draws for each of them. If there are fewer samples of other classes, they are repeated.
+        step: scalar int64 that seeds the draws (:func:`~diffkd.methods.counter_random.random_integers`).
+        stream: index of the independent random sequence.
+        spare: number of extra candidates, so that enough of them are of other classes: the size of the largest class
+            suffices. None: all samples.
 
     Returns:
         (B, count) indices into `classes`. If all samples are of the class, so are those drawn.
@@ -190,6 +190,6 @@ def other_class_samples(
 
 
 def _write(memory: Tensor, indices: Tensor, values: Tensor) -> None:
-    """Write rows in place. For a sample that is there twice, its first row counts: on a GPU either might win."""
+    """Write rows in place. For duplicate indices the first row is written: on a GPU the order is undefined."""
     first = (indices[:, None] == indices).int().argmax(dim=1)
     memory.index_copy_(0, indices, values[first].to(memory.dtype))

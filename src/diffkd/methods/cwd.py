@@ -1,4 +1,4 @@
-"""CWD: match, channel by channel, where in the image a channel is strong."""
+"""CWD: match each channel's softmax distribution over positions."""
 
 from typing import ClassVar
 
@@ -13,9 +13,9 @@ class CWD(nn.Module):
     """Channel-wise distillation (Shu, Liu, Gao, Yan, Shen, ICCV 2021), on maps of features or classes.
 
     `tau^2 / C * sum_c KL(softmax(t_c / tau) || softmax(s_c / tau))`, averaged over the batch; the softmax runs over the
-    positions of a channel. The divisor is that of the paper, images times channels, also where the authors' code has
-    another. Unchanged by adding a constant to a channel. A 1x1 convolution brings the student to the
-    teacher's channels where they differ.
+    positions of a channel. The divisor is that of the paper, images times channels, also where the authors' code uses
+    another. Invariant to adding a constant to a channel. A 1x1 convolution maps the student's channels to the
+    teacher's if they differ.
 
     Args:
         student: the student's shape, a map.

@@ -50,10 +50,10 @@ class DiffKDOutput(NamedTuple):
 class DiffKD(nn.Module):
     """Knowledge diffusion for distillation (Huang et al., NeurIPS 2023), for one pair of features.
 
-    `variant="code"` computes what the authors' published code does; `variant="paper"` what the text says. Each
-    difference between the two is an option of its own, which `variant` sets where it is left at None:
+    `variant="code"` computes what the authors' published code does; `variant="paper"` what the text describes. Each
+    difference between the two is an option, which `variant` sets if it is None:
 
-    | option              | code  | paper | what it decides                                                            |
+    | option              | code  | paper | meaning                                                                    |
     | ------------------- | ----- | ----- | -------------------------------------------------------------------------- |
     | `output_projection` | True  | False | a 1x1 convolution and BatchNorm on the student's feature after denoising   |
     | `latent_norm`       | True  | False | BatchNorm at the end of the autoencoder's encoder ("two convolutions only")|
@@ -62,66 +62,65 @@ class DiffKD(nn.Module):
     | `start_timestep`    | -1    | 500   | first timestep of the reverse process; -1: as the code spaces them         |
     | `detach_target`     | False | True  | no gradient to the teacher's feature even without autoencoder              |
 
-    Eq. 4 and 6 are squared norms as they are written, and means over all entries in the authors' code. Both variants
+    Eq. 4 and 6 are squared norms in the paper, and means over all entries in the authors' code. Both variants
     take the mean: with Eq. 7 as a mean and all weights 1, the sums would outweigh it by the size of the feature, and
     diverge at the learning rates of Table 1. `error="sum"` takes the squared norms, averaged over the batch.
 
-    What follows is in neither, and off by default; each option stands on its own:
+    The following options are in neither paper nor code, and off by default; they are independent of one another:
 
-    - `standardize`: the teacher's feature, and with autoencoder the latent too, per channel by running statistics
-      (:class:`~diffkd.diffusion.standardization.Standardization`), so that noise level, losses and weights mean the
-      same on every teacher. Distances of distributions ("kl", "dist") compare what is denoised in units of the logits.
-      One DiffKD for several levels (:class:`~diffkd.Shared`) has one set of statistics for all of them.
-    - `time="film"`: the timestep by scale and shift after every batch normalisation
-      (:class:`~diffkd.diffusion.modules.FilmDenoiser`) in place of a constant added to the input, which batch
-      normalisation takes out of the student's denoising while training.
+    - `standardize`: standardise the teacher's feature, and with an autoencoder the latent too, per channel by running
+      statistics (:class:`~diffkd.diffusion.standardization.Standardization`), so that noise level, losses and weights
+      do not depend on the teacher's scale. Distances of distributions ("kl", "dist") compare the denoised feature in
+      units of the logits. One DiffKD for several levels (:class:`~diffkd.Shared`) has one set of statistics for all.
+    - `time="film"`: the timestep sets a scale and shift after every batch normalisation
+      (:class:`~diffkd.diffusion.modules.FilmDenoiser`) instead of adding a constant to the input, which batch
+      normalisation removes from the student's denoising during training.
     - `prediction`: the denoiser predicts, and Eq. 4 trains it on, the "noise" eps, the "clean" feature z_0, or the
       "velocity" sqrt(abar) eps - sqrt(1 - abar) z_0 (Salimans and Ho, ICLR 2022); see
       :func:`~diffkd.diffusion.schedule.clean_scales`. With few steps the noise is the hardest to divide out.
-    - `every_step`: Eq. 7 as the mean over the estimates z_0 of all steps, not of the last alone.
-    - `start_timestep="gamma"`: each sample starts at the timestep that is as noisy as the noise adapter made it,
+    - `every_step`: Eq. 7 is the mean over the estimates z_0 of all steps, not of the last alone.
+    - `start_timestep="gamma"`: each sample starts at the timestep whose noise level the noise adapter chose,
       from (gamma z + (1 - gamma) eps) / sqrt(gamma^2 + (1 - gamma)^2), which Eq. 3 gives for
       abar = gamma^2 / (gamma^2 + (1 - gamma)^2); see :func:`~diffkd.diffusion.schedule.timesteps_of_level`.
     - `path="flow"`: flow matching (Shao et al., *FM-KT*, arXiv 2402.02012, Eq. 5 to 9). No Gaussian noise and no
       gamma: from the projected student's feature S, for i = N..1 and t = i / N, v_i = Phi(Z, t), Z <- Z - v_i / N;
       the loss is (1 / N) sum_i d(S - v_i, target), and `denoised` is the last Z. There is no Eq. 4, and neither
-      `output_projection` nor `denoiser_norm` unless asked for. N is `inference_steps`, or drawn from it for every
-      batch in training (the paper's {1, 2, 4, 8}) and its largest in evaluation. A compiled module keeps the last N
-      drawn: `diffkd fit` calls :meth:`draw` before every batch, and so does the eager forward.
+      `output_projection` nor `denoiser_norm` unless set. N is `inference_steps`; if that is a sequence, N is drawn from
+      it for every training batch (the paper's {1, 2, 4, 8}) and is its maximum in evaluation. A compiled module keeps
+      the last N drawn: `diffkd fit` calls :meth:`draw` before every batch, and so does the eager forward.
 
     Args:
         student_channels: channels of the student's feature, or its :class:`~diffkd.FeatureShape`.
         teacher_channels: channels of the teacher's feature, or its shape.
         kind: "map" for (B, C, H, W), "vector" for (B, C) or (B, C, 1, 1). None: as the shapes say, else "map".
-        ae_channels: channels of the latent, made by a linear autoencoder from the teacher's feature; None: no
+        ae_channels: channels of the latent, which a linear autoencoder computes from the teacher's feature; None: no
             autoencoder, the latent is the teacher's feature.
-        logits_autoencoder: whether logits get one too, where one DiffKD is made for several pairs; the paper gives them
-            none (Sec. 4.1).
-        inference_steps: denoiser evaluations per forward (NFE); with `path="flow"` also several, to draw from.
+        logits_autoencoder: whether logits get an autoencoder too, if one factory makes DiffKD for several pairs; the
+            paper uses none for logits (Sec. 4.1).
+        inference_steps: denoiser evaluations per forward (NFE); with `path="flow"` also a sequence to draw from.
         num_train_timesteps: number of timesteps T of the diffusion process.
         beta_schedule: "linear", "scaled_linear" or "cosine".
-        noise_adapter: adaptive noise matching (Eq. 8). Off: the projected student feature is denoised as it is.
+        noise_adapter: adaptive noise matching (Eq. 8). Off: the projected student feature is denoised without noise.
         distance: d of Eq. 7: "mse", "kl", "dist", "attention_mse" (for maps), or a callable `(denoised, target) ->
             scalar`. None: "kl" for logits, "dist" for class maps (Sec. 4.3), "mse" otherwise. On class maps "kl" is
             averaged over positions, and "dist" relates all positions of the batch.
-        logits_distance: d for logits alone, where one DiffKD is made for several pairs; None: `distance`.
+        logits_distance: d for logits alone, if one factory makes DiffKD for several pairs; None: `distance`.
         temperature: tau of "kl" and "dist".
         kd_weight: lambda 3 of Eq. 9, of the distance.
         diffusion_weight: lambda 1, of the denoiser's loss.
         reconstruction_weight: lambda 2, of the autoencoder's loss.
-        denoiser: makes another network than the light :class:`~diffkd.diffusion.modules.Denoiser` (Table 12), called
-            with the latent's channels and whether it is a map. The network takes the noisy latent and the timesteps,
-            (B,) int64, and returns the noise, in the latent's shape. `denoiser_norm` is for the light one.
-        checkpoint: keep no activations of the denoiser's passes and compute them again in the backward: less memory,
-            more time, the same numbers to the last bit.
+        denoiser: factory of a network that replaces the light :class:`~diffkd.diffusion.modules.Denoiser` (Table 12),
+            called with the latent's channels and whether it is a map. The network takes the noisy latent and the
+            timesteps, (B,) int64, and returns the noise, in the latent's shape. `denoiser_norm` is for the light one.
+        checkpoint: activation checkpointing of the denoiser's passes: less memory, more time, bitwise equal results.
         variant: "code" or "paper", see above.
         error: "mean" or "sum", see above; None: "mean".
         output_projection, latent_norm, denoiser_norm, activate, start_timestep, detach_target: see above.
         standardize, time, prediction, every_step, path: see above.
-        features_only: automatic pairing gives it features alone, since another method has the logits.
+        features_only: automatic pairing pairs features only, not logits, for use beside a method on logits.
 
     Raises:
-        ValueError: if an option is out of its range or does not go with another, one feature is a map and the other a
+        ValueError: if an option is out of range or incompatible with another, one feature is a map and the other a
             vector, or a distance of distributions gets a single channel.
     """
 
@@ -255,8 +254,8 @@ class DiffKD(nn.Module):
         self.inference_steps, self.passes = several, max(several)
         self.steps: tuple[DDIMStep, ...] = () if self.flows else ddim_steps(abar, several[0], first, prediction)
         self.register_buffer("visited", torch.tensor([step.timestep for step in self.steps]), persistent=False)
-        # Kept as the bits of float32 numbers: `.half()` and `.bfloat16()` round floating-point buffers, and a rounded
-        # schedule divides by zero. Not in the state dict: it follows from the arguments.
+        # Stored as the bits of float32 numbers: `.half()` and `.bfloat16()` round floating-point buffers, and a rounded
+        # schedule divides by zero. Not in the state dict: the arguments determine it.
         self.register_buffer("alphas_cumprod_bits", abar.view(torch.int32), persistent=False)
 
     def forward(
@@ -270,7 +269,7 @@ class DiffKD(nn.Module):
     ) -> DiffKDOutput:
         """Denoise the student's feature, compare it with the teacher's, and train the denoiser on the teacher's.
 
-        What is not given is drawn. The three draws happen in evaluation mode too.
+        Noise and timesteps that are None are drawn, in evaluation mode too.
 
         Args:
             student: (B, Cs, H, W), or (B, Cs) or (B, Cs, 1, 1) for vectors.
@@ -280,12 +279,12 @@ class DiffKD(nn.Module):
             timesteps: (B,) int64 in 0..T-1, its timesteps.
 
         Returns:
-            A :class:`DiffKDOutput`, vectors in the shape they came in.
+            A :class:`DiffKDOutput`; vectors keep the shape of the input.
 
         Raises:
             ValueError: if the shapes do not fit.
         """
-        unit = student.ndim == 4 and not self.is_map  # vectors that come as (B, C, 1, 1) go out like that
+        unit = student.ndim == 4 and not self.is_map  # vectors of shape (B, C, 1, 1) keep it in the output
         student, teacher = self._checked(student, "student"), self._checked(teacher, "teacher")
         if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
             raise ValueError(
@@ -323,7 +322,7 @@ class DiffKD(nn.Module):
             chain = timesteps_of_level(levels, gamma, len(self.steps)) if self.from_gamma else self.visited
             passes = DenoiserPasses(self.denoiser, chain, noisy_target, timesteps, checkpoint=self.checkpoint)
             estimates, clean_student = self._denoised(passes, noisy_student, chain, levels)
-            predicted = passes.beside()
+            predicted = passes.extra()
 
         projections = [at_least_float32(self.output_projection(one.to(self.dtype))) for one in estimates]
         denoised = projections[-1]
@@ -351,9 +350,9 @@ class DiffKD(nn.Module):
         return DiffKDOutput(denoised, compared, losses, gamma)
 
     def draw(self) -> None:
-        """Draw how many steps the next batch takes, where there are several numbers to draw from."""
+        """Draw the number of steps of the next batch, if `inference_steps` is a sequence."""
         if len(self.inference_steps) > 1 and self.training:
-            index = int(torch.randint(len(self.inference_steps), ()))  # on the CPU: nothing waits for the device
+            index = int(torch.randint(len(self.inference_steps), ()))  # on the CPU: no synchronisation with the device
             self.passes = self.inference_steps[index]
 
     @property
@@ -362,7 +361,7 @@ class DiffKD(nn.Module):
         return self.student_projection.get_parameter("weight").dtype
 
     def extra_repr(self) -> str:
-        """Say what the submodules do not."""
+        """Return the options that the submodules do not show."""
         visited = "timesteps " + ", ".join(str(step.timestep) for step in self.steps)
         if self.flows:
             visited = f"flow in {' or '.join(map(str, self.inference_steps))} steps"
@@ -371,7 +370,7 @@ class DiffKD(nn.Module):
         return f"{self.student_channels} -> {self.latent_channels} <- {self.teacher_channels}, {visited}"
 
     def _encoded(self, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Return the target, the same before it was standardised, the reconstruction, and what was reconstructed."""
+        """Return the target, the target before standardisation, the reconstruction, and the reconstructed feature."""
         reconstruction = None
         reconstructed = teacher if self.standardization is None else self.standardization(teacher)
         if self.autoencoder is not None:
@@ -387,7 +386,7 @@ class DiffKD(nn.Module):
     def _denoised(
         self, passes: DenoiserPasses, x: Tensor, chain: Tensor, levels: Tensor
     ) -> tuple[list[Tensor], Tensor]:
-        """Run the reverse process; return the estimates of the clean feature to compare, and what it arrives at."""
+        """Run the reverse process; return the estimates of the clean feature to compare, and the final one."""
         if not self.every_step and not self.from_gamma:
             x = ddim_denoise(lambda x, _: passes.step(x), x, self.steps)
             return [x], x
@@ -408,7 +407,7 @@ class DiffKD(nn.Module):
         return (estimates if self.every_step else estimates[-1:]), estimates[-1]
 
     def _flow(self, source: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Follow the flow from the student's latent; return the estimate of every step, and where it ends."""
+        """Follow the flow from the student's latent; return the estimate of every step, and the final latent."""
         if not torch.compiler.is_compiling():
             self.draw()
         n = self.passes if self.training else max(self.inference_steps)
@@ -442,7 +441,7 @@ class DiffKD(nn.Module):
 def _check_flow(
     steps: tuple[int, ...], timesteps: int, prediction: str, every_step: bool, start_timestep: object
 ) -> None:
-    """Raise ValueError if an option has no meaning for a flow, or a number of steps is none."""
+    """Raise ValueError if an option has no meaning for a flow, or a number of steps is invalid."""
     if not steps or not all(1 <= n <= timesteps for n in steps):
         raise ValueError(f"inference_steps must be in 1..{timesteps} each, got {list(steps)}")
     idle = {

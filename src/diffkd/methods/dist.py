@@ -13,15 +13,15 @@ class DIST(nn.Module):
     """Distillation from a stronger teacher, on logits (Huang et al., NeurIPS 2022, Eq. 8 to 10).
 
     Args:
-        student: the student's classes or shape, checked against the teacher's; may be left out.
-        teacher: the teacher's classes or shape.
+        student: the student's number of classes or shape, checked against the teacher's; optional.
+        teacher: the teacher's number of classes or shape.
         beta: weight of the relation between classes.
         gamma: weight of the relation between samples.
         temperature: tau > 0. The DIST paper takes 1 for ImageNet and 4 for CIFAR-100.
-        standardize: bring the logits of each sample to mean 0 and standard deviation 1 first (Sun et al., *Logit
+        standardize: first standardise the logits of each sample to mean 0 and standard deviation 1 (Sun et al., *Logit
             Standardization in Knowledge Distillation*, CVPR 2024).
-        pool_positions: on maps, relate all positions of all images with one another, as dense prediction wants (Huang
-            et al., Sec. 4.4); False: each position relates the images of the batch on its own.
+        pool_positions: on maps, correlate over all positions of all images, for dense prediction (Huang et al., Sec.
+            4.4); False: correlate over the images of the batch, separately at each position.
         weight: factor of the loss.
 
     Raises:

@@ -1,4 +1,4 @@
-"""DKD: distil the target class and the other classes apart."""
+"""DKD: distil the target class and the other classes with separate weights."""
 
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ class DKD(nn.Module):
 
     Args:
         student: the student's shape.
-        teacher: the teacher's shape, of as many classes.
+        teacher: the teacher's shape, with the same number of classes.
         alpha: weight of the target class.
         beta: weight of the other classes.
         temperature: tau > 0.
@@ -76,10 +76,10 @@ class DKD(nn.Module):
 
 
 def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the two parts of which the divergence of two class distributions consists.
+    """Return the two parts of the divergence of two class distributions.
 
-    TCKD is the divergence of (p_t, 1 - p_t), target class against the rest; NCKD that of the other classes among
-    themselves. `KL(teacher || student) = TCKD + (1 - p_t of the teacher) * NCKD`.
+    TCKD is the divergence of (p_t, 1 - p_t), target class against the rest; NCKD that of the other classes,
+    renormalised. `KL(teacher || student) = TCKD + (1 - p_t of the teacher) * NCKD`.
 
     Args:
         student: (N, K) logits.
@@ -93,7 +93,7 @@ def decoupled(student: Tensor, teacher: Tensor, labels: Tensor, temperature: flo
     student, teacher = (at_least_float32(logits) / temperature for logits in (student, teacher))
     target = labels[:, None]
     column = torch.arange(student.shape[1] - 1, device=student.device)
-    rest = column + (column >= target)  # (N, K - 1): the classes but the target
+    rest = column + (column >= target)  # (N, K - 1): all classes except the target
 
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
         others = logits.gather(1, rest)

@@ -1,4 +1,4 @@
-"""FGD: match foreground and background apart, where the teacher looks, and their relation as a whole."""
+"""FGD: match foreground and background separately under the teacher's attention, and their global relation."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -14,13 +14,14 @@ from diffkd.methods.inputs import align, check_same_grid, like_parameters, requi
 class FGD(nn.Module):
     """Focal and global distillation for detectors (Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan, CVPR 2022), for one level.
 
-    "kd" is the focal feature loss, squared errors under the teacher's attention over positions and channels, divided by
-    the size of the box they lie in, or of the background; "attention" the difference of the attentions; "relation" the
-    squared error of the maps after a global context block each. All are sums over an image, averaged over the batch.
+    "kd" is the focal feature loss, squared errors weighted by the teacher's attention over positions and channels and
+    divided by the area of the enclosing box, or of the background; "attention" the difference of the attentions;
+    "relation" the squared error of the maps, each after a global context block. All are sums over an image, averaged
+    over the batch.
 
-    Boxes are fractions of the padded batch, as the maps cover that; the authors' code scales them by each image's own
-    size, which moves them where a batch is padded. They also clip the gradient at 35 and start the student's neck and
-    head from the teacher's (`diffkd fit --gradient_clip 35 --inherit_neck_and_head`), as do those of MGD.
+    Boxes are fractions of the padded batch, which the maps cover; the authors' code scales them by each image's own
+    size, which shifts them if a batch is padded. The authors, like those of MGD, also clip the gradient at 35 and
+    initialise the student's neck and head from the teacher's (`diffkd fit --gradient_clip 35 --inherit_neck_and_head`).
 
     The defaults are the paper's for anchor-based one-stage detectors (RetinaNet). Anchor-free: temperature 0.8 and
     weights 1.6e-3, 8e-4, 8e-4, 8e-6. Two-stage: 5e-5, 2.5e-5, 5e-5, 5e-7.
@@ -69,15 +70,17 @@ class FGD(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor, *, boxes: Sequence[Tensor]) -> dict[str, Tensor]:
         """Compare the maps.
 
-        Args: student: (B, Cs, H, W). teacher: (B, Ct, H, W). boxes: for each image (n, 4), left, top, right and bottom
-            of its objects as fractions of the (padded) input's
-                width and height; n may be 0.
+        Args:
+            student: (B, Cs, H, W).
+            teacher: (B, Ct, H, W).
+            boxes: for each image (n, 4), left, top, right and bottom of its objects as fractions of the (padded)
+                input's width and height; n may be 0.
 
         Returns:
             {"kd": focal loss, "attention": loss, "relation": loss}.
 
         Raises:
-            ValueError: if there are not as many sets of boxes as images.
+            ValueError: if the number of sets of boxes is not the number of images.
         """
         check_same_grid(student, teacher)
         if len(boxes) != len(student):
@@ -98,7 +101,7 @@ class FGD(nn.Module):
         }
 
     def _position_weights(self, boxes: Tensor, height: int, width: int) -> Tensor:
-        """Return alpha over the area of the smallest box there is, or beta over that of the background: (H, W)."""
+        """Return per position alpha / area of the smallest enclosing box, or beta / area of the background, (H, W)."""
         inside = box_weights(boxes, height, width)
         background = (inside == 0).to(inside.dtype)
         background = background / background.sum().clamp_min(1)
@@ -108,7 +111,7 @@ class FGD(nn.Module):
 class GlobalContext(nn.Module):
     """Global context block, (B, C, H, W) to the same shape in float32 or wider (Cao et al., GCNet, 2019).
 
-    Adds to every position a transformed average of all, weighted by a learned attention; 0 at first.
+    Adds to every position a transformed average of all, weighted by a learned attention; initially 0.
 
     Args:
         channels: C.
@@ -139,7 +142,7 @@ def box_weights(boxes: Tensor, height: int, width: int) -> Tensor:
 
     Args:
         boxes: (n, 4) left, top, right, bottom as fractions of the image. A box covers the positions from floor(left *
-            W) to ceil(right * W), both included, as in the authors' code, and so downwards.
+            W) to ceil(right * W), both included, as in the authors' code, and likewise vertically.
         height: H.
         width: W.
     """

@@ -12,7 +12,7 @@ from diffkd.methods.inputs import like_parameters
 
 
 class FitNet(nn.Module):
-    """Hints: mean squared error between features, the student's projected by a 1x1 convolution.
+    """Hints: mean squared error between the teacher's feature and the student's after a 1x1 convolution.
 
     Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015, Eq. 3; the "MSE" row of the DiffKD paper.
 
@@ -20,8 +20,8 @@ class FitNet(nn.Module):
         student_channels: channels of the student's feature, or its shape.
         teacher_channels: channels of the teacher's feature, or its shape. Vectors need shapes.
         weight: factor of the loss.
-        standardize: standardise the teacher's feature per channel by running statistics, so that the loss means the
-            same on every teacher (:class:`~diffkd.diffusion.standardization.Standardization`).
+        standardize: standardise the teacher's feature per channel by running statistics, so that the loss does not
+            depend on the teacher's scale (:class:`~diffkd.diffusion.standardization.Standardization`).
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})

@@ -1,4 +1,4 @@
-"""FM-KT: let a flow carry the student's feature to the teacher's class scores."""
+"""FM-KT: map the student's feature to the teacher's class scores by flow matching."""
 
 import math
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ class FMKT(nn.Module):
     `v_i = g(Z + embedding(t))`, and `Z <- Z - v_i / N`. Each step estimates the scores at the flow's end, `y_i =
     head(S - v_i)`; "flow" is `1 / N * sum_i (d(y_i, T) + CE(y_i, label))`. The flow is trained along its own path, so
     that training and sampling agree. g is two 3x3 convolutions, the authors' "conv" encoder; d is DIST with beta and
-    gamma 2, as their code has it.
+    gamma 2, as in their code.
 
     The authors evaluate the student together with the flow, or (FM-KT with a Theta) the student alone, which learns
-    from the mean of the flow's scores. The student here is to be used alone, so "kd" is that: DIST of its own scores
-    towards the mean of all y_i, which gets no gradient from it. Its weight of 1 is ours.
+    from the mean of the flow's scores. This class implements the latter: "kd" is DIST between the student's own scores
+    and the detached mean of all y_i. Its default weight of 1 is not from the paper.
 
     Args:
         student: shapes of the student's last map and of its scores.
@@ -35,7 +35,7 @@ class FMKT(nn.Module):
         weight: factor of both losses.
 
     Raises:
-        ValueError: if the layers are others, the class counts differ or are below 2, or there are no steps.
+        ValueError: if the features are others, the class counts differ or are below 2, or there are no steps.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature to logits"})
@@ -110,7 +110,7 @@ class FMKT(nn.Module):
 
 
 def time_embedding(time: float, like: Tensor, max_period: float = 10_000.0) -> Tensor:
-    """Return cosines and sines of a time, (C,) for maps `like` (B, C, H, W), of periods from 2 pi to `max_period`."""
+    """Return cosines and sines of a time, (C,) for maps `like` (B, C, H, W), with periods from 2 pi to `max_period`."""
     channels = like.shape[1]
     half = channels // 2
     frequencies = torch.arange(half, device=like.device, dtype=torch.float32) * (-math.log(max_period) / max(1, half))

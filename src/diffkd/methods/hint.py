@@ -1,4 +1,4 @@
-"""Hint: FitNet's hint on the second stage, as the benchmarks of CIFAR-100 have it."""
+"""Hint: FitNet's hint on the second stage, as in the CIFAR-100 benchmarks."""
 
 from typing import ClassVar
 
@@ -14,9 +14,9 @@ class Hint(nn.Module):
     """FitNet as in RepDistiller and mdistiller, whose numbers Table 9 of the DiffKD paper quotes.
 
     Romero et al., *FitNets: Hints for Thin Deep Nets*, ICLR 2015. Mean squared error between the teacher's second stage
-    and a regression of the student's: one convolution, batch normalisation, ReLU. The convolution brings the map to the
-    teacher's size: 3x3 with stride 2 to half of it, transposed 4x4 with stride 2 to twice, without padding and as wide
-    as it takes otherwise, which is 1x1 for equal sizes. :class:`~diffkd.FitNet` is the row "MSE" of the DiffKD paper.
+    and a regression of the student's: one convolution, batch normalisation, ReLU. The convolution outputs the teacher's
+    size: 3x3 with stride 2 for half the size, transposed 4x4 with stride 2 for twice the size, otherwise without
+    padding, the kernel 1 + the difference of sizes. :class:`~diffkd.FitNet` is the row "MSE" of the DiffKD paper.
 
     Args:
         student: the student's shape, a map.
@@ -50,5 +50,5 @@ class Hint(nn.Module):
         self.weight = weight
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        """Return {"kd": loss} for maps (B, Cs, Hs, Ws) and (B, Ct, Ht, Wt) of the sizes that were probed."""
+        """Return {"kd": loss} for maps (B, Cs, Hs, Ws) and (B, Ct, Ht, Wt) of the sizes given to the constructor."""
         return {"kd": self.weight * mse(self.regression(like_parameters(student, self)), teacher.detach())}

@@ -1,4 +1,4 @@
-"""What methods do with two features before they compare them: check, align, pool and normalise."""
+"""Helpers of the methods: check, align, pool and normalise features; gather over ranks."""
 
 import torch
 import torch.nn.functional as F
@@ -55,30 +55,30 @@ def align(student: FeatureShape, teacher: FeatureShape) -> nn.Module:
 
 
 def like_parameters(tensor: Tensor, module: nn.Module) -> Tensor:
-    """Return `tensor` in the type of the parameters of `module`; as it is if there are none."""
+    """Return `tensor` in the dtype of the parameters of `module`; unchanged if it has none."""
     parameter = first_parameter(module)
     return tensor if parameter is None else tensor.to(parameter.dtype)
 
 
 def embed(feature: Tensor) -> Tensor:
-    """Return the embedding (B, C), in float32 or wider, of a vector (B, C) or a map (B, C, H, W), its mean."""
+    """Return the embedding (B, C), in float32 or wider: a vector (B, C) itself, the mean of a map (B, C, H, W)."""
     feature = at_least_float32(feature)
     return feature.flatten(2).mean(dim=2) if feature.ndim > 2 else feature
 
 
 def unit(x: Tensor, dim: int = 1) -> Tensor:
-    """Return `x` over its Euclidean norm along `dim`. Zero stays zero, and its gradient finite."""
+    """Return `x` divided by its Euclidean norm along `dim`. Zero stays zero, with a finite gradient."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return x.div(norm.masked_fill(norm == 0, 1))
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """Return a context without autocast on the device of `tensor`: inside it, products of float32 stay float32."""
+    """Return a context that disables autocast on the device of `tensor`: products of float32 stay float32."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def labels_on_grid(labels: Tensor, height: int, width: int) -> Tensor:
-    """Return class maps (B, H, W), of whole numbers, on another grid: the nearest label of each position."""
+    """Resize class maps (B, H, W) of integers to (B, height, width) by nearest neighbour."""
     return F.interpolate(labels[:, None].float(), (height, width), mode="nearest")[:, 0].long()
 
 
@@ -89,7 +89,7 @@ def rank() -> int:
 
 @torch.no_grad()
 def gathered(tensor: Tensor) -> Tensor:
-    """Return the tensors of all ranks, of equal shape, one after the other along dimension 0."""
+    """Return the tensors of all ranks, of equal shape, concatenated along dimension 0."""
     if not _is_distributed() or distributed.get_world_size() == 1:
         return tensor.detach()
     parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]

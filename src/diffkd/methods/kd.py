@@ -11,7 +11,7 @@ from diffkd.features.shape import FeatureShape, Want, channels_of
 def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
     """Return the Z-scores of logits over the classes: mean 0, standard deviation 1 for each sample or position.
 
-    `Z(z) = (z - mean(z)) / (std(z) + eps)`, to be taken of both sides before the temperature. Sun, Ren, Li, Wang, Cao,
+    `Z(z) = (z - mean(z)) / (std(z) + eps)`, applied to both sides before the temperature. Sun, Ren, Li, Wang, Cao,
     *Logit Standardization in Knowledge Distillation*, CVPR 2024. The standard deviation is that of a sample, divided by
     K - 1, as in the authors' code. They train with temperature 2 and a loss weight of 9 on CIFAR-100.
 
@@ -20,7 +20,7 @@ def standardize(logits: Tensor, eps: float = 1e-7) -> Tensor:
         eps: added to the standard deviation, as in the authors' code.
 
     Returns:
-        The same shape in float32 or wider, unchanged by any shift and (up to `eps`) any positive factor of the logits.
+        The same shape in float32 or wider, invariant to shifts and (up to `eps`) positive factors of the logits.
     """
     logits = at_least_float32(logits)
     centred = logits - logits.mean(dim=1, keepdim=True)
@@ -31,12 +31,12 @@ class KD(nn.Module):
     """Knowledge distillation on logits (Hinton, Vinyals, Dean, 2015); on class maps per position.
 
     Args:
-        student: the student's classes or shape, checked against the teacher's; may be left out.
-        teacher: the teacher's classes or shape.
-        temperature: tau > 0; the loss is scaled by tau^2, so that its gradient keeps its size.
-        standardize: bring the logits of each sample to mean 0 and standard deviation 1 first (Sun et al., *Logit
+        student: the student's number of classes or shape, checked against the teacher's; optional.
+        teacher: the teacher's number of classes or shape.
+        temperature: tau > 0; the loss is scaled by tau^2, so that its gradient keeps its scale.
+        standardize: first standardise the logits of each sample to mean 0 and standard deviation 1 (Sun et al., *Logit
             Standardization in Knowledge Distillation*, CVPR 2024).
-        average_positions: on maps, divide by the number of positions, as dense prediction has it (Liu et al.,
+        average_positions: on maps, divide by the number of positions, as in dense prediction (Liu et al.,
             *Structured Knowledge Distillation for Semantic Segmentation*, CVPR 2019); False: sum over them, as the
             DiffKD authors' code does.
         weight: factor of the loss.
@@ -77,8 +77,8 @@ def check_logits(
     """Raise ValueError unless both logits have the same number of classes, 2 or more, and the temperature is above 0.
 
     Args:
-        who: the method, for messages.
-        student: the student's classes or shape; None: not known.
+        who: name of the method, for messages.
+        student: the student's number of classes or shape; None: not known.
         teacher: the teacher's.
         temperature: tau.
     """

@@ -1,4 +1,4 @@
-"""MasKD: match under masks that learned tokens cut out of the teacher's feature."""
+"""MasKD: match features under masks that learned tokens make from the teacher's feature."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,13 +17,13 @@ class MasKD(nn.Module):
 
     A token e_i makes a mask of the teacher's map, `M_i = sigmoid(e_i . t)` at every position. "kd" is the squared error
     under each mask, over the mask's sum and the channels; the masks of an image are weighted by a small network.
-    "tokens" teaches tokens and weighting: the task loss of the teacher when it goes on from its masked map, plus the
-    mean Dice coefficient between masks, which keeps them apart. "kd" does not move the tokens.
+    "tokens" trains tokens and weighting: the task loss of the teacher when it continues from its masked map, plus the
+    mean Dice coefficient between masks, which makes them differ. "kd" gives no gradient to the tokens.
 
-    The authors learn the tokens first, in a run of their own of 2000 steps (for segmentation 10,000, at rate 0.1 and
-    weight decay 1e-3); here they are learned in the same run, by its optimiser, "kd" setting in after as many steps.
-    They are learned on, so that nothing depends on an optimiser that leaves them alone.
-    The authors' detectors also multiply the masks by the student's later on; this does not.
+    The authors train the tokens first, in a separate run of 2000 steps (for segmentation 10,000, at rate 0.1 and
+    weight decay 1e-3); here they are trained in the same run and by its optimiser; "kd" starts after as many steps.
+    The tokens continue to be trained after that.
+    The authors' detectors later multiply the masks by the student's too; this implementation does not.
 
     The defaults are those of the authors' code for RetinaNet. For segmentation they mask class maps, with 8 tokens and
     without weighting, with a weight of 0.5.
@@ -33,8 +33,9 @@ class MasKD(nn.Module):
         teacher: the teacher's shape, a map.
         tokens: number of tokens, 2 or more.
         weighting: weight the masks of an image.
-        token_steps: steps before "kd" sets in.
-        task_loss: the teacher's task loss, of what `teacher_head` returns and the labels; None: cross-entropy.
+        token_steps: steps before "kd" starts.
+        task_loss: the teacher's task loss, called with the output of `teacher_head` and the labels; None:
+            cross-entropy.
         token_weight: factor of "tokens".
         weight: factor of "kd".
 
@@ -82,7 +83,7 @@ class MasKD(nn.Module):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What forward takes by keyword: the head only if the map is not the teacher's output itself."""
+        """Keyword arguments of forward; the head only if the map is not the teacher's output itself."""
         return ("labels",) if self.on_logits else ("labels", "teacher_head")
 
     def forward(
@@ -93,12 +94,14 @@ class MasKD(nn.Module):
         labels: Any,
         teacher_head: Callable[[Tensor], Any] | None = None,
     ) -> dict[str, Tensor]:
-        """Compare the maps under the masks, and teach the tokens.
+        """Compare the maps under the masks, and train the tokens.
 
-        Args: student: (B, Cs, H, W). teacher: (B, Ct, H, W). labels: what the task loss compares with: by default
-            classes (B,) or (B, H', W'), outside of 0..K-1 ignored. teacher_head: what the frozen teacher does after the
-            layer: a map of its shape to the task's output. None: the
-                map is the output.
+        Args:
+            student: (B, Cs, H, W).
+            teacher: (B, Ct, H, W).
+            labels: target of the task loss: by default classes (B,) or (B, H', W'), outside of 0..K-1 ignored.
+            teacher_head: the rest of the frozen teacher after the layer: a map of the teacher's shape to the task's
+                output. None: the map is the output.
 
         Returns:
             {"kd": loss, "tokens": loss}.

@@ -1,4 +1,4 @@
-"""MGD: have the teacher's whole feature generated from a part of the student's."""
+"""MGD: generate the teacher's whole feature from a masked student feature."""
 
 from typing import ClassVar, Literal
 
@@ -23,7 +23,7 @@ class MGD(nn.Module):
         student: the student's shape, a map.
         teacher: the teacher's shape, a map.
         ratio: share that is dropped, in [0, 1).
-        drop: what is dropped as a whole: positions (all channels of them) or channels (all their positions).
+        drop: drop whole positions (all channels) or whole channels (all positions).
         weight: factor of the loss.
 
     Raises:
@@ -61,7 +61,7 @@ class MGD(nn.Module):
         Args:
             student: the student's map.
             teacher: the teacher's map.
-            keep: M, 1 or True for what is kept, (B, 1, H, W) or (B, Ct, 1, 1); None: drawn.
+            keep: M, 1 or True for entries that are kept, (B, 1, H, W) or (B, Ct, 1, 1); None: drawn.
         """
         check_same_grid(student, teacher)
         projected = self.student_projection(like_parameters(student, self))

@@ -1,4 +1,4 @@
-"""NORM: let several expansions of the student's feature match the whole of the teacher's."""
+"""NORM: match several expansions of the student's feature with the teacher's."""
 
 from typing import ClassVar
 
@@ -13,17 +13,17 @@ class NORM(nn.Module):
     """N-to-one representation matching (Liu, Li, Li, Yao, ICLR 2023, arXiv 2305.13803), on the last maps.
 
     `1 / N * sum_i mean((E_i(s) - t)^2)`: a 1x1 convolution E expands the student's map to N times the teacher's
-    channels, and each of the N segments is to be the teacher's map.
+    channels, and each of the N segments is compared with the teacher's map.
 
     In the paper a second linear layer contracts the expansion and adds it to the student's feature before its
-    classifier, and both are merged into that classifier after the training. Here the student is never changed, so its
-    classifier sees its own feature: the matching is the paper's, the residual path is not there.
+    classifier, and both are merged into that classifier after the training. This implementation does not change the
+    student: the matching is the paper's, the residual path is omitted.
 
     Args:
         student: the student's shape, a map.
         teacher: the teacher's shape, a map.
         segments: N; 8 in the authors' example for CIFAR-100.
-        weight: factor of the loss. Their example weighs this loss by 1 and the labels by 0.1.
+        weight: factor of the loss. Their example uses 1 for this loss and 0.1 for that of the labels.
 
     Raises:
         ValueError: if one of them is a vector, or there is no segment.

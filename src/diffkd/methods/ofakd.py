@@ -1,4 +1,4 @@
-"""OFA-KD: let every stage of the student speak for itself in the teacher's classes."""
+"""OFA-KD: project every stage of the student to class scores and compare them with the teacher's."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -15,12 +15,12 @@ from diffkd.methods.kd import check_logits
 class OFAKD(nn.Module):
     """One-for-all distillation between different families (Hao, Guo, Han, Tang, Hu, Wang, Xu, NeurIPS 2023).
 
-    Each stage of the student goes through an exit of its own to class scores, which leave behind what only its
-    architecture knows. Exits and the student's own scores are compared with the teacher's by :func:`ofa_loss`; the
-    losses are summed. The teacher's features are not used, so that it may be of any family.
+    Each stage of the student has an exit (auxiliary head) to class scores, which do not depend on the architecture.
+    :func:`ofa_loss` compares exits and the student's own scores with the teacher's; the losses are summed. The
+    teacher's features are not used, so that it may be of any family.
 
     An exit is a depthwise separable convolution of stride 2 for each stage that follows, average pooling and a linear
-    layer, as the authors have it for convolutional students; they give transformers blocks of attention there, here the
+    layer, as in the authors' code for convolutional students; for transformers they use attention blocks, whereas here
     tokens are read as a map. The defaults are those of their code: temperature 1, gamma 1 (1.0 to 1.5 by pair).
 
     Args:
@@ -85,7 +85,7 @@ class OFAKD(nn.Module):
 def ofa_loss(student: Tensor, teacher: Tensor, labels: Tensor, gamma: float, temperature: float = 1.0) -> Tensor:
     """Return the mean of `-sum_c ((p_t + y)^gamma - y) log p_s` for logits (B, K), y being the label's indicator.
 
-    A gamma above 1 raises the share of the labelled class where the teacher is sure of it.
+    A gamma above 1 raises the weight of the labelled class where the teacher is confident in it.
     """
     ours = (at_least_float32(student) / temperature).log_softmax(dim=1)
     theirs = (at_least_float32(teacher) / temperature).softmax(dim=1)
@@ -108,8 +108,8 @@ def _exit(stage: FeatureShape, halvings: int, width: int, classes: int) -> nn.Mo
 def _separable(inputs: int, outputs: int) -> nn.Module:
     """Return a depthwise separable convolution of stride 2 to `outputs` channels.
 
-    Group normalisation of one group in the place of the authors' batch normalisation, which a batch of one map of one
-    position does not have.
+    Group normalisation with one group replaces the authors' batch normalisation, which fails for a batch of one map of
+    one position.
     """
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, 3, 2, 1, groups=inputs, bias=False),

@@ -1,4 +1,4 @@
-"""OFD: match features before their activation, where they matter to what follows."""
+"""OFD: match features before their activation by a margin ReLU and a partial distance."""
 
 from collections.abc import Sequence
 from math import pi, sqrt
@@ -18,23 +18,23 @@ from diffkd.methods.inputs import averaged, like_parameters, require_maps
 class OFD(nn.Module):
     """Overhaul of feature distillation (Heo, Kim, Yun, Park, Kwak, Choi, ICCV 2019).
 
-    `sum_l 2^(l - L) / B * sum d(max(t, m), r(s))`: the teacher's values are cut below a margin m for each channel, the
-    mean of its negative values; r is a 1x1 convolution with batch normalisation; d is the squared difference, but 0
-    where `s <= max(t, m) <= 0`, as both are switched off by the ReLU. The deepest level weighs 1, each shallower one
-    half of that. Automatic pairing gives it maps before their ReLU ("layer3@pre") on both sides, with the margins of
-    the teacher's BatchNorms right before (:func:`margin_of`); after a ReLU there are no negative values, and m is 0.
-    Where there is no such BatchNorm and no margins are given, running averages over the training batches (and
-    processes) stand in for them. The convolutions start as in the authors' code: normal, with the variance 2 / outputs.
+    `sum_l 2^(l - L) / B * sum d(max(t, m), r(s))`: the teacher's values are clamped from below at a margin m per
+    channel, the mean of its negative values; r is a 1x1 convolution with batch normalisation; d is the squared
+    difference, but 0 where `s <= max(t, m) <= 0`, since the ReLU maps both to 0. The deepest level weighs 1, each
+    shallower one half of the next. Automatic pairing gives it maps before their ReLU ("layer3@pre") on both sides, with
+    the margins of the teacher's BatchNorms right before (:func:`margin_of`); after a ReLU there are no negative values,
+    and m is 0. Without such a BatchNorm and without given margins, m is a running average over the training batches
+    (of all ranks). The convolutions are initialised as in the authors' code: normal, with the variance 2 / outputs.
 
     Args:
         student: shapes of the student's maps, from shallow to deep.
-        teacher: shapes of the teacher's maps, as many.
+        teacher: shapes of the teacher's maps, one for each of the student's.
         margins: m of every level, (C,) each; None: those of the teacher's BatchNorms, or estimates.
         momentum: share of the newest batch in the estimate, as in batch normalisation.
         weight: factor of the loss; 1e-3 in the authors' code and mdistiller for CIFAR-100, 1e-4 for ImageNet.
 
     Raises:
-        ValueError: if the levels are none, of different number, or vectors, or margins do not fit.
+        ValueError: if there are no levels, their numbers differ, one is a vector, or margins do not fit.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"levels"})
@@ -68,7 +68,7 @@ class OFD(nn.Module):
         self.weight = weight
 
     def take_norms(self, norms: Sequence[nn.Module | None]) -> None:
-        """Take the margins that were not given from the teacher's BatchNorms right before its activations."""
+        """Compute margins that were not given from the teacher's BatchNorms right before its activations."""
         for margin, norm in zip(self.margins, norms, strict=True):
             if norm is not None and isinstance(margin, Margin) and margin.estimates:
                 margin.fix(margin_of(norm))
@@ -90,7 +90,7 @@ class OFD(nn.Module):
 
 
 class Margin(nn.Module):
-    """Cuts a map below the mean negative value of each channel, given or estimated while training.
+    """Clamps a map from below at the mean negative value of each channel, given or estimated in training.
 
     Args:
         channels: C.
@@ -107,13 +107,13 @@ class Margin(nn.Module):
                 f"a margin of {tuple(margin.shape)} does not fit {channels} channels; give one value for each"
             )
         self.estimates, self.momentum = margin is None, momentum
-        # Means over all values of min(x, 0) and of (x < 0): their quotient is the mean negative value, and the factor
-        # by which young running averages fall short cancels.
+        # Means over all values of min(x, 0) and of (x < 0): their quotient is the mean negative value, in which the
+        # bias of the running averages towards their initial 0 cancels.
         known = torch.zeros(2, channels) if margin is None else torch.stack([margin, torch.ones_like(margin)])
         self.register_buffer("negative", known)
 
     def fix(self, margin: Tensor) -> None:
-        """Cut at these values, (C,), from now on, and estimate nothing."""
+        """Set the margin to these values, (C,), and stop estimating it."""
         self.estimates = False
         self.negative.copy_(torch.stack([margin, torch.ones_like(margin)]))
 
@@ -135,7 +135,7 @@ def partial_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def margin_of(norm: nn.Module) -> Tensor:
-    """Return the mean negative value of every channel after a batch normalisation, (C,), by its scale and shift.
+    """Return the mean negative value of every channel after a batch normalisation, (C,), from its scale and shift.
 
     For a Gaussian of mean mu and deviation sigma, `mu - sigma * pdf(mu / sigma) / cdf(-mu / sigma)`; where
     negative values are rarer than one in a thousand, -3 sigma, as in the authors' code.

@@ -1,4 +1,4 @@
-"""PKD: match maps up to the mean and the scale of each channel, for teachers of another family."""
+"""PKD: match maps by the Pearson correlation of each channel, for teachers of another family."""
 
 from typing import ClassVar
 
@@ -12,14 +12,14 @@ from diffkd.methods.inputs import align, check_same_grid, like_parameters, requi
 class PKD(nn.Module):
     """Distillation by Pearson's correlation (Cao, Zhang, Gao, Cheng, Cheng, Hu, NeurIPS 2022), for one level.
 
-    `1 / 2 * mean((norm(s) - norm(t))^2)`: every channel has mean 0 and standard deviation 1 over batch and positions,
-    which makes it one minus the correlation, up to rounding. Neither the scale of a teacher nor the family of its
-    detector matters. The weight is that of mmrazor for Faster R-CNN and RetinaNet, on the first four levels of the
+    `1 / 2 * mean((norm(s) - norm(t))^2)`: every channel is normalised to mean 0 and standard deviation 1 over batch and
+    positions, so that the loss is one minus the correlation, up to rounding, and does not depend on the teacher's
+    scale. The weight is that of mmrazor for Faster R-CNN and RetinaNet, on the first four levels of the
     pyramid; 10 for a teacher of another family (FCOS to RetinaNet).
 
     Args:
         student: the student's shape, a map.
-        teacher: the teacher's shape, a map; where channels differ, a 1x1 convolution brings the student's to them.
+        teacher: the teacher's shape, a map; if channels differ, a 1x1 convolution maps the student's to them.
         eps: added to the standard deviation, as in that code.
         weight: factor of the loss.
 
@@ -45,6 +45,6 @@ class PKD(nn.Module):
         feature = at_least_float32(feature)
         centred = feature - feature.mean(dim=(0, 2, 3), keepdim=True)
         values = feature.numel() // feature.shape[1]
-        # Of a sample, as in the authors' code; the clamp keeps the gradient of a constant channel finite.
+        # The unbiased variance, as in the authors' code; the clamp keeps the gradient of a constant channel finite.
         variance = centred.square().sum(dim=(0, 2, 3), keepdim=True) / max(1, values - 1)
         return centred / (variance.clamp_min(1e-20).sqrt() + self.eps)

@@ -1,4 +1,4 @@
-"""PKT: match the probabilities with which images are each other's neighbours."""
+"""PKT: match the conditional similarity distributions of the images of a batch."""
 
 from typing import ClassVar
 
@@ -11,13 +11,13 @@ from diffkd.methods.inputs import embed, full_precision, unit
 class PKT(nn.Module):
     """Probabilistic knowledge transfer (Passalis, Tefas, ECCV 2018), on embeddings.
 
-    `mean(p_t * log(p_t / p_s))` over all pairs of images, where p is (cosine similarity + 1) / 2, each row over its
-    sum. Maps are averaged over positions. Unchanged by rotating and scaling; for a batch of one it is 0. The paper
-    leaves an image's similarity to itself out and sums; the authors' code keeps it and averages, and so does this.
+    `mean(p_t * log(p_t / p_s))` over all pairs of images, where p is (cosine similarity + 1) / 2, each row divided by
+    its sum. Maps are averaged over positions. Invariant to rotating and scaling; 0 for a batch of one. The paper
+    excludes an image's similarity to itself and sums; the authors' code and this one include it and average.
 
     Args:
         student: the student's shape.
-        teacher: the teacher's shape; channels need not agree.
+        teacher: the teacher's shape; channels may differ.
         eps: added to the probabilities in the logarithm, as in the authors' code.
         weight: factor of the loss; 30000 in RepDistiller and mdistiller.
     """
@@ -40,6 +40,6 @@ class PKT(nn.Module):
 
     def _neighbours(self, feature: Tensor) -> Tensor:
         rows = unit(embed(feature))
-        # Rounding may take a cosine past -1, and the logarithm of a negative number is none.
+        # Rounding may give a cosine below -1, and the logarithm of a negative number is NaN.
         kernel = ((rows @ rows.T + 1) / 2).clamp_min(0)
         return kernel / kernel.sum(dim=1, keepdim=True)

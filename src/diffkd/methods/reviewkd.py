@@ -1,4 +1,4 @@
-"""ReviewKD: compare the student's deeper and shallower levels together with the teacher's."""
+"""ReviewKD: fuse the student's levels from deep to shallow and compare them with the teacher's."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -17,14 +17,14 @@ from diffkd.methods.inputs import like_parameters, require_maps
 class ReviewKD(nn.Module):
     """Knowledge review (Chen, Liu, Zhao, Jia, CVPR 2021).
 
-    From the deepest level to the shallowest, the student's map is fused with what came from the deeper levels, weighted
-    position by position, and compared with the teacher's map by :func:`hierarchical_loss`; the losses are summed.
-    Student and teacher may differ in channels and sizes.
+    From the deepest level to the shallowest, the student's map is fused with the fused deeper map, weighted position by
+    position, and compared with the teacher's map by :func:`hierarchical_loss`; the losses are summed. Student and
+    teacher may differ in channels and sizes.
 
     The authors' code takes the stages, the teacher's before their ReLU ("layer3@pre"; on ImageNet the student's too),
     and the average of the last map before the classifier, after its ReLU, as one more level, the "pooled" one.
-    Automatic pairing gives that map as the last of the list: of the size of the level before it, which tells it apart.
-    Where the last two maps differ in size, the deepest is averaged for the pooled level.
+    Automatic pairing gives that map as the last of the list; it is recognised by having the size of the level before.
+    If the last two maps differ in size, the deepest is averaged for the pooled level.
 
     Weights of that code for CIFAR-100: 5 for most pairs, 0.6 for ResNet-56 to ResNet-20, 1 for ResNet-110 to ResNet-32,
     8 for ResNet-32x4 to ShuffleNetV2, warmed up linearly over 20 epochs; for ImageNet (mdistiller) 1 for ResNet-34 to
@@ -32,13 +32,13 @@ class ReviewKD(nn.Module):
 
     Args:
         student: shapes of the student's maps, from shallow to deep.
-        teacher: shapes of the teacher's maps, as many.
+        teacher: shapes of the teacher's maps, one for each of the student's.
         hidden_channels: channels of the fusion; None: those of the student's deepest map, at most 512, as in that code.
-        pooled: compare an average over positions as the last level, as that code does.
+        pooled: compare averages over positions as the last level, as that code does.
         weight: factor of the loss.
 
     Raises:
-        ValueError: if the levels are none, of different number, or vectors.
+        ValueError: if there are no levels, their numbers differ, or one is a vector.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"levels", "pooled"})
@@ -58,7 +58,7 @@ class ReviewKD(nn.Module):
             raise ValueError(f"ReviewKD needs as many levels on both sides, got {len(student)} and {len(teacher)}")
         require_maps("ReviewKD", *student, *teacher)
         channels = [(ours.channels, theirs.channels) for ours, theirs in zip(student, teacher, strict=True)]
-        # The last of two maps of one size is what the classifier averages.
+        # If the last two maps have one size, the classifier averages the last one.
         self.given_pooled = (
             pooled and len(student) > 1 and all(one[-1].size == one[-2].size for one in (student, teacher))
         )
@@ -107,7 +107,7 @@ class Fusion(nn.Module):
             nn.init.kaiming_uniform_(convolution.get_parameter("weight"), a=1)
 
     def forward(self, x: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the map for the teacher's, (B, out_channels, *size), and the fused one for the next level."""
+        """Return the map to compare, (B, out_channels, *size), and the fused map for the next level."""
         x = self.narrow(like_parameters(x, self))
         if self.attention is not None and deeper is not None:
             deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
@@ -120,8 +120,8 @@ class Fusion(nn.Module):
 def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the hierarchical context loss: a weighted mean of squared errors of the maps and of their averages.
 
-    The maps themselves weigh 1; their averages on 4x4, 2x2 and 1x1 grids, where those are coarser, 1/2, 1/4 and 1/8 (as
-    many of them as apply).
+    The maps themselves weigh 1; their averages on 4x4, 2x2 and 1x1 grids 1/2, 1/4 and 1/8. Grids that are not coarser
+    than the maps are skipped, and their weights move to the next grid.
 
     Args:
         student: (B, C, H, W).

@@ -13,14 +13,14 @@ from diffkd.methods.inputs import embed, full_precision, unit
 class RKD(nn.Module):
     """Relational knowledge distillation (Park, Kim, Lu, Cho, CVPR 2019), on embeddings.
 
-    Huber losses between the student's and the teacher's Euclidean distances, each over its mean in the batch, and
-    between the cosines of all angles that three images form. Maps are averaged over positions. Unchanged by rotating,
-    shifting and scaling all embeddings; for a batch of one it is 0. The means run over all B^2 and B^3 entries, as in
-    the authors' code.
+    Huber losses between the student's and the teacher's Euclidean distances, each divided by its mean in the batch, and
+    between the cosines of all angles that three images form. Maps are averaged over positions. Invariant to rotating,
+    shifting and scaling all embeddings; 0 for a batch of one. The means run over all B^2 and B^3 entries, as in the
+    authors' code.
 
     Args:
         student: the student's shape.
-        teacher: the teacher's shape; channels need not agree.
+        teacher: the teacher's shape; channels may differ.
         distance_weight: factor of the distances; 25 in the paper's RKD-DA, RepDistiller and mdistiller.
         angle_weight: factor of the angles; 50 there.
         weight: factor of the loss.
@@ -52,7 +52,7 @@ class RKD(nn.Module):
 
 
 def _distances(x: Tensor) -> Tensor:
-    # By differences: the shortcut over inner products is inexact for near neighbours.
+    # From differences: the matrix-product formula is inexact for close points.
     distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
     pairs = max(1, len(x) * (len(x) - 1))
     return distances / (distances.sum() / pairs).clamp_min(torch.finfo(x.dtype).tiny)

@@ -1,4 +1,4 @@
-"""One method, such as one denoiser, for all levels of a feature pyramid."""
+"""One method with shared parameters, such as one denoiser, for all levels of a feature pyramid."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -16,8 +16,8 @@ class SharedOutput(NamedTuple):
 
     Attributes:
         losses: each term summed over the levels.
-        results: what the method returned for each level.
-        gamma: that of all images and levels, (B * levels,); None of methods that have none.
+        results: the method's return value for each level.
+        gamma: gamma of all images and levels, (B * levels,); None for methods without it.
     """
 
     losses: dict[str, Tensor]
@@ -26,10 +26,10 @@ class SharedOutput(NamedTuple):
 
 
 class Shared(nn.Module):
-    """Applies one method to all levels of a pyramid, where automatic pairing builds one for each otherwise.
+    """Applies one method to all levels of a pyramid; otherwise automatic pairing builds one for each level.
 
-    Levels whose channels differ from the others' get one of their own. For methods of single maps whose parameters do
-    not depend on the size of the maps, as those of DiffKD, FitNet, MGD and FGD. In YAML:
+    Levels with equal channels share an instance. For methods of single maps whose parameters do not depend on the size
+    of the maps, such as DiffKD, FitNet, MGD and FGD. In YAML:
 
         method:
           class_path: diffkd.Shared
@@ -37,11 +37,11 @@ class Shared(nn.Module):
 
     Args:
         student: the student's shapes, a map for each level.
-        teacher: the teacher's, as many.
+        teacher: the teacher's shapes, a map for each level.
         method: the factory, such as a method's class.
 
     Raises:
-        ValueError: if there are no levels, or not as many of both.
+        ValueError: if there are no levels, or their numbers differ.
 
     >>> levels = [FeatureShape(8, (4, 4)), FeatureShape(8, (2, 2))]
     >>> losses = Shared(levels, levels)(*[[torch.randn(2, 8, n, n) for n in (4, 2)]] * 2).losses
@@ -67,16 +67,16 @@ class Shared(nn.Module):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What the method needs besides features."""
+        """Keyword arguments that the method needs besides features."""
         return tuple(dict.fromkeys(name for method in self.methods for name in getattr(method, "needs", ())))
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], **needed: Any) -> SharedOutput:
         """Apply the method level by level.
 
         Args:
-            student: (B, Cs, H, W) of each level, brought to the teacher's size where that differs.
-            teacher: (B, Ct, H, W) of each.
-            needed: what :attr:`needs` names.
+            student: (B, Cs, H, W) of each level, resized to the teacher's size if that differs.
+            teacher: (B, Ct, H, W) of each level.
+            needed: the arguments that :attr:`needs` names.
 
         Returns:
             A :class:`SharedOutput`.

@@ -1,4 +1,4 @@
-"""SP: keep similar what the teacher finds similar."""
+"""SP: match the similarities between the images of a batch."""
 
 from typing import ClassVar
 
@@ -12,13 +12,13 @@ from diffkd.methods.inputs import full_precision, unit
 class SP(nn.Module):
     """Similarity-preserving distillation (Tung, Mori, ICCV 2019).
 
-    `1 / B^2 * |G_t - G_s|_F^2`, where G are the inner products of the images' features, each row over its norm.
-    On the last stage, as in RepDistiller. Unchanged by orthogonal transformations and permutations of a feature's
-    entries; for a batch of one it is 0.
+    `1 / B^2 * |G_t - G_s|_F^2`, where G are the inner products of the images' features, each row divided by its norm.
+    On the last stage, as in RepDistiller. Invariant to orthogonal transformations and permutations of a feature's
+    entries; 0 for a batch of one.
 
     Args:
         student: the student's shape.
-        teacher: the teacher's shape; neither channels nor positions need to agree.
+        teacher: the teacher's shape; channels and positions may differ.
         weight: factor of the loss; 3000 in paper, RepDistiller and mdistiller.
     """
 

@@ -1,4 +1,4 @@
-"""SRRL: let the teacher's classifier judge the student's feature."""
+"""SRRL: compare the teacher's classifier outputs for the student's and the teacher's feature."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -16,9 +16,9 @@ class SRRL(nn.Module):
     """Softmax regression representation learning (Yang, Martinez, Bulat, Tzimiropoulos, ICLR 2021).
 
     The student's feature goes through a connector (1x1 convolution, batch normalisation, ReLU) to the teacher's
-    channels. Two squared errors: "feature", between the averages over positions, and "kd", between what the teacher's
-    classifier makes of both. Mean squared errors with weights of 1, and the connector's initial values (Kaiming normal,
-    fan-out), as in the authors' code.
+    channels. Two mean squared errors: "feature", between the averages over positions, and "kd", between the logits of
+    the teacher's classifier for both. The weights of 1 and the connector's initial values (Kaiming normal, fan-out) are
+    those of the authors' code.
 
     Args:
         student: the student's shape, the last feature before the classifier.
@@ -50,12 +50,12 @@ class SRRL(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, *, teacher_head: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """Compare the features and what the teacher's head makes of them.
+        """Compare the features, and the logits of the teacher's head for them.
 
         Args:
             student: (B, Cs, H, W) or (B, Cs).
             teacher: (B, Ct, H, W) or (B, Ct).
-            teacher_head: what the frozen teacher does after the layer: a feature of the teacher's shape to logits.
+            teacher_head: the rest of the frozen teacher after the layer: a feature of the teacher's shape to logits.
 
         Returns:
             {"kd": loss of the logits, "feature": loss of the features}.

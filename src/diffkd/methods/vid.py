@@ -1,4 +1,4 @@
-"""VID: maximise a bound of the information that the student's feature has of the teacher's."""
+"""VID: maximise a lower bound of the mutual information of the student's and the teacher's feature."""
 
 from math import expm1, log
 from typing import ClassVar
@@ -16,18 +16,18 @@ class VID(nn.Module):
     """Variational information distillation (Ahn, Hu, Damianou, Lawrence, Dai, CVPR 2019), for one pair.
 
     `mean((t - mu(s))^2 / (2 sigma_c^2) + log(sigma_c))`: the teacher's feature is Gaussian around a regression of the
-    student's, three 1x1 convolutions without bias with ReLUs between, with one learned variance for each channel,
+    student's, three 1x1 convolutions without bias and with ReLUs between, with one learned variance per channel,
     `softplus(alpha_c) + eps`.
     The loss falls below 0 once the regression is good.
 
     Args:
         student: the student's shape.
-        teacher: the teacher's shape, a map or a vector as the student's.
+        teacher: the teacher's shape, of the same kind (map or vector).
         hidden_channels: width of the regression; None: the teacher's channels, as in RepDistiller.
         initial_variance: of all channels; 5 in RepDistiller and mdistiller.
         eps: least variance; 1e-5 there.
-        weight: factor of the loss; 1 there, on every stage of the network. Of maps of different size the larger is
-            averaged.
+        weight: factor of the loss; 1 there, on every stage of the network. If sizes differ, the larger map is averaged
+            to the smaller.
 
     Raises:
         ValueError: if one is a map and the other a vector, or `initial_variance` is not above `eps`.

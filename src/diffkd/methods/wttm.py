@@ -1,4 +1,4 @@
-"""WTTM: match the teacher's power-transformed distribution, sample by sample as it is smooth."""
+"""WTTM: match the teacher's power-transformed distribution, weighting samples by its smoothness."""
 
 from typing import ClassVar
 
@@ -13,15 +13,15 @@ class WTTM(nn.Module):
     """Weighted transformed teacher matching (Zheng, Yang, ICLR 2024, arXiv 2402.11148), on logits.
 
     `mean(U * KL(p_t^gamma / U || p_s))` with `U = sum_k p_t(k)^gamma`: the student's distribution has no temperature,
-    the teacher's is raised to the power gamma (that of a temperature 1 / gamma), and a sample counts by U, which is
+    the teacher's is raised to the power gamma (a temperature of 1 / gamma), and a sample is weighted by U, which is
     large where the teacher is smooth. The factor tau^2 of KD is absent. On class maps also averaged over positions.
 
     The defaults are the example of the authors' code for WTTM (gamma 0.2, weight 4, beside CRD, VGG-13 to VGG-8); the
-    paper's appendix lists others for each pair. The labels count in full.
+    paper's appendix lists others for each pair. The weight of the labels' loss stays 1.
 
     Args:
-        student: the student's classes or shape, checked against the teacher's; may be left out.
-        teacher: the teacher's classes or shape.
+        student: the student's number of classes or shape, checked against the teacher's; optional.
+        teacher: the teacher's number of classes or shape.
         gamma: the exponent, above 0; 1 / temperature.
         weighted: multiply by U; False: TTM.
         weight: factor of the loss, beta in the paper.
@@ -52,7 +52,7 @@ class WTTM(nn.Module):
         """Return {"kd": loss} for logits (B, K) or (B, K, H, W)."""
         ours = at_least_float32(student).log_softmax(dim=1)
         theirs = at_least_float32(teacher.detach()).log_softmax(dim=1)
-        # log p^gamma, normalised and not.
+        # log(p^gamma / U) and log p^gamma.
         target = (self.gamma * theirs).log_softmax(dim=1)
         divergence = (target.exp() * (target - ours)).sum(dim=1)
         if self.weighted:

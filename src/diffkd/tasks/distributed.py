@@ -60,7 +60,7 @@ def launcher() -> Launcher | None:
     return None
 
 
-def trains_alone(devices: list[int] | int | str, num_nodes: int) -> bool:
+def single_process(devices: list[int] | int | str, num_nodes: int) -> bool:
     """Return whether a training takes one process only."""
     if num_nodes > 1:
         return False
@@ -83,7 +83,7 @@ def is_first_process(devices: list[int] | int | str = "auto", num_nodes: int = 1
             the same files; or one that the trainer does not know.
     """
     found = launcher()
-    if trains_alone(devices, num_nodes):
+    if single_process(devices, num_nodes):
         if found is not None and found.name == "torchrun" and found.processes > 1:
             raise ValueError(
                 f"torchrun started {found.processes} processes, each of which would train alone with devices="
@@ -119,7 +119,7 @@ def strategy_for(strategy: str, devices: list[int] | int | str, num_nodes: int) 
     """Return the trainer's strategy; "auto" is DDP on several devices, "fsdp" PyTorch's own FSDP2."""
     if strategy == "fsdp":
         return ModelParallelStrategy(save_distributed_checkpoint=False)
-    several = not trains_alone(devices, num_nodes) or devices in ("auto", -1, "-1")
+    several = not single_process(devices, num_nodes) or devices in ("auto", -1, "-1")
     if strategy == "ddp" or (strategy == "auto" and several):
         # Buffers are brought into line before each validation, whose batches may differ in number between processes.
         known = inspect.signature(DistributedDataParallel).parameters
@@ -131,7 +131,7 @@ def strategy_for(strategy: str, devices: list[int] | int | str, num_nodes: int) 
 
 def environments(devices: list[int] | int | str, num_nodes: int) -> list[ClusterEnvironment]:
     """Return the trainer's view of the cluster: of one process none, whatever variables of a launcher are set."""
-    return [LightningEnvironment()] if trains_alone(devices, num_nodes) else []
+    return [LightningEnvironment()] if single_process(devices, num_nodes) else []
 
 
 def device_name(trainer: Trainer) -> str:
@@ -156,7 +156,7 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     probe = nn.Linear(1, 1, bias=False).to(device)
     fully_shard(probe, mesh=mesh)
     probe(torch.ones(1, 1, device=device)).sum().backward()
-    if probe.weight.grad is None or whole(probe.weight.grad).item() != 1:
+    if probe.weight.grad is None or full_tensor(probe.weight.grad).item() != 1:
         raise RuntimeError(
             f"PyTorch {torch.__version__} adds up the gradients of shards on a {device.type}, where their mean is "
             "wanted: take --strategy ddp, or a newer PyTorch"
@@ -165,17 +165,17 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor gathered from all processes, which all must ask for it; as it is if it is not spread."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """Return this process's share of a tensor; as it is if it is not spread."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class WholeStudent:
+class UnshardedStudent:
     """A copy of a student with all of its weights in every process, which can be run and saved by each alone.
 
     Deliberately no `nn.Module`: as nobody's submodule it is neither spread nor optimised.
@@ -195,4 +195,4 @@ class WholeStudent:
             *zip(self.model.parameters(), student.parameters(), strict=True),
             *zip(self.model.buffers(), student.buffers(), strict=True),
         ):
-            ours.copy_(whole(theirs))
+            ours.copy_(full_tensor(theirs))

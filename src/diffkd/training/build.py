@@ -11,23 +11,36 @@ from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.task_of_data import build_task
 from diffkd.training.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.training.lightning_module import Training
-from diffkd.training.models import build_distiller, build_student, build_teacher, check_teaching, inherit, lay_out
+from diffkd.training.models import (
+    build_distiller,
+    build_student,
+    build_teacher,
+    check_teacher_and_method,
+    inherit_neck_and_head,
+    use_channels_last,
+)
 from diffkd.training.optimization import takes_channels_last
 from diffkd.training.options import FitOptions
-from diffkd.training.start_checks import check_classes, check_teacher_classes, check_teacher_head, check_type, tell_data
+from diffkd.training.start_checks import (
+    check_classes,
+    check_teacher_classes,
+    check_teacher_head,
+    check_type,
+    set_data_arguments,
+)
 
 
 def build_training(options: FitOptions, data: LightningDataModule) -> Training:
     """Build student, teacher, distiller and task, and what trains them.
 
     Args:
-        options: of the training; those that say how it runs, such as `devices`, are left aside.
-        data: where images and labels come from.
+        options: of the training; trainer options such as `devices` are ignored.
+        data: the images and labels.
 
     Raises:
         ValueError: if the options do not fit together.
     """
-    check_teaching(options.teacher, options.method, options.pairs)
+    check_teacher_and_method(options.teacher, options.method, options.pairs)
     facts = facts_of(data)
     check_classes(facts)
     notes: list[str] = []
@@ -45,7 +58,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
     )
     check_type(student, facts, options.precision)
     model: nn.Module = student
-    channels_last = takes_channels_last(options.optimizer) and lay_out(
+    channels_last = takes_channels_last(options.optimizer) and use_channels_last(
         student, facts, options.channels_last, options.accelerator
     )
     teaching, teacher, cached = [], None, None
@@ -61,7 +74,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             notes=notes,
         )
         if options.inherit_neck_and_head:
-            inherit(student, teacher)
+            inherit_neck_and_head(student, teacher)
         teaching = [teacher]
         teacher_options = options.teacher_options
         if options.teacher_cache is not None or options.teacher_views is not None:
@@ -77,7 +90,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             )
         pairs = options.pairs
         if not isinstance(pairs, str):
-            pairs = [replace(pair, method=tell_data(pair.method, data)) for pair in pairs]
+            pairs = [replace(pair, method=set_data_arguments(pair.method, data)) for pair in pairs]
         method = options.method
         methods = method if isinstance(method, Sequence) else [] if method is None else [method]
         distiller = build_distiller(
@@ -86,7 +99,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             view,
             data=facts,
             pairs=pairs,
-            method=[tell_data(one, data) for one in methods] or None,
+            method=[set_data_arguments(one, data) for one in methods] or None,
             seed=options.seed,
             balance=options.balance,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
@@ -115,7 +128,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
         ema=options.ema,
         seed=options.seed,
         log_every=options.log_every,
-        teacher=teacher if facts.task == "detection" else None,  # of which the distiller holds a part
+        teacher=teacher if facts.task == "detection" else None,  # the distiller holds only a part of a detector
     )
     training.cached_teacher = cached
     training.notes = notes

@@ -1,4 +1,4 @@
-"""A teacher that runs once: its features are kept by sample and view, and read in later epochs and runs."""
+"""The callback of the feature cache: the teacher runs once per sample and view; later epochs read the cache."""
 
 import dataclasses
 import hashlib
@@ -19,28 +19,28 @@ from diffkd.teacher.cache import Storage, TeacherCache
 from diffkd.teacher.options import TeacherOptions
 from diffkd.teacher.view import TeacherInput
 
-# Arguments of data modules that change no pixel of a view, or, the last two, are found out from its loader.
-_FREE = {"num_workers", "verify", "cache", "val_batch_size", "batch_size", "seed"}
+# Arguments of data modules that change no pixel of a view; the last two are read from its data loader instead.
+_IGNORED_ARGUMENTS = {"num_workers", "verify", "cache", "val_batch_size", "batch_size", "seed"}
 
 
 class CachedTeacher(Callback):
-    """Gives a training its teacher's features from a :class:`~diffkd.teacher.cache.TeacherCache`, and fills that.
+    """Reads the teacher's features from a :class:`~diffkd.teacher.cache.TeacherCache`, and fills it.
 
-    Without augmentation a sample looks the same in every epoch. With it, order and augmentation follow from the seed
-    and the epoch, so that `views` epochs may be repeated in turn, as often as the training is long. What is learned
-    from is always what the cache gives back, so that a run with an empty cache equals one with a full one.
+    Without augmentation a sample looks the same in every epoch. With augmentation, seed and epoch determine order and
+    augmentation, so that the training can cycle through `views` epochs. Features are always read back from the cache,
+    so that a run with an empty cache gives the same results as one with a full cache.
 
     Args:
-        folder: of the cache; None: keep nothing, only repeat the views.
-        identity: plain values about teacher and arithmetic that decide about the features.
+        folder: of the cache; None: no cache, only repeat the views.
+        identity: plain values about teacher and arithmetic that determine the features.
         data: the training data.
-        facts: of them.
-        views: epochs that are repeated; None: images are not augmented.
+        facts: of the data.
+        views: number of epochs that are repeated; None: images are not augmented.
         storage: type of the numbers on disk.
         num_nodes: machines of the training.
 
     Raises:
-        ValueError: if the teacher's features cannot be told from sample and view alone; names what stands against it.
+        ValueError: if sample and view do not determine the teacher's features; the message names the reason.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CachedTeacher(Callback):
             _check(data, facts, views, num_nodes)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the views repeat, and open the cache on all processes."""
+        """Repeat the views, and open the cache on all ranks."""
         sampler: Any = getattr(trainer.train_dataloader, "sampler", None)
         if not hasattr(sampler, "views"):
             raise ValueError(
@@ -76,7 +76,7 @@ class CachedTeacher(Callback):
         if self.folder is None or not isinstance(distiller, Distiller):
             return
         identity = dict(self._identity)
-        if self.views is not None:  # batches, and the device that draws, decide about the augmentation in memory
+        if self.views is not None:  # in-memory augmentation depends on the batches and on the device that draws
             identity["views"] = {
                 "seed": sampler.seed,
                 "batch_size": getattr(trainer.train_dataloader, "batch_size", None),
@@ -107,7 +107,7 @@ class CachedTeacher(Callback):
             trainer.strategy.barrier()
 
     def features(self, distiller: Distiller, step: Step, epoch: int) -> dict[str, Tensor] | None:
-        """Return the teacher's features of a batch, running it for those samples only that are not known yet."""
+        """Return the teacher's features of a batch; the teacher runs only for samples that are not cached yet."""
         if self.cache is None:
             return None
         indices, view = step.context["indices"], 0 if self.views is None else epoch % self.views
@@ -118,32 +118,32 @@ class CachedTeacher(Callback):
             inputs, rows = (step.inputs, indices) if everything else (step.inputs[chosen], indices[chosen])
             computed = distiller.teacher_features(inputs)
             self.cache.write(rows, computed, view)
-            if not bool(self.cache.known(indices, view).all()):  # a cache with more layers than are wanted here
+            if not bool(self.cache.known(indices, view).all()):  # a cache with more layers than needed is not filled
                 return computed if everything else distiller.teacher_features(step.inputs)
         images = step.images if isinstance(step.images, Tensor) else step.images[0]
         return {name: feature.to(images.dtype) for name, feature in self.cache.read(indices, view).items()}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what the epoch has added, and take in what other processes have."""
+        """Commit the features of the epoch, and read which ones other ranks have committed."""
         if self.cache is not None:
             self.cache.commit()
             trainer.strategy.barrier()
             self.cache.refresh()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep what has been computed until now."""
+        """Commit the features computed so far."""
         if self.cache is not None:
             self.cache.commit()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Nothing of this travels in a checkpoint."""
+        """Save no state in checkpoints."""
 
 
 def describe_teacher(teacher: nn.Module, view: Any, options: TeacherOptions) -> dict[str, Any]:
-    """Return in plain values what decides about a teacher's features: its class, weights, input, and how it runs.
+    """Return plain values that determine a teacher's features: its class, weights, input, and how it runs.
 
     Raises:
-        ValueError: if its state holds what is neither tensors nor plain values, so that it cannot be told from another.
+        ValueError: if its state holds objects other than tensors and plain values, which cannot be compared.
     """
     digest = hashlib.sha256()
     for name, value in teacher.state_dict().items():
@@ -161,9 +161,9 @@ def describe_teacher(teacher: nn.Module, view: Any, options: TeacherOptions) -> 
 
 
 def describe_data(data: LightningDataModule, facts: DataFacts) -> dict[str, Any]:
-    """Return in plain values what decides about the pixels of a view, apart from seed and batches."""
+    """Return plain values that determine the pixels of a view, apart from seed and batches."""
     described = describe(data)
-    arguments = {name: value for name, value in described["init_args"].items() if name not in _FREE}
+    arguments = {name: value for name, value in described["init_args"].items() if name not in _IGNORED_ARGUMENTS}
     pixels = hashlib.sha256()
     for image in facts.example:
         pixels.update(_bytes(image))
@@ -171,7 +171,7 @@ def describe_data(data: LightningDataModule, facts: DataFacts) -> dict[str, Any]
 
 
 def random_parts(data: LightningDataModule) -> list[str] | None:
-    """Name what a data module draws at random for its training images, None if it does not say."""
+    """Return the random augmentations of a data module's training images, None if unknown."""
     augmentation = getattr(data, "augmentation", None)
     if not dataclasses.is_dataclass(augmentation) or isinstance(augmentation, type):
         return None

@@ -1,4 +1,4 @@
-"""Checkpoints, written whole and read as data, at epochs, steps and signals."""
+"""Checkpoints at epochs, steps and signals: written atomically, read without running code."""
 
 import io
 import signal
@@ -15,18 +15,18 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, distributed, nn
 
 from diffkd.files.weights import write_whole
-from diffkd.tasks.distributed import local, several_processes
+from diffkd.tasks.distributed import local_tensor, several_processes
 from diffkd.training.lightning_module import Training, ends_step
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):  # noqa: N818  (a request that was met is no error)
-    """A training stopped because it was asked to, after saving a checkpoint.
+class Interrupted(Exception):  # noqa: N818  (a stop on request is no error)
+    """A training stopped on a signal, after saving a checkpoint.
 
     Args:
-        message: what was saved and how to go on.
-        signum: the signal that asked.
+        message: what was saved and how to resume.
+        signum: the signal.
     """
 
     def __init__(self, message: str, signum: int) -> None:
@@ -35,10 +35,10 @@ class Interrupted(Exception):  # noqa: N818  (a request that was met is no error
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second one of the same kind kills as usual.
+    """Records the first SIGINT or SIGTERM; a second signal of the same kind has its default effect.
 
-    One of each is a single request: Ctrl-C reaches all processes of a terminal, and whoever started this one may pass
-    it on as SIGTERM.
+    One of each is a single request: Ctrl-C reaches all processes of a terminal, and a launcher may forward it as
+    SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -46,18 +46,18 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Take the two signals over. Only the main thread may; elsewhere nothing is changed."""
+        """Install the signal handlers; does nothing outside of the main thread."""
         if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
 
     def stop_listening(self) -> None:
-        """Give the signals back to whoever had them before."""
+        """Restore the previous signal handlers."""
         for signum, handler in self._before.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
     def agreed(self, device: torch.device) -> int:
-        """Return the signal that any of the processes has received, 0 if none; call on all of them at once."""
+        """Return the signal that any rank has received, 0 if none; a collective call."""
         if not several_processes():
             return self.signum
         flag = torch.tensor(self.signum, device=device)
@@ -69,11 +69,11 @@ class StopRequest:
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
 
-class WholeFiles(CheckpointIO):
-    """Writes a checkpoint beside its place and moves it there when it is whole; reads without running code."""
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes a checkpoint to a temporary file and renames it when complete; reads without running code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write `checkpoint`; on failure raise OSError and leave the file that was there."""
+        """Write `checkpoint`; on failure raise OSError and keep the previous file."""
         write_whole(Path(path), lambda file: torch.save(checkpoint, file))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
@@ -90,14 +90,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, holds anything but plain values and tensors, or is of another program.
+        ValueError: if it is damaged, holds anything but plain values and tensors, or is not from this package.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken or hostile bytes lead it to
+    except Exception as error:  # torch.load raises many types of exceptions for damaged or malicious files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ValueError(f"{path} is no whole checkpoint ({reason}); start again, or take another one") from error
     if not isinstance(content, dict) or not isinstance(content.get("diffkd"), dict):
@@ -106,17 +106,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 class Saver(Checkpoint):
-    """Saves at the end of every epoch, every so many steps, and when the training is asked to stop.
+    """Saves at the end of every epoch, every `every_steps` steps, and on a stop signal.
 
-    Before anything is written, the losses and the weights are checked to be finite. A failure to write ends the
-    training with the earlier checkpoint whole: going on could lose far more than the one epoch.
+    Before writing, it checks that the losses and the weights are finite. A failure to write ends the training and
+    keeps the previous checkpoint: continuing could lose more than one epoch.
 
     Args:
-        path: of the checkpoint; each overwrites the one before.
+        path: of the checkpoint; each overwrites the previous one.
         every_steps: steps between two checkpoints within an epoch; None: at its end only.
-        max_steps: end the training, as if it were complete, after so many steps; None: by epochs alone.
-        on_epoch: called on the first process at the end of each epoch, before the checkpoint is written.
-        how_to_resume: what to tell a user whose training was interrupted.
+        max_steps: number of steps after which the training ends as complete; None: only `epochs` counts.
+        on_epoch: called on rank 0 at the end of each epoch, before the checkpoint is written.
+        how_to_resume: message for the user of an interrupted training.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Saver(Checkpoint):
         self.stop = StopRequest()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to signals, from here on: the trainer has installed its own handlers before."""
+        """Install the signal handlers, after the trainer has installed its own."""
         self.stop.listen()
         if self.max_steps is not None and trainer.global_step >= self.max_steps:
             trainer.should_stop = True
@@ -143,7 +143,7 @@ class Saver(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time to, or if the training is to stop."""
+        """Save if a checkpoint is due or a stop was requested."""
         if not ends_step(trainer, batch_idx):
             return
         step = trainer.global_step
@@ -151,7 +151,7 @@ class Saver(Checkpoint):
             trainer.should_stop = True
             return
         if batch_idx + 1 == trainer.num_training_batches:
-            return  # the end of the epoch saves, after validation
+            return  # saved at the end of the epoch, after validation
         training = _training(pl_module)
         due = self.every_steps is not None and step % self.every_steps == 0
         asks = due or trainer.world_size == 1 or step % training.log_every == 0
@@ -162,7 +162,7 @@ class Saver(Checkpoint):
             raise self._interrupted(trainer, signum)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, and stop if that is asked for."""
+        """Save, and stop if requested."""
         training = _training(pl_module)
         if self.on_epoch is not None:
             check_weights(training)
@@ -183,13 +183,13 @@ class Saver(Checkpoint):
         self.stop.stop_listening()
 
     def save(self, trainer: Trainer, training: Training) -> None:
-        """Write the checkpoint; call on all processes at once.
+        """Write the checkpoint; a collective call.
 
         Raises:
-            FloatingPointError: if a loss or a weight is not finite; nothing is written then.
-            OSError: if the file cannot be written; the earlier one is whole then.
+            FloatingPointError: if a loss or a weight is not finite; nothing is written.
+            OSError: if the file cannot be written; the previous one is kept.
         """
-        training.ledger.check()
+        training.loss_log.check()
         check_weights(training)
         trainer.save_checkpoint(self.path)
 
@@ -199,9 +199,9 @@ class Saver(Checkpoint):
 
 
 def check_resumable(training: Training) -> None:
-    """Raise ValueError if the state of the student or of a method could be saved, but not be read as data.
+    """Raise ValueError if the state of the student or of a method cannot be loaded with `weights_only=True`.
 
-    Tensors and plain values can; what else `get_extra_state` returns would be found out by whoever resumes.
+    Objects from `get_extra_state` other than tensors and plain values would fail only when the run is resumed.
     """
     for owner, part in _parts(training):
         for name, value in part.state_dict().items():
@@ -212,7 +212,7 @@ def check_resumable(training: Training) -> None:
                 torch.save(value, file)
                 file.seek(0)
                 torch.load(file, weights_only=True)
-            except Exception as error:  # whatever pickling somebody's object raises
+            except Exception as error:  # pickling an arbitrary object may raise anything
                 raise ValueError(
                     f"entry {name!r} of the state of {owner} is a {type(value).__name__} that no checkpoint could give "
                     "back, since those hold tensors and plain values alone: let get_extra_state return such"
@@ -222,19 +222,19 @@ def check_resumable(training: Training) -> None:
 def check_weights(training: Training) -> None:
     """Raise FloatingPointError, naming the first, if weights of the student or of a method are not finite.
 
-    A loss can be finite and its gradient not, so the losses alone do not tell. Call on all processes at once.
+    Finite losses do not suffice: the gradient of a finite loss may be non-finite. A collective call.
     """
     for owner, part in _parts(training):
-        # Not what `get_extra_state` returned, nor what is sparse.
+        # Without the values of `get_extra_state` and sparse tensors.
         state = {n: t for n, t in part.state_dict().items() if isinstance(t, Tensor) and t.layout is torch.strided}
-        state = {n: local(t) for n, t in state.items() if t.is_floating_point()}
+        state = {n: local_tensor(t) for n, t in state.items() if t.is_floating_point()}
         if not state:
             continue
         finite = torch.stack([t.isfinite().all() for t in state.values()]).int()
         if several_processes():
             distributed.all_reduce(finite, op=distributed.ReduceOp.MIN)
         if not finite.all():
-            name = next(n for n, whole in zip(state, finite.tolist(), strict=True) if not whole)
+            name = next(n for n, is_finite in zip(state, finite.tolist(), strict=True) if not is_finite)
             raise FloatingPointError(
                 f"weight '{name}' of {owner} was not finite after step {training.global_step}, though the losses were; "
                 "lower the learning rate or clip gradients. The earlier checkpoint is whole."
@@ -242,7 +242,7 @@ def check_weights(training: Training) -> None:
 
 
 def _parts(training: Training) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what is trained, with words for whose it is."""
+    """Yield the trained modules, each with a description for messages."""
     yield "the student", training.student
     if training.distiller is not None:
         for name, method in zip(training.distiller.names, training.distiller.methods, strict=True):

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from diffkd.files.weights import unwrap
-from diffkd.tasks.distributed import whole
+from diffkd.tasks.distributed import full_tensor
 
 
-class StudentAverage:
+class StudentEMA:
     """Exponential moving average of a student's parameters and buffers (Polyak averaging).
 
-    Deliberately no `nn.Module`: as nobody's submodule the average is neither broadcast nor optimised. It does the
-    arithmetic of `torch.optim.swa_utils.AveragedModel`, whose counter would make every step wait for the device.
+    Not an `nn.Module`, so that the average is neither a submodule, nor broadcast, nor optimised. The arithmetic is that
+    of `torch.optim.swa_utils.AveragedModel`, whose counter would synchronise with the device at every step.
 
     Args:
-        student: copied at once; the first update copies its weights again, so that the first step counts in full.
+        student: copied here; the first update copies its weights again without averaging.
         decay: share of the old average kept in each update, in (0, 1).
 
     Raises:
@@ -35,7 +35,7 @@ class StudentAverage:
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Average in the student as it is now; call after each optimiser step."""
+        """Update the average with the student's current weights; call after each optimiser step."""
         averaged, current = _tensors(self.model), _tensors(unwrap(student))
         self.updates += 1
         if self.updates == 1:
@@ -47,11 +47,11 @@ class StudentAverage:
         for old, new in zip(averaged, current, strict=True):
             olds, news = kinds.setdefault(old.dtype, ([], []))
             olds.append(old)
-            news.append(new.detach().to(old.dtype))  # the average stays in float32 beside a bfloat16 student
+            news.append(new.detach().to(old.dtype))  # the average of a bfloat16 student stays in float32
         for dtype, (olds, news) in kinds.items():
             if dtype.is_floating_point:
                 lerp(olds, news, None)
-            else:  # counters, such as BatchNorm's of its batches
+            else:  # counters, such as BatchNorm's num_batches_tracked
                 for old, new in zip(olds, news, strict=True):
                     old.copy_(new)
 
@@ -60,10 +60,10 @@ class StudentAverage:
         return {"model": self.model.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Restore the result of :meth:`state_dict`."""
         self.model.load_state_dict(state["model"])
         self.updates = int(state["updates"])
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    return [whole(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    return [full_tensor(tensor) for tensor in (*model.parameters(), *model.buffers())]

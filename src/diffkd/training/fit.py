@@ -1,4 +1,4 @@
-"""`diffkd fit`: train a student, alone or with a teacher, and leave a run folder."""
+"""`diffkd fit`: train a student, alone or with a teacher, and write a run folder."""
 
 import shlex
 import sys
@@ -22,11 +22,11 @@ from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
 from diffkd.training.build import build_training
-from diffkd.training.checkpointing import Saver, WholeFiles, check_resumable
+from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resumable
 from diffkd.training.lightning_module import Training
-from diffkd.training.memory import freed_memory_kept, peak_memory, reset_peak
+from diffkd.training.memory import keep_freed_memory, peak_memory, reset_peak
 from diffkd.training.options import FitOptions
-from diffkd.training.progress import TrainingProgress, quiet_trainer
+from diffkd.training.progress import TrainingProgress, silence_lightning
 from diffkd.training.start_report import StartReport
 
 
@@ -39,26 +39,26 @@ def fit(
     on_epoch: Callable[[Mapping[str, Any], str], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train a student; with a teacher and a method, distil the teacher into it. The data say for which task.
+    """Train a student; with a teacher and a method, distil the teacher into it. The data determine the task.
 
     Args:
         student: name of the model to train, as for :class:`~diffkd.training.options.FitOptions`.
-        data: where images and labels come from; says how many classes and channels there are.
+        data: the images and labels; determines the number of classes and channels.
         out: folder of the run; must be new or empty, unless `resume`.
-        config: what to record as the values of the run; None: these arguments.
-        on_epoch: called after every epoch with its row of the history and the name of the score in it; what it raises
-            ends the training.
+        config: the configuration to record; None: these arguments.
+        on_epoch: called after every epoch with its row of the history and the name of the score in it; an exception
+            from it ends the training.
         options: further options of :class:`~diffkd.training.options.FitOptions`.
 
     Returns:
-        The result, as `result.json` in `out` holds it: "last" and "best" epoch with their accuracies, and more.
+        The content of `result.json` in `out`: "last" and "best" epoch with their accuracies, and more.
 
     Raises:
-        FileExistsError: if `out` holds something and `resume` is off, or another run is working there.
+        FileExistsError: if `out` is not empty and `resume` is off, or another run is working there.
         ValueError: if the arguments do not fit together.
         FloatingPointError: if the training diverges; names loss and step.
-        Interrupted: if it was asked to stop by SIGINT or SIGTERM, after saving.
-        KeyboardInterrupt: if it was asked twice.
+        Interrupted: on SIGINT or SIGTERM, after saving.
+        KeyboardInterrupt: on a second SIGINT.
     """
     given = FitOptions(student, out, **options)
     if config is None:
@@ -102,7 +102,7 @@ def fit(
         if given.resume and not resumes:
             console.print(f"nothing to resume in {folder.path}; starting at the beginning", soft_wrap=True)
         reset_peak()
-        with quiet_trainer(), freed_memory_kept():
+        with silence_lightning(), keep_freed_memory():
             trainer = Trainer(
                 accelerator=given.accelerator,
                 devices=given.devices,
@@ -119,7 +119,7 @@ def fit(
                     *filter(None, [training.cached_teacher]),
                     saver,
                 ],
-                plugins=[WholeFiles(), *environments(given.devices, given.num_nodes)],
+                plugins=[AtomicCheckpointIO(), *environments(given.devices, given.num_nodes)],
                 default_root_dir=folder.path,
                 use_distributed_sampler=False,
                 num_sanity_val_steps=0,
@@ -131,7 +131,7 @@ def fit(
                 trainer.fit(
                     training, datamodule=data, ckpt_path=folder.checkpoint if resumes else None, weights_only=True
                 )
-            except SystemExit as leaving:  # how the trainer answers a second Ctrl-C
+            except SystemExit as leaving:  # raised by the trainer on a second Ctrl-C
                 raise KeyboardInterrupt from leaving
 
         last = training.history.rows[-1]

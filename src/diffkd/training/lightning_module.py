@@ -1,4 +1,4 @@
-"""The LightningModule that trains a student on any task, alone or with its teacher, and measures it."""
+"""The LightningModule that trains and validates a student on any task, alone or with a teacher."""
 
 import math
 import time
@@ -17,16 +17,16 @@ from diffkd.export.student_file import with_metrics
 from diffkd.features.calling import run
 from diffkd.files.history import History, Row
 from diffkd.tasks.data_facts import check_classes, check_samples, describe_samples
-from diffkd.tasks.distributed import WholeStudent, broadcast_buffers, several_processes, shard, shards
+from diffkd.tasks.distributed import UnshardedStudent, broadcast_buffers, several_processes, shard, shards
 from diffkd.tasks.task import Meter, Step, Task
 from diffkd.training.cached_teacher import CachedTeacher
-from diffkd.training.ema import StudentAverage
-from diffkd.training.loss_log import Ledger
+from diffkd.training.ema import StudentEMA
+from diffkd.training.loss_log import LossLog
 from diffkd.training.optimization import OptimizerFactory, Schedule, build_optimizer, set_learning_rate
 
 
 def first_of_step(trainer: Trainer, batch: int) -> int:
-    """Return the first batch of the step that a batch of the epoch belongs to, both counted from 0."""
+    """Return the index of the first batch in the optimiser step of a batch; both count from 0 in the epoch."""
     return batch - batch % trainer.accumulate_grad_batches
 
 
@@ -36,13 +36,13 @@ def ends_step(trainer: Trainer, batch: int) -> bool:
 
 
 def batches_of_step(trainer: Trainer, batch: int) -> int:
-    """Return how many batches the step has that a batch belongs to: the last one of an epoch may have fewer."""
+    """Return the number of batches in the optimiser step of a batch; the last step of an epoch may have fewer."""
     left = trainer.num_training_batches - first_of_step(trainer, batch)
     return int(min(trainer.accumulate_grad_batches, left))
 
 
 def steps_per_epoch(trainer: Trainer) -> int:
-    """Return how often the optimiser steps in an epoch."""
+    """Return the number of optimiser steps in an epoch."""
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
@@ -61,30 +61,30 @@ def _described(batch: Any) -> str:
 
 
 class Training(LightningModule):
-    """Trains a student and measures it after every epoch.
+    """Trains a student and validates it after every epoch.
 
     The loss is `task_weight * task's losses + method_weight * sum of the distiller's losses` (Eq. 9 of the DiffKD
     paper; the distiller's own weights are inside the sum).
 
-    All that a step draws at random follows from (seed, step, rank), and the learning rate from the step alone, so that
-    an interrupted training goes on without the state of any random generator. Where the trainer accumulates gradients,
-    a step is the mean over its batches, each of which counts the same.
+    The random generators are seeded by (seed, step, rank) at every step, and the learning rate depends on the step
+    alone, so that resuming needs no generator state. With gradient accumulation, a step takes the mean over its
+    batches with equal weights.
 
     Args:
         model: a :class:`~diffkd.Distiller`, or a plain student to train without a teacher.
-        task: what a batch, a loss and a measurement are.
+        task: defines batches, losses and measurements.
         optimizer: makes the optimiser from parameter groups, such as `partial(torch.optim.SGD, lr=0.1)`.
         schedule: factor of the learning rate by epoch.
-        epochs: length of the training, which the schedule is stretched to.
+        epochs: length of the training.
         decay_all: see :func:`~diffkd.training.optimization.build_optimizer`.
         task_weight: factor of the task's losses.
         method_weight: factor of all distillation losses.
-        method_ramp: when in the training they count.
-        ema: decay of a running average of the student, which is then what is measured and saved; None: no average.
-        seed: of everything that a step draws.
-        log_every: steps between two looks at the losses. In between nothing waits for the device.
-        teacher: the whole teacher, from the student's images to its output, to be judged at the start; None: the
-            distiller's.
+        method_ramp: factor of the distillation losses by epoch.
+        ema: decay of an exponential moving average of the student, which is then validated and saved; None: no average.
+        seed: of all random numbers of a step.
+        log_every: steps between two checks and log entries of the losses, which synchronise with the device.
+        teacher: the whole teacher, from the student's images to its output, whose accuracy is reported at the start;
+            None: the distiller's.
     """
 
     def __init__(
@@ -117,12 +117,12 @@ class Training(LightningModule):
         self.task_weight, self.method_weight, self.method_ramp = task_weight, method_weight, method_ramp
         self._method_factor = method_weight
         self.seed, self.log_every = seed, log_every
-        self._teacher = [teacher]  # in a list, since a teacher is no part of what is trained
-        self.average = None if ema is None else StudentAverage(self.student, ema)
-        self._whole: WholeStudent | None = None
-        self.ledger, self.history = Ledger(), History(task.headlines[0])
+        self._teacher = [teacher]  # in a list, so that it is no submodule
+        self.ema = None if ema is None else StudentEMA(self.student, ema)
+        self._unsharded: UnshardedStudent | None = None
+        self.loss_log, self.history = LossLog(), History(task.headlines[0])
         self.card: dict[str, Any] = {}
-        self.notes: list[str] = []  # of how the models were built, for the report at the start
+        self.notes: list[str] = []  # lines about how the models were built, for the start report
         self._samples: dict[str, Any] = {}
         self.cached_teacher: CachedTeacher | None = None
         self.measures_pulls = False
@@ -143,30 +143,30 @@ class Training(LightningModule):
 
     @property
     def result(self) -> nn.Module:
-        """The model that is measured and saved: the average of the student if there is one, the student otherwise."""
-        return self._plain_student if self.average is None else self.average.model
+        """The model that is validated and saved: the EMA of the student if there is one, the student otherwise."""
+        return self._plain_student if self.ema is None else self.ema.model
 
     @property
     def teacher(self) -> Callable[[Any], Any] | None:
-        """What turns the student's images into the teacher's output; None without a teacher."""
+        """A function from the student's images to the teacher's output; None without a teacher."""
         if self._teacher[0] is not None or self.distiller is None:
             return self._teacher[0]
         return self.distiller.teach
 
     def configure_model(self) -> None:
-        """Spread the parameters over the processes, if that is the trainer's strategy."""
+        """Shard the parameters over the ranks, if the strategy is FSDP."""
         if self.distiller is not None and self.distiller.balancer is not None and shards(self.trainer):
             raise ValueError(
                 "a Balance measures gradients at whole features, which strategy fsdp does not give: take ddp, or a "
                 "number as the pair's weight"
             )
-        if self._whole is None and shards(self.trainer):
+        if self._unsharded is None and shards(self.trainer):
             self.trainer.precision_plugin.convert_module(self.model)
-            self._whole = WholeStudent(self.student)
+            self._unsharded = UnshardedStudent(self.student)
             shard(self.model, self.trainer.strategy.root_device, self.trainer.world_size)
 
     def configure_optimizers(self) -> Optimizer:
-        """Build the optimiser over everything trainable, and make sure that nothing is missed."""
+        """Build the optimiser, and check that it has all trainable parameters."""
         optimizer = build_optimizer(self.model, self.optimizer_factory, decay_all=self.decay_all)
         if self.distiller is not None:
             self.distiller.check_optimizer(optimizer)
@@ -174,19 +174,19 @@ class Training(LightningModule):
 
     def on_fit_start(self) -> None:
         """Move the student's copies to its device."""
-        for copied in (self.average, self._whole):
+        for copied in (self.ema, self._unsharded):
             if copied is not None:
                 copied.model.to(self.device)
         self._since = time.monotonic()
 
     def on_train_start(self) -> None:
-        """Refuse to go on with other samples than the training began with."""
+        """Raise ValueError if a resumed training has other samples than before."""
         samples = describe_samples(self.trainer.train_dataloader)
         check_samples(self._samples, samples)
         self._samples = samples
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the learning rate and the random generators, both from the step alone."""
+        """Set the learning rate and seed the random generators, both from the step alone."""
         begun = first_of_step(self.trainer, batch_idx)
         epoch = self.current_epoch + begun / self.trainer.num_training_batches
         set_learning_rate(self._optimizer(), self.schedule(epoch, self.epochs))
@@ -202,11 +202,11 @@ class Training(LightningModule):
         if self.distiller is not None and self.global_step == 0:
             self.distiller.check_gradients()
         total = torch.stack(list(terms.values())).sum()
-        self.ledger.record(self.global_step, terms | self._beside(), step.images)
+        self.loss_log.record(self.global_step, terms | self._logged_values(), step.images)
         if total.device.type == "cpu":
-            self.ledger.check()  # costs nothing here, and the broken step is not taken
+            self.loss_log.check()  # needs no synchronisation here, and prevents a step with a non-finite loss
         if (accumulated := self.trainer.accumulate_grad_batches) > 1:
-            # The trainer divides by the number it was given, in a step of fewer batches too.
+            # The trainer divides by accumulate_grad_batches even in a step of fewer batches.
             total = total * (accumulated / batches_of_step(self.trainer, batch_idx))
         return total
 
@@ -221,7 +221,7 @@ class Training(LightningModule):
             compiled = self.model._compiled_call_impl is not None
             looks = self.measures_pulls and not compiled and self.pulls is None
             self.distiller.watched = looks
-            # A graph does not show gradients at what is inside: there, a batch that is measured runs without it.
+            # A compiled graph gives no gradients at intermediate features: batches that measure them run eagerly.
             call = self.model.forward if compiled and self.distiller.due else self.model
             output, losses = call(step.inputs, **context)
         terms = {name: self.task_weight * loss for name, loss in self.task.losses(output, step).items()}
@@ -240,17 +240,17 @@ class Training(LightningModule):
         return terms | {name: self._method_factor * loss for name, loss in losses.items()}
 
     def _norms(self, task: Tensor) -> dict[str, tuple[float, float]] | None:
-        """Return the gradient norms of method and task at the pairs' features; None where a model does not give any."""
+        """Return the gradient norms of method and task at the pairs' features; None if the model does not allow it."""
         if self.distiller is None:
             return None
         self.distiller.watched = self.measures_pulls = False
         try:
             return self.distiller.pulls(task)
-        except RuntimeError:  # such as checkpointing that allows of one backward alone
+        except RuntimeError:  # such as activation checkpointing that allows only one backward
             return None
 
-    def _beside(self) -> dict[str, Tensor]:
-        """Return what is logged beside the losses: gammas, and weights that follow the gradients."""
+    def _logged_values(self) -> dict[str, Tensor]:
+        """Return values to log besides the losses: gammas, and weights that follow the gradients."""
         if self.distiller is None:
             return {}
         gammas = {f"gamma/{pair}": gamma for pair, gamma in self.distiller.gammas.items()}
@@ -258,33 +258,33 @@ class Training(LightningModule):
         return gammas | weights
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then average."""
+        """Step, then update the EMA."""
         super().optimizer_step(*args, **kwargs)
-        if self.average is not None:
-            self.average.update(self.student)
+        if self.ema is not None:
+            self.ema.update(self.student)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Every `log_every` steps: stop if a loss was not finite, and write the losses to the log."""
+        """Every `log_every` steps: raise FloatingPointError if a loss was not finite, and log the losses."""
         if self.global_step % self.log_every == 0 and ends_step(self.trainer, batch_idx):
-            self.ledger.check()
+            self.loss_log.check()
             rate = float(self._optimizer().param_groups[0]["lr"])
-            self._log({f"step/{name}": value for name, value in self.ledger.latest().items()} | {"step/lr": rate})
+            self._log({f"step/{name}": value for name, value in self.loss_log.latest().items()} | {"step/lr": rate})
 
     def on_validation_start(self) -> None:
-        """Let all processes measure the same model: BatchNorm's statistics differ between them."""
+        """Broadcast BatchNorm statistics, which differ between ranks, so that all ranks validate the same model."""
         broadcast_buffers(self.student)
-        if self._whole is not None:
-            self._whole.gather(self.student)
+        if self._unsharded is not None:
+            self._unsharded.gather(self.student)
         self._meters = {"": self.task.meter(self.device)}
-        if self.average is not None:
-            broadcast_buffers(self.average.model)
+        if self.ema is not None:
+            broadcast_buffers(self.ema.model)
             self._meters["_unaveraged"] = self.task.meter(self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure a batch.
+        """Update the metrics with a batch.
 
         Raises:
-            RuntimeError: if the memory does not suffice; names the options that help.
+            RuntimeError: if memory runs out; names the options that help.
         """
         try:
             self._meters[""].update(self.result, batch)
@@ -300,12 +300,12 @@ class Training(LightningModule):
             ) from error
 
     def on_after_backward(self) -> None:
-        """Refuse parameters without a gradient where several processes wait for all of them.
+        """Check for trainable parameters without a gradient, for which DDP would wait.
 
         Raises:
-            ValueError: after the first step; names them.
+            ValueError: in the first step; names the parameters.
         """
-        if self.global_step or not several_processes() or self._whole is not None:
+        if self.global_step or not several_processes() or self._unsharded is not None:
             return
         strategy: Any = self.trainer.strategy
         if getattr(strategy, "_ddp_kwargs", {}).get("find_unused_parameters"):
@@ -320,7 +320,7 @@ class Training(LightningModule):
             )
 
     def on_validation_epoch_end(self) -> None:
-        """Compute the measurements over all images of all processes."""
+        """Compute the metrics over all images of all ranks."""
         self._measured = self._meters[""].compute()
         if "_unaveraged" in self._meters:
             score = self.task.headlines[0]
@@ -329,12 +329,12 @@ class Training(LightningModule):
 
     @property
     def measured(self) -> Row:
-        """The measurements of the last validation, such as "top1" and "loss"."""
+        """The metrics of the last validation, such as "top1" and "loss"."""
         return dict(self._measured)
 
     def on_train_epoch_end(self) -> None:
-        """Close the epoch's row: mean losses, gammas and weights, measurements."""
-        self.ledger.check()
+        """Add the epoch's row to the history: mean losses, gammas and weights, metrics."""
+        self.loss_log.check()
         now = time.monotonic()
         self._seconds, self._since = self._seconds + now - self._since, now
         row = {
@@ -343,41 +343,41 @@ class Training(LightningModule):
             **self._measured,
             **{
                 name if name.startswith(("gamma/", "weight/")) else f"train/{name}": mean
-                for name, mean in self.ledger.means().items()
+                for name, mean in self.loss_log.means().items()
             },
             "lr": float(self._optimizer().param_groups[0]["lr"]),
             "seconds": round(self._seconds, 3),
         }
         self.history.add(row)
         self._log({f"epoch/{name}": value for name, value in row.items()})
-        self.ledger.clear()
+        self.loss_log.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the state dict does not hold: average, history, and the sums of an unfinished epoch."""
-        # In mid-epoch these weights have not been measured.
-        measured = (None, f"step {self.global_step}") if self.ledger.count else (self.history.last, "checkpoint")
+        """Add state that is not in the state dict: EMA, history, and the loss sums of an unfinished epoch."""
+        # In mid-epoch these weights have not been validated.
+        measured = (None, f"step {self.global_step}") if self.loss_log.count else (self.history.last, "checkpoint")
         checkpoint["diffkd"] = {
             "student": "model.student." if self.distiller is not None else "model.",
-            "average": None if self.average is None else self.average.state_dict(),
+            "average": None if self.ema is None else self.ema.state_dict(),
             "history": self.history.state_dict(),
-            "ledger": self.ledger.state_dict(),
+            "ledger": self.loss_log.state_dict(),
             "card": with_metrics(self.card, *measured),
             "samples": self._samples,
             "seconds": self._seconds + time.monotonic() - self._since,
         }
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take over what :meth:`on_save_checkpoint` added; raise ValueError if the data have other classes."""
+        """Restore the state from :meth:`on_save_checkpoint`; raise ValueError if the data have other classes."""
         state = checkpoint["diffkd"]
         if self.card and "classes" in state["card"]:
             check_classes(state["card"]["classes"], self.card["classes"])
         self._samples = state.get("samples", {})
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["average"])
         self.history.load_state_dict(state["history"])
-        self.ledger.load_state_dict(state["ledger"])
+        self.loss_log.load_state_dict(state["ledger"])
         self._seconds = state["seconds"]
-        skipped = self.ledger.count
+        skipped = self.loss_log.count
         data = getattr(self.trainer, "datamodule", None)
         if skipped and not hasattr(data, "start_batch"):
             raise ValueError(
@@ -389,7 +389,7 @@ class Training(LightningModule):
 
     @property
     def _plain_student(self) -> nn.Module:
-        return self.student if self._whole is None else self._whole.model
+        return self.student if self._unsharded is None else self._unsharded.model
 
     def _mixed_seed(self, batch: int, *what: int) -> int:
         within = batch - first_of_step(self.trainer, batch)

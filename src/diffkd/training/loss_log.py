@@ -1,6 +1,6 @@
-"""The losses of an epoch, kept on the device: means by term, and the first step that was not finite.
+"""The losses of an epoch, accumulated on the device: means by term, and the first non-finite step.
 
-Nothing here waits for the device except :meth:`Ledger.check` and :meth:`Ledger.means`.
+Only :meth:`LossLog.check`, :meth:`LossLog.latest` and :meth:`LossLog.means` synchronise with the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from diffkd.tasks.distributed import several_processes
 _NEVER = 2**62
 
 
-class Ledger:
-    """Sums the losses of an epoch, and remembers for each the first step at which it was not finite.
+class LossLog:
+    """Sums the losses of an epoch, and stores for each the first step at which it was not finite.
 
-    The names of the first record are those of all others until :meth:`clear`.
+    All records until :meth:`clear` must have the names of the first.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Ledger:
         self._broken: Tensor | None = None  # first non-finite step by name; the last entry is for the images
 
     def record(self, step: int, values: Mapping[str, Tensor], images: Tensor | Sequence[Tensor]) -> None:
-        """Take in the losses of one step.
+        """Add the losses of one step.
 
         Args:
             step: number of the step in the whole training.
@@ -58,10 +58,10 @@ class Ledger:
         self.count += 1
 
     def check(self) -> None:
-        """Wait for the device, and raise if anything recorded was not finite; on all processes alike.
+        """Synchronise with the device, and raise on all ranks if a recorded value was not finite.
 
         Raises:
-            FloatingPointError: naming the first step, the terms, and whether the images were to blame.
+            FloatingPointError: names the first step, the terms, and whether the images were not finite.
         """
         if self._broken is None:
             return
@@ -86,12 +86,12 @@ class Ledger:
         )
 
     def latest(self) -> dict[str, float]:
-        """Wait for the device and return the values of the last step by name."""
+        """Synchronise with the device and return the values of the last step by name."""
         values = [] if self._latest is None else self._latest.tolist()
         return dict(zip(self.names, values, strict=False))
 
     def means(self) -> dict[str, float]:
-        """Wait for the device and return the means over all steps since :meth:`clear`, and over all processes."""
+        """Synchronise with the device and return the means over all steps since :meth:`clear` and over all ranks."""
         if self._sums is None:
             return {}
         sums = self._sums.clone()
@@ -102,12 +102,12 @@ class Ledger:
         return dict(zip(self.names, (sums / (self.count * processes)).tolist(), strict=True))
 
     def clear(self) -> None:
-        """Forget everything, at the end of an epoch."""
+        """Reset, at the end of an epoch."""
         self.names, self.count = (), 0
         self._sums = self._latest = self._broken = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed epoch needs to have the same means."""
+        """Return the state of an unfinished epoch, so that a resumed one has the same means."""
         return {
             "names": list(self.names),
             "count": self.count,
@@ -117,6 +117,6 @@ class Ledger:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Restore the result of :meth:`state_dict`."""
         self.names, self.count, self.first_step = tuple(state["names"]), state["count"], state["first_step"]
         self._sums, self._broken = state["sums"], state["broken"]

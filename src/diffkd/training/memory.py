@@ -1,4 +1,4 @@
-"""Memory of a training: its peak, and the allocator's thresholds."""
+"""Peak memory of a training, and the thresholds of glibc's allocator."""
 
 import ctypes
 import gc
@@ -23,9 +23,9 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's mall
 
 
 def reset_peak() -> None:
-    """Forget the peak so far, of all GPUs and, on Linux, of this process, and free what an earlier training left.
+    """Reset the peak of all GPUs and, on Linux, of this process, after collecting garbage of earlier trainings.
 
-    Trainer, model and data refer to one another, and Python seldom looks for such rings where few objects hold much.
+    Trainer, model and data form reference cycles, which Python collects rarely when there are few objects.
     """
     gc.collect()
     if torch.cuda.is_available():
@@ -35,13 +35,13 @@ def reset_peak() -> None:
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         except OSError:
-            return  # a hardened kernel; the peak then counts from the start of the process
+            return  # a hardened kernel: the peak is then that since the start of the process
 
 
 def peak_memory(device: torch.device) -> float:
     """Return the peak since :func:`reset_peak` in MiB: of the GPU's own memory, or of this process for the CPU.
 
-    0 where the system does not tell.
+    0 if unknown.
     """
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
@@ -56,17 +56,17 @@ def peak_memory(device: torch.device) -> float:
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Within, keep memory that tensors on the CPU have freed, for the next step's tensors; at the end, give it back.
+def keep_freed_memory() -> Iterator[None]:
+    """Keep freed CPU memory in glibc's heap for the next step inside this context, and release it at the end.
 
-    glibc returns large blocks to the kernel at once and gets them again page by page: a tenth of a small network's
-    training step. Nothing is done with other allocators, or where the environment sets glibc's thresholds.
+    By default glibc returns large blocks to the kernel at once, and page faults then cost a tenth of a small network's
+    training step. Does nothing with other allocators, or if the environment sets glibc's thresholds.
     """
     libc = _glibc()
     if libc is None:
         yield
         return
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most there is: larger blocks still come from the kernel
+    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the maximum: larger blocks still come from the kernel
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_M_TOP_PAD, 2**26)
     try:
@@ -78,7 +78,7 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def _peak_of_windows() -> int:
-    """Return the largest working set of this process in bytes, 0 if it cannot be had."""
+    """Return the peak working set of this process in bytes, 0 if unknown."""
 
     class Counters(ctypes.Structure):
         _fields_ = (
@@ -98,7 +98,7 @@ def _peak_of_windows() -> int:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library, if its allocator is glibc's and nobody else has set it up."""
+    """The C library, if its allocator is glibc's and has no settings in the environment."""
     if sys.platform != "linux" or any(
         name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ
     ):

@@ -1,4 +1,4 @@
-"""Student and teacher built by name, and the distiller that joins them."""
+"""Building of student and teacher by name, and of the distiller."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -36,7 +36,7 @@ from diffkd.teacher.view import DetectorView, TeacherInput, same_normalization, 
 from diffkd.training.start_checks import check_methods, check_needs
 
 
-def check_teaching(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
+def check_teacher_and_method(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
     """Raise ValueError if there is a method without a teacher, or a teacher without a method."""
     taught = method is not None or pairs != "auto"
     if taught and teacher is None:
@@ -58,22 +58,22 @@ def build_student(
     weights_key: str | None = None,
     notes: list[str] | None = None,
 ) -> nn.Module:
-    """Build the student; its initial weights depend on the seed alone, not on what it is trained with.
+    """Build the student; its initial weights depend on the seed alone, not on teacher or method.
 
     Args:
         name: as for :func:`~diffkd.models.load_model`.
-        data: says how many classes and channels there are.
-        weights: file to start from, None for none. Of other classes, all but the classifier is taken.
+        data: gives the number of classes and channels.
+        weights: file to start from, None for none. If its classes differ, the classifier is not loaded.
         pretrained: start from the published weights.
         seed: of the initial weights.
         pretrained_backbone: start the backbone alone from its published weights.
-        auxiliary: of a segmenter, with an auxiliary head.
+        auxiliary: build a segmenter with an auxiliary head.
         detection: how a detector is built.
-        weights_key: of the weights in the file, where there are several.
-        notes: receives lines about what was taken of the weights, and whether their images were normalised otherwise.
+        weights_key: prefix of the weights' names in the file, if it holds several sets.
+        notes: receives lines about which weights were loaded, and whether their normalisation differs from the data's.
 
     Raises:
-        ValueError: if the model cannot take the images or be saved, or does not score as many classes as there are.
+        ValueError: if the model cannot take the images or be saved, or its number of classes is not that of the data.
     """
     torch.manual_seed(seed)
     student = load(
@@ -96,7 +96,7 @@ def build_student(
         _map_classes(student, class_names(student), data, wider)
     check_savable(student)
     if not student.training:
-        student.train()  # as functions leave models that they have loaded; the trainer would train it like that
+        student.train()  # functions may return a loaded model in evaluation mode, which the trainer would keep
     last = list_layers(student, padded_example(data, student))[-1]
     if last.name != OUTPUT:
         raise ValueError(
@@ -150,12 +150,11 @@ def build_teacher(
     options: TeacherOptions = AS_GIVEN,
     notes: list[str] | None = None,
 ) -> tuple[nn.Module, TeacherInput | None]:
-    """Build the frozen teacher with the classes that its weights have, and what turns the data's images into its own.
+    """Build the frozen teacher with the classes of its weights, and the transform from the data's images to its own.
 
-    Classes, normalisation and size of its images are those of `options`, or else of the card beside the weights; or
-    the classes are those of the weights, and the normalisation is that of a preprocessor_config.json beside them or the
-    published one of the model. Images of another size than the teacher takes, or was trained with as its card says, are
-    resized for it.
+    Classes, normalisation and size of its images are taken from `options`, else from the card beside the weights, else
+    the classes from the weights, and the normalisation from a preprocessor_config.json beside them or as published for
+    the model. Images are resized to the size that the teacher requires or that its card says it was trained with.
 
     Args:
         name: as for :func:`~diffkd.models.load_model`.
@@ -163,15 +162,15 @@ def build_teacher(
         weights: file of the teacher's weights, None for published ones.
         pretrained: use the published weights.
         detection: how a detector is built.
-        weights_key: of the weights in the file, where there are several.
-        options: what the user says of its images and classes.
-        notes: receives a line about what it sees and where that is said.
+        weights_key: prefix of the weights' names in the file, if it holds several sets.
+        options: the user's values for its images and classes.
+        notes: receives a line about the normalisation and size of its images, with their source.
 
     Returns:
-        The teacher, and its view of the images (None: the same as the student's).
+        The teacher, and the transform of the images (None: the same as the student's).
 
     Raises:
-        ValueError: if there are no weights: an untrained teacher has nothing to teach.
+        ValueError: if there are no weights, since an untrained teacher is useless.
     """
     own_code = ":" in name and not name.startswith(("timm/", "hf/"))
     if weights is None and not pretrained and not own_code:
@@ -202,7 +201,7 @@ def build_teacher(
         new_head=True,
     )
     _check_head(name, teacher)
-    teacher = unwrap(teacher)  # a compiled one cannot be watched, and a frozen one needs no processes of its own
+    teacher = unwrap(teacher)  # hooks do not work on a compiled model, and a frozen one needs no DDP wrapper
     report = report_of(teacher)
     found = [] if report is None or report.plain else [f"teacher: {report}"]
     names = options.classes or (() if card.get("classes") else class_names(teacher))
@@ -211,7 +210,7 @@ def build_teacher(
     if notes is not None:
         notes.extend(found)
     if data.task == "detection":
-        return teacher, None  # which normalises its images itself
+        return teacher, None  # a detector normalises its images itself
     view, said = _view(name, teacher, path, card, data, options, published=pretrained or path is not None)
     if notes is not None:
         notes.append(said)
@@ -221,12 +220,12 @@ def build_teacher(
 def _load_wider(
     name: str, data: DataFacts, channels: int | None, auxiliary: bool, detection: DetectionOptions, count: int
 ) -> nn.Module:
-    """Return the same model for one class more."""
+    """Return the same model for `count + 1` classes."""
     return load(name, data, num_classes=count + 1, in_channels=channels, auxiliary=auxiliary, detection=detection)
 
 
 def _map_classes(model: nn.Module, names: Sequence[str], data: DataFacts, wider: Callable[[int], nn.Module]) -> bool:
-    """Bring the classes of a model into the order of the data, in place, if they have the same names.
+    """Reorder the classes of a model as in the data, in place, if they have the same names.
 
     Returns:
         Whether they were in another order.
@@ -252,7 +251,7 @@ def _view(
     *,
     published: bool,
 ) -> tuple[TeacherInput | None, str]:
-    """Return what turns the student's images into the teacher's, and a line that says what and why."""
+    """Return the transform from the student's images to the teacher's, and a line that describes it and its source."""
     beside = None if path is None or card else normalization_beside(path)
     theirs: Any
     if options.mean is not None and options.std is not None:
@@ -289,12 +288,12 @@ def _view(
 def _size(
     teacher: nn.Module, card: Mapping[str, Any], data: DataFacts, options: TeacherOptions
 ) -> tuple[tuple[int, int] | None, str]:
-    """Return the height and width that a teacher's images are resized to, and why; None: the student's."""
+    """Return the height and width to resize a teacher's images to, and the reason; None: the student's size."""
     if options.image_size is not None:
         side = options.image_size
         return None if (side, side) == data.image_size else (side, side), "as --teacher_options.image_size says"
     if data.task != "classification":
-        return None, ""  # of the crops of a segmenter, the scale counts and not the size
+        return None, ""  # for segmentation the scale of the objects matters, not the size of the crops
     trained = card.get("image_size")
     if trained:
         size = (int(trained[0]), int(trained[-1]))
@@ -310,20 +309,20 @@ def _takes(teacher: nn.Module, data: DataFacts) -> bool:
     try:
         with evaluation_mode(teacher), torch.no_grad():
             run(teacher, padded_example(data, teacher))
-    except Exception:  # whatever models raise for images of another size
+    except Exception:  # models may raise anything for images of another size
         return False
     return True
 
 
 @torch.no_grad()
-def inherit(student: nn.Module, teacher: nn.Module) -> None:
-    """Copy all weights but those of the backbone's body from the teacher to the student, in place.
+def inherit_neck_and_head(student: nn.Module, teacher: nn.Module) -> None:
+    """Copy all weights except the backbone body's from the teacher to the student, in place.
 
     The inheriting strategy of detectors of one family (Kang, Zhang, Zhang, Sun, Zheng, *Instance-Conditional Knowledge
     Distillation for Object Detection*, NeurIPS 2021), which FGD and MGD use.
 
     Raises:
-        ValueError: if the two do not agree in these weights.
+        ValueError: if these weights differ in name or shape.
     """
     body = "backbone.body."
     ours, theirs = (
@@ -353,13 +352,13 @@ def build_distiller(
     teacher_options: TeacherOptions = AS_GIVEN,
     balance: Balance | None = None,
 ) -> Distiller:
-    """Join student and teacher; the methods' initial weights depend on the seed alone.
+    """Build the distiller; the methods' initial weights depend on the seed alone.
 
-    Of a detecting teacher only the backbone runs, on the pixels that its student has made; and the heads where their
-    outputs are distilled.
+    Of a detector as teacher only the backbone runs, on the images from the student's transform, and the heads only if
+    their outputs are distilled.
 
     Raises:
-        ValueError: if a method is not for the data's task, or needs what that does not give.
+        ValueError: if a method does not support the data's task, or needs arguments that the task does not provide.
     """
     torch.manual_seed(mix_seed(seed, 1))
     for side, model in (("student", student), ("teacher", teacher)):
@@ -403,9 +402,9 @@ def build_distiller(
 
 
 def _check_backbone(student: TransformersDetector) -> None:
-    """Raise ValueError if a student of transformers has no backbone that could learn from a teacher's.
+    """Raise ValueError if the backbone of a student of transformers is frozen.
 
-    Its other layers are answers to queries, which could be taken for maps and paired.
+    Automatic pairing would otherwise take the outputs of its queries for maps.
     """
     backbone = student.feature_backbone()
     if not any(parameter.requires_grad for parameter in backbone.parameters()):
@@ -417,9 +416,9 @@ def _check_backbone(student: TransformersDetector) -> None:
 
 
 def _read_as_detectors(pair: Pair) -> Pair:
-    """Return the pair with the layouts that a detector's outputs are known to have, where none is given.
+    """Return the pair with the known layouts of a detector's outputs, where none is given.
 
-    They cannot be told from the size of the images, since a detector resizes and pads those.
+    Layouts cannot be inferred from the size of the images, since a detector resizes and pads them.
     """
 
     def known(names: Sequence[str], given: Layout | None) -> Layout | None:
@@ -436,11 +435,11 @@ def _read_as_detectors(pair: Pair) -> Pair:
     )
 
 
-def lay_out(model: nn.Module, data: DataFacts, channels_last: bool | None, accelerator: str) -> bool:
-    """Lay a model out with the channels last, if that is wanted and it runs like that; None: on a CPU.
+def use_channels_last(model: nn.Module, data: DataFacts, channels_last: bool | None, accelerator: str) -> bool:
+    """Convert a model to channels_last memory format, if requested and the model runs in it; None: on a CPU.
 
     Returns:
-        Whether it was.
+        Whether the model was converted.
     """
     if channels_last is None:
         channels_last = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
@@ -464,7 +463,7 @@ def _check_head(name: str, teacher: nn.Module) -> None:
 def _classes_in(
     weights: Path, name: str, data: DataFacts, channels: int | None, detection: DetectionOptions, key: str | None
 ) -> int:
-    """Return how many classes the weights are for: the entries that grow with them are found by building two models."""
+    """Return the number of classes of the weights, from the entries in which models of K and K + 1 classes differ."""
     classes = data.num_classes
     with same_draws():
         ours, larger = (

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], Optimizer]
 
-# Whose parameter groups have an entry "fused" that has a kernel on CPUs.
+# Optimisers with a fused CPU kernel.
 _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -24,15 +24,15 @@ class Schedule:
 
     Args:
         kind: "constant"; "step": times `factor` at every milestone or after every `every` epochs; "exponential": times
-            `factor` per `every` epochs, smoothly; "cosine": half a cosine from the end of warm-up to the last epoch,
-            where it arrives at `floor`; "poly": `(1 - share of the way) ** power`, the habit of segmentation, likewise.
+            `factor` per `every` epochs, smoothly; "cosine": half a cosine from the end of warm-up down to `floor` at
+            the last epoch; "poly": `(1 - progress) ** power`, usual for segmentation, likewise.
         milestones: epochs at which "step" decays; empty: every `every` epochs.
         every: period of "step" without milestones, and of "exponential", in epochs.
         factor: of "step" and "exponential".
-        floor: share of the peak rate below which "cosine" and "poly" do not fall.
+        floor: final rate of "cosine" and "poly" as a share of the peak rate.
         power: of "poly"; 0.9 is usual (Chen et al., DeepLab, 2017).
-        warmup_epochs: the rate first rises linearly, for this many epochs; the schedule's own epochs run on meanwhile.
-        warmup_start: share of the peak rate from which it rises.
+        warmup_epochs: length of a linear warm-up in epochs; milestones and periods still count from epoch 0.
+        warmup_start: initial rate of the warm-up as a share of the peak rate.
         per: "step" changes the rate with every optimiser step, "epoch" at the start of every epoch. Warm-up is always
             per step.
 
@@ -110,7 +110,7 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory, *, decay_all: b
         The optimiser; `initial_lr` of each group keeps its peak rate.
 
     Raises:
-        ValueError: if nothing is trainable, or a value of the optimiser, such as its rate, is not finite.
+        ValueError: if no parameter is trainable, or a value of the optimiser, such as its rate, is not finite.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
@@ -134,9 +134,9 @@ def build_optimizer(model: nn.Module, factory: OptimizerFactory, *, decay_all: b
 
 
 def takes_channels_last(factory: OptimizerFactory) -> bool:
-    """Whether an optimiser steps parameters laid out with the channels last; what views each as a row (LBFGS) does not.
+    """Whether an optimiser can step channels_last parameters; one that calls `view(-1)` on them (LBFGS) cannot.
 
-    It is tried on a parameter of 16 entries. One that fails in both layouts is none that the layout would help.
+    Tried on a parameter of 16 entries. Also True if the optimiser fails in both memory formats.
     """
     return _steps(factory, torch.channels_last) or not _steps(factory, torch.contiguous_format)
 
@@ -150,15 +150,15 @@ def _steps(factory: OptimizerFactory, layout: torch.memory_format) -> bool:
 
     try:
         factory([{"params": [parameter]}]).step(closure)
-    except Exception:  # whatever it is that an optimiser of somebody's wants and has not got here
+    except Exception:  # a custom optimiser may raise anything
         return False
     return True
 
 
 def _fuse(optimizer: Optimizer) -> None:
-    """On a CPU, step each parameter in one kernel, unless something else was asked for. Equal up to rounding.
+    """Use the fused kernel on a CPU, unless another implementation was requested. Equal up to rounding.
 
-    The separate operations make a new tensor as large as the parameter for the weight decay alone.
+    The unfused implementation allocates a tensor as large as the parameter for the weight decay alone.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if type(optimizer) not in _FUSED or not all(
@@ -175,10 +175,9 @@ def _fuse(optimizer: Optimizer) -> None:
 
 
 def _align(optimizer: Optimizer, *_: object) -> None:
-    """Lay gradients and state out as their parameters are: the kernels go through memory, whatever the strides.
+    """Give gradients and state the strides of their parameters, since the fused kernels ignore strides.
 
-    Autograd's gradients are; a state that was loaded may be of a run with another layout. Sparse gradients are left to
-    the separate operations.
+    Loaded state may come from a run with another memory format. Sparse gradients use the unfused implementation.
     """
     for group in optimizer.param_groups:
         if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in group["params"]):
@@ -195,7 +194,7 @@ def _align(optimizer: Optimizer, *_: object) -> None:
 
 
 def _order(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of a tensor, those aside that no entry is reached by."""
+    """The strides of a tensor without those of dimensions of size 1."""
     return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 

@@ -31,49 +31,49 @@ class FitOptions:
         student: name of the model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., package.module:function.
         out: folder of the run; must be new or empty, unless `resume`.
         teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
-        teacher_weights: file of its weights, or the folder of the run that trained it, or one of transformers.
-        teacher_weights_key: where that file holds several, such as student and teacher: what their names begin with.
+        teacher_weights: file of its weights, or the folder of the run that trained it, or a folder of transformers.
+        teacher_weights_key: prefix of the weights' names, if the file holds several sets, such as student and teacher.
         teacher_pretrained: use its published weights.
         teacher_options: how it runs: BatchNorms folded, lower precision, channels last.
-        teacher_cache: folder that keeps its features for all epochs and students.
-        teacher_cache_storage: type of the numbers there.
-        teacher_views: with augmentation: repeat the images of so many epochs.
+        teacher_cache: folder that caches its features for all epochs and students.
+        teacher_cache_storage: dtype of the cached features.
+        teacher_views: with augmentation: number of epochs whose augmented images are repeated.
         student_weights: file, or folder of a run, to start the student from.
         student_weights_key: as teacher_weights_key, for the student.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
         inherit_neck_and_head: start all of a detector but its backbone from the teacher's weights.
         method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, diffkd.FitNet, or one of your own; or a
-            list of them, each then paired as it wants.
-        pairs: which layers learn from which; "auto" finds out.
+            list of them, each with its own automatic pairs.
+        pairs: which student layer learns from which teacher layer; "auto" pairs them automatically.
         task_weight: factor of the task's own loss, with the labels.
         method_weight: factor of all distillation losses.
-        method_ramp: when in the training they count: start, warm-up and stop, in epochs.
-        balance: weight of the automatic pairs on features that follows the gradients, such as {balance: 1.0} to pull as
-            hard as the task; a pair of your own takes it as its weight.
+        method_ramp: when the distillation losses apply: start, warm-up and stop, in epochs.
+        balance: gradient-based weight of the automatic pairs on features, such as {balance: 1.0} for the gradient norm
+            of the task's loss; in given pairs, set it as their weight.
         epochs: length of the training.
-        optimizer: any, such as torch.optim.AdamW, which then starts from its own defaults.
+        optimizer: any optimiser, such as torch.optim.AdamW, with its own defaults.
         schedule: how the learning rate changes over the epochs.
         decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
         label_smoothing: share of the label that is spread over all classes, for classification.
         detection: how detectors are built by name.
         segmentation: windows of the evaluation, auxiliary head, for segmentation.
-        ema: decay of a running average of the student, which is then measured and saved.
+        ema: decay of an exponential moving average of the student, which is then evaluated and saved.
         gradient_clip: largest norm of the gradient.
-        accumulate: batches whose mean gradient makes a step, where a large batch does not fit into memory.
+        accumulate: gradient accumulation: number of batches per optimiser step.
         precision: 32-true, bf16-mixed, 16-mixed, or another of Lightning's.
         seed: of initial weights, order, augmentation and noise.
-        resume: go on with the run in `out`, if there is one.
-        max_steps: stop after so many steps, to try a recipe out.
+        resume: resume the run in `out`, if there is one.
+        max_steps: maximum number of steps, to try out a recipe.
         log_every: steps between two entries in the log.
-        save_every_steps: save within the epochs too, every so many steps.
+        save_every_steps: steps between checkpoints within an epoch.
         channels_last: memory layout of student and teacher; by default on a CPU.
         compile: compile the training step; reduce-overhead and max-autotune record CUDA graphs.
         accelerator: cpu, gpu, mps, or auto.
         devices: how many, or which; the batch size is per device.
-        num_nodes: machines, each with as many devices.
-        strategy: of training on several devices; auto takes DDP, fsdp spreads the parameters.
-        progress: show how the training goes.
+        num_nodes: number of machines, each with the same number of devices.
+        strategy: of training on several devices; auto is DDP, fsdp shards the parameters.
+        progress: show the progress of the training.
 
     Raises:
         ValueError: if a number is out of range, or two options exclude each other.

@@ -1,4 +1,4 @@
-"""Progress of a training: one bar for the whole, one line per epoch; a trainer that warns only when needed."""
+"""Progress of a training: a progress bar and one line per epoch; filters for Lightning's log messages and warnings."""
 
 import logging
 import time
@@ -26,10 +26,10 @@ from diffkd.training.lightning_module import Training, steps_per_epoch
 
 
 class TrainingProgress(Callback):
-    """Shows a bar on a terminal, and prints a line after each epoch anywhere.
+    """Shows a progress bar on a terminal, and prints a line after each epoch.
 
     Args:
-        console: where to; a quiet one shows nothing.
+        console: the output; a quiet one shows nothing.
     """
 
     def __init__(self, console: Console) -> None:
@@ -59,26 +59,26 @@ class TrainingProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
+        """Update the bar."""
         if self._bar is not None and self._row is not None:
             epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             self._bar.update(self._row, completed=trainer.global_step, description=epoch)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the epoch's clock."""
+        """Start the timer of the epoch."""
         self._started = time.monotonic()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Nothing of this travels in a checkpoint."""
+        """Save no state in checkpoints."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print what the validation found."""
+        """Print the results of the validation."""
         if not isinstance(pl_module, Training) or trainer.sanity_checking:
             return
         measured = pl_module.measured
         names = [name for name in pl_module.task.headlines if name in measured]
         scores = "  ".join(f"{name} {100 * measured[name]:.2f} %" for name in names)
-        means = pl_module.ledger.means()  # over all processes, each of which asks for it here
+        means = pl_module.loss_log.means()  # over all ranks: a collective call
         loss = sum(mean for name, mean in means.items() if name.split("/")[0] == TASK) if means else float("nan")
         seconds = time.monotonic() - self._started
         width = len(str(trainer.max_epochs))
@@ -114,7 +114,7 @@ class TrainingProgress(Callback):
 
 
 def stuck_gammas(training: Training, means: Mapping[str, float]) -> list[str]:
-    """Return the pairs whose noise adapter has kept gamma above 0.99 on average over an epoch."""
+    """Return the pairs whose gamma (noise adapter) was above 0.99 on average over an epoch."""
     if training.distiller is None:
         return []
     return [
@@ -125,26 +125,26 @@ def stuck_gammas(training: Training, means: Mapping[str, float]) -> list[str]:
 
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
-_KNOWN = (
-    # The order of the data follows from epoch and batch alone: resumable, though not in the way that is looked for.
+_IGNORED_WARNINGS = (
+    # Epoch and batch determine the order of the data, so that it is resumable without a stateful loader.
     ".*your dataloader is not resumable",
-    # Between the trainer's own libraries; nothing a user could do about it.
+    # Caused by Lightning's own dependencies.
     ".*LeafSpec.* is deprecated",
-    # Batches are made on the device, or by as many workers as the user asked for.
+    # Batches are made on the device, or by the number of workers that the user set.
     ".*does not have many workers",
 )
 
 
 @contextmanager
-def quiet_trainer() -> Iterator[None]:
-    """Silence advertisements, device listings and warnings that are known to be unfounded; put all back at the end."""
+def silence_lightning() -> Iterator[None]:
+    """Silence Lightning's tips, device listings and warnings that do not apply, inside this context."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for message in _KNOWN:
+            for message in _IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:

@@ -1,4 +1,4 @@
-"""Checks before the first step: classes, types, methods that serve the task, schedules that are reached."""
+"""Checks before the first step: classes, dtypes, methods for the task, schedules beyond the last epoch."""
 
 import inspect
 import warnings
@@ -25,7 +25,7 @@ from diffkd.training.optimization import Schedule
 
 
 def check_classes(data: DataFacts) -> None:
-    """Raise ValueError if there is a single class to tell apart: its probability is always 1, and teaches nothing."""
+    """Raise ValueError if there is only one class: its probability is always 1, without gradient."""
     if data.task != "detection" and data.num_classes < 2:
         raise ValueError(
             f"the data have {data.num_classes} class ({', '.join(data.classes)}), so that there is nothing to learn: "
@@ -34,17 +34,17 @@ def check_classes(data: DataFacts) -> None:
 
 
 def check_type(student: nn.Module, data: DataFacts, precision: str) -> None:
-    """Raise ValueError if the student's weights are of another type than the images, and it cannot take those.
+    """Raise ValueError if the student's weights have another dtype than the images, and it cannot run on them.
 
     Args:
-        student: as it was built.
-        data: whose images are float32.
-        precision: of the training; one that is not "true" or "mixed" of a width is left to the trainer.
+        student: the student.
+        data: gives the example; its images are float32.
+        precision: of the training; values other than "WIDTH-true" and "WIDTH-mixed" are left to the trainer.
     """
     width, _, kind = str(precision).partition("-")
     types = {p.dtype for p in student.parameters() if p.is_floating_point()} - {torch.float32}
     if not types or (kind in ("", "true") and width != "32") or kind not in ("", "true", "mixed"):
-        return  # whole models are converted, images with them
+        return  # the trainer converts model and images
     lower = torch.bfloat16 if width == "bf16" else torch.float16
     try:
         with evaluation_mode(student), torch.no_grad(), torch.autocast("cpu", lower, enabled=kind == "mixed"):
@@ -59,7 +59,7 @@ def check_type(student: nn.Module, data: DataFacts, precision: str) -> None:
 
 
 def never_reached(schedule: Schedule, ramp: Ramp, epochs: int) -> list[str]:
-    """Say what of a schedule and a ramp lies beyond the end of a training, as it does where a recipe is shortened."""
+    """Return warnings about parts of a schedule and a ramp beyond the last epoch, as in a shortened recipe."""
     found = []
     late = [mark for mark in schedule.milestones if mark >= epochs]
     if schedule.kind == "step" and late:
@@ -87,7 +87,7 @@ _GIVEN: Mapping[TaskName, frozenset[str]] = {
 
 
 def inner_methods(method: Any) -> dict[str, Any]:
-    """Return the methods that a factory was given as keyword arguments, by their names."""
+    """Return the methods among a factory's keyword arguments, by name."""
     method = unwrap_factory(method)
     keywords = method.keywords if isinstance(method, partial) else {}
     return {
@@ -98,7 +98,7 @@ def inner_methods(method: Any) -> dict[str, Any]:
 
 
 def check_methods(methods: Any, data: DataFacts) -> None:
-    """Raise ValueError if one of several methods or factories, or one inside of it, is not for the data's task."""
+    """Raise ValueError if a method or factory, or a method inside it, does not support the data's task."""
     for method in _all(methods):
         tasks = attribute_of(method, "tasks", None)
         if tasks is not None and data.task not in tasks:
@@ -109,7 +109,7 @@ def check_methods(methods: Any, data: DataFacts) -> None:
 
 
 def check_needs(distiller: Distiller, data: DataFacts) -> None:
-    """Raise ValueError if a method needs what the data do not give: of their task, whole images, or several."""
+    """Raise ValueError if the data do not meet a method's needs: arguments, unmixed images, batch size, classifier."""
     for name, (_, theirs), method in zip(distiller.names, distiller.readers, distiller.methods, strict=True):
         needs = frozenset(getattr(method, "needs", ()))
         who = f"{type(method).__name__} of pair '{name}'"
@@ -147,41 +147,40 @@ def _all(methods: Any) -> Iterator[Any]:
             yield from _all(inner_methods(method).values())
 
 
-# Arguments, and what a method that means them by these names needs.
-_TOLD = {"samples": "indices", "classes": "labels"}
+# Arguments that are set from the data, and the entry of `needs` that a method must have for it.
+_DATA_ARGUMENTS = {"samples": "indices", "classes": "labels"}
 
 
-def tell_data(method: Any, data: LightningDataModule) -> Any:
-    """Return a method's factory with `samples` and `classes` set to the numbers of the data, if it wants that.
+def set_data_arguments(method: Any, data: LightningDataModule) -> Any:
+    """Return a method's factory with `samples`, `classes` and `sample_labels` set from the data, if it takes them.
 
-    Those that need "indices" and have an argument `samples` do, and those that need "labels" and have an argument
-    `classes`; None there asks for the data's number. Those that need both and have an argument `sample_labels` are told
-    the class of every training image, where the data hold them. So do methods inside of another, as of
-    :class:`~diffkd.Shared`.
+    `samples` (number of training images) is set if it is None and the method needs "indices", `classes` if it is None
+    and the method needs "labels". `sample_labels` (class of every training image) is set if it is None, the method
+    needs both, and the data hold the labels. The same holds for methods inside another, as in :class:`~diffkd.Shared`.
 
     Args:
-        method: a factory, or a method, which is returned as it is.
-        data: says how many there are.
+        method: a factory, or a method, which is returned unchanged.
+        data: the data module.
 
     Raises:
-        ValueError: if it was told another number of images, or of fewer classes.
+        ValueError: if `samples` is another number, or `classes` a smaller one, than that of the data.
     """
     if method is None or isinstance(method, nn.Module):
         return method
     method = unwrap_factory(method)
-    inner = {name: tell_data(one, data) for name, one in inner_methods(method).items()}
-    told: dict[str, Any] = {
-        name: value for name, need in _TOLD.items() if (value := _value(method, name, need, data)) is not None
+    inner = {name: set_data_arguments(one, data) for name, one in inner_methods(method).items()}
+    values: dict[str, Any] = {
+        name: value for name, need in _DATA_ARGUMENTS.items() if (value := _value(method, name, need, data)) is not None
     }
     kind = method.func if isinstance(method, partial) else method
     argument = inspect.signature(method).parameters.get("sample_labels")
     if argument is not None and argument.default is None and {"indices", "labels"} <= set(getattr(kind, "needs", ())):
-        told["sample_labels"] = _labels_of(data)
-    return partial(method, **inner, **told) if inner or told else method
+        values["sample_labels"] = _labels_of(data)
+    return partial(method, **inner, **values) if inner or values else method
 
 
 def _value(method: Callable[..., Any], name: str, need: str, data: LightningDataModule) -> int | None:
-    """Return what to give a method for its argument `name`; None if nothing."""
+    """Return the value of a method's argument `name`; None to leave it."""
     kind = method.func if isinstance(method, partial) else method
     argument = inspect.signature(method).parameters.get(name)
     needs = getattr(kind, "needs", ())
@@ -194,7 +193,7 @@ def _value(method: Callable[..., Any], name: str, need: str, data: LightningData
     if given is None:
         return count
     if name == "classes" and given > count:
-        return None  # room for more than there are
+        return None  # more classes than in the data are allowed
     what = "training images" if name == "samples" else "classes"
     raise ValueError(
         f"{kind.__name__} is told of {given} {what} by {name}, but the data have {count}: "
@@ -203,7 +202,7 @@ def _value(method: Callable[..., Any], name: str, need: str, data: LightningData
 
 
 def _labels_of(data: LightningDataModule) -> Any:
-    """Return the class of every training image, (n,), None where the data do not hold them as whole numbers."""
+    """Return the class of every training image, (n,) int64, None if the data module does not hold them."""
     loader = data.train_dataloader()
     dataset = getattr(loader, "dataset", None)
     for holder in (loader, dataset, getattr(dataset, "samples", None)):
@@ -222,16 +221,16 @@ def _classes(data: LightningDataModule) -> int | None:
 def check_teacher_classes(
     distiller: Distiller, weights: str | Path, data: DataFacts, given: Sequence[str] | None = None
 ) -> None:
-    """Compare the names of the classes of teacher and data, where their scores are paired.
+    """Compare the class names of teacher and data, if their scores are paired.
 
-    Warns of other names, which may be those of the same classes.
+    Warns if the names differ; they may still denote the same classes.
 
     Args:
         distiller: with its pairs.
-        weights: the teacher's; their card says its classes.
-        data: what the student sees.
-        given: names that the user gives in the place of the card's; those of the data in another order have been
-            brought into that of the data.
+        weights: the teacher's; their card has its class names.
+        data: the facts of the data.
+        given: the user's class names, which override the card's. If they are the data's in another order, the teacher's
+            scores have already been reordered.
 
     Raises:
         ValueError: if the names are the same in another order.
@@ -255,11 +254,11 @@ def check_teacher_classes(
 
 
 def check_teacher_head(distiller: Distiller, teacher: nn.Module) -> None:
-    """Raise ValueError if the scores of a teacher are paired whose file held no classifier.
+    """Raise ValueError if the teacher's scores are paired, but its file held no classifier.
 
     Args:
         distiller: with its pairs.
-        teacher: as it was built.
+        teacher: the teacher.
     """
     report = report_of(teacher)
     if report is not None and report.random and _pairs_scores(distiller):

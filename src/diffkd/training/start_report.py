@@ -1,4 +1,4 @@
-"""The report at the start of a training: pairs, parameters, first losses, the teacher's accuracy."""
+"""The report after the first step: pairs, parameters, losses, gradient ratios, the teacher's accuracy."""
 
 import math
 from typing import Any
@@ -21,17 +21,17 @@ from diffkd.training.start_checks import never_reached
 
 
 class StartReport(Callback):
-    """Prints pairs, trainable parameters by part, each loss of the first batch, and how well the teacher does on it.
+    """Prints pairs, trainable parameters, the losses of the first batch, and the teacher's accuracy on it.
 
     Args:
-        console: where to; on other processes than the first, pass a quiet one.
+        console: the output; pass a quiet one on ranks other than 0.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the first step of a training measure how hard the pairs pull, on all processes alike."""
+        """Enable the measurement of gradient ratios ("pulls") in the first step, on all ranks."""
         if isinstance(pl_module, Training) and trainer.global_step == 0 and not shards(trainer):
             pl_module.measures_pulls = pl_module.distiller is not None
 
@@ -56,7 +56,7 @@ def report(training: Training, batch: Any, console: Console) -> None:
     if training.distiller is not None:
         console.print(pairs_table(training.distiller))
     beside = ("gamma/", "weight/")
-    losses = {name: value for name, value in training.ledger.latest().items() if not name.startswith(beside)}
+    losses = {name: value for name, value in training.loss_log.latest().items() if not name.startswith(beside)}
     console.print(
         "first batch: " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()),
         highlight=False,
@@ -72,7 +72,7 @@ def report(training: Training, batch: Any, console: Console) -> None:
     if training.teacher is None:
         return
     if isinstance(training.teacher, nn.Module):
-        training.teacher.to(training.device).eval()  # a whole detector, of which only a part has been used so far
+        training.teacher.to(training.device).eval()  # a whole detector; the distiller has moved only a part of it
     with torch.no_grad():
         judged = training.task.judge(training.teacher, batch)
         look = getattr(training.task, "confusions", None)
@@ -97,7 +97,7 @@ def report(training: Training, batch: Any, console: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
-    # Of two classes every teacher is at most twice as good as chance.
+    # With two classes no teacher is more than twice as good as chance.
     if share <= min(2 * chance, chance + 0.1 * (1 - chance)):
         console.print(
             "warning: the teacher is hardly better than chance. Are its weights loaded, are the classes in the same "
@@ -108,7 +108,7 @@ def report(training: Training, batch: Any, console: Console) -> None:
 
 
 def pairs_table(distiller: Distiller) -> Table:
-    """Return the distiller's pairs as a table, whose names go on in the next line where a terminal is narrow."""
+    """Return the distiller's pairs as a table; long names wrap on a narrow terminal."""
     names = (type(distiller.student).__name__, type(distiller.teacher).__name__)
     table = Table(
         title=f"{names[0]} learns from {names[1]}",
@@ -125,11 +125,11 @@ def pairs_table(distiller: Distiller) -> Table:
 
 
 def _pulls(pulls: dict[str, float]) -> list[tuple[str, bool]]:
-    """Return lines that say how hard the pairs pull against the task, and whether each is a warning."""
+    """Return lines with each pair's gradient norm relative to the task's, and whether each is a warning."""
     if not pulls:
         return []
-    told = ", ".join(f"{pair} {pull:.3g}" if pull < math.inf else f"{pair} alone" for pair, pull in pulls.items())
-    lines = [(f"pull of each pair, in that of the task (gradient norms at the student's layer): {told}", False)]
+    shown = ", ".join(f"{pair} {pull:.3g}" if pull < math.inf else f"{pair} alone" for pair, pull in pulls.items())
+    lines = [(f"pull of each pair, in that of the task (gradient norms at the student's layer): {shown}", False)]
     for pair, pull in pulls.items():
         if _TOO_HARD < pull < math.inf or pull < _TOO_SOFT:
             how, mend = ("drowns the task", "lower") if pull > 1 else ("hardly counts", "raise")
@@ -144,7 +144,7 @@ def _pulls(pulls: dict[str, float]) -> list[tuple[str, bool]]:
 
 
 def _targets(distiller: Distiller | None) -> list[tuple[str, bool]]:
-    """Return a line for each target that is standardised."""
+    """Return a line for each standardised target."""
     if distiller is None:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Methods that keep something of every training image, or of every class, are told how many there are."""
+"""Arguments of methods that are set from the data: numbers of training images and classes, labels."""
 
 from functools import partial
 

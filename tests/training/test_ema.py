@@ -1,4 +1,4 @@
-"""The running average of a student."""
+"""The exponential moving average of a student."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffkd import DiffKD, Distiller
-from diffkd.training.ema import StudentAverage
+from diffkd.training.ema import StudentEMA
 
 
 def net():
@@ -27,7 +27,7 @@ def walk(student, steps):
 
 def test_it_is_torchs_average():
     student = net()
-    ours = StudentAverage(student, 0.9)
+    ours = StudentEMA(student, 0.9)
     theirs = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     for _ in walk(student, 4):
         ours.update(student)
@@ -43,8 +43,8 @@ def test_it_is_torchs_average():
 
 def test_saved_and_loaded_it_goes_on():
     student = net()
-    first = StudentAverage(student, 0.5)
-    second = StudentAverage(net(), 0.5)
+    first = StudentEMA(student, 0.5)
+    second = StudentEMA(net(), 0.5)
     for number, _ in enumerate(walk(student, 4)):
         first.update(student)
         if number == 1:
@@ -58,7 +58,7 @@ def test_saved_and_loaded_it_goes_on():
 def test_it_neither_trains_nor_is_distilled():
     student = net()
     distiller = Distiller(student, net(), example=torch.randn(2, 3, 8, 8), method=DiffKD)
-    average = StudentAverage(distiller.student, 0.9)
+    average = StudentEMA(distiller.student, 0.9)
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
     assert not average.model.training
     average.model(torch.randn(2, 3, 8, 8))
@@ -69,4 +69,4 @@ def test_it_neither_trains_nor_is_distilled():
 @pytest.mark.parametrize("decay", [0.0, 1.0, -1.0, 9999])
 def test_nonsense_is_refused(decay):
     with pytest.raises(ValueError, match=r"such as 0\.9999"):
-        StudentAverage(net(), decay)
+        StudentEMA(net(), decay)
