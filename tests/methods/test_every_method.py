@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffkd import DIST, FMKT, KD, NORM, OFAKD, PKD, WTTM, FeatureShape, FitNet, Hint
+from diffkd import DIST, FMKT, KD, NORM, OFAKD, PKD, WTTM, FeatureShape, FitNet, Hint, methods
 from diffkd.methods.at import AT
 from diffkd.methods.cirkd import CIRKD
 from diffkd.methods.crd import CRD
@@ -111,6 +111,15 @@ CASES = [
     Case(FGD),
     Case(CIRKD, options=SMALL_MEMORIES),
     Case(MasKD, options={"token_steps": 0}),
+]
+# Those with tests of their own for all of this, as they take more than features.
+ELSEWHERE = {"BoxKD", "DiffKD"}
+# A method without a case here is tried on a map with its defaults.
+CASES += [
+    Case(method)
+    for name, method in vars(methods).items()
+    if name in methods.__all__ and isinstance(method, type) and issubclass(method, nn.Module)
+    if name not in ELSEWHERE and not any(case.method is method for case in CASES)
 ]
 every = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.method.__name__}-{len(case.sizes[0])}d")
 

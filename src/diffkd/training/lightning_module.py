@@ -16,6 +16,7 @@ from diffkd.distill.ramp import ALWAYS, Ramp
 from diffkd.export.student_file import with_metrics
 from diffkd.features.calling import run
 from diffkd.files.history import History, Row
+from diffkd.methods import DiffKD
 from diffkd.tasks.data_facts import check_classes, check_samples, describe_samples
 from diffkd.tasks.distributed import UnshardedStudent, broadcast_buffers, several_processes, shard, shards
 from diffkd.tasks.task import Meter, Step, Task
@@ -194,6 +195,11 @@ class Training(LightningModule):
         if self.distiller is not None:
             self.distiller.set_epoch(epoch)
         torch.manual_seed(self._mixed_seed(batch_idx))
+        if self.distiller is not None:
+            # A compiled step keeps the number of passes that was drawn last.
+            for method in self.distiller.methods.modules():
+                if isinstance(method, DiffKD):
+                    method.draw()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted sum of all losses of a batch."""
