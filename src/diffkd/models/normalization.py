@@ -1,4 +1,4 @@
-"""What a model's weights were trained for, as its library says: normalisation, size and classes."""
+"""Normalisation, image size and classes of a model's published weights, from its library."""
 
 import json
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ def _of_settings(settings: Mapping[str, Any]) -> Normalization | None:
 
 
 def _usual_of_transformers(model: nn.Module) -> Normalization | None:
-    """Return what the images of such a model are normalised with unless a file beside it says otherwise."""
+    """Return the default normalisation of such a model, without a preprocessor_config.json."""
     mapping = require("transformers.models.auto.image_processing_auto", "hf", "a model of transformers")
     try:
         found = mapping.IMAGE_PROCESSOR_MAPPING[type(config_of(model))]
@@ -113,7 +113,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def own_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the height and width that a model of a library was made for; None if it says none."""
+    """Return the height and width of a library model's input; None if unknown."""
     sizes = (
         getattr(getattr(model, "patch_embed", None), "img_size", None),
         getattr(config_of(model), "image_size", None),
