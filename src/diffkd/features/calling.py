@@ -1,4 +1,4 @@
-"""Calling of a model: its input as tensor, tuple or mapping, its mode, its device."""
+"""Calling of a model: input as tensor, tuple or mapping; training mode; device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` into evaluation mode, and back as each was."""
+    """Put every module of `model` into evaluation mode inside this context, then restore each one's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -27,7 +27,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def with_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a model's input with every tensor in it changed, in the same tuples, lists and mappings."""
+    """Apply `change` to every tensor in a model's input; tuples, lists and mappings are kept."""
     if isinstance(example, Tensor):
         return change(example)
     if isinstance(example, Mapping):
@@ -39,14 +39,14 @@ def with_tensors(example: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def first_parameter(model: nn.Module) -> nn.Parameter | None:
-    """Return the first parameter of a model, which stands for its device and type; None if it has none."""
+    """Return the first parameter of a model, which represents its device and dtype; None if it has none."""
     for parameter in model.parameters():  # the compiler of PyTorch 2.8 does not follow next(..., None)
         return parameter
     return None
 
 
 def on_device_of(model: nn.Module, example: Any) -> Any:
-    """Return `example` on the model's device, its floating-point tensors in the model's type."""
+    """Return `example` on the model's device, with floating-point tensors in the model's dtype."""
     parameter = first_parameter(model)
     if parameter is None:
         return example
@@ -75,5 +75,5 @@ def batch_of(example: Any) -> int | None:
 
 
 def shapes_of(example: Any) -> str:
-    """Return the shapes of a model's input for people."""
+    """Return the shapes of a model's input as text."""
     return ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(example)) or type(example).__name__

@@ -1,4 +1,4 @@
-"""Finding of the class scores in a model's output, and of the layer that makes them."""
+"""Detection of the class scores in a model's output, and of the layer that computes them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ from diffkd.features.trace import OUTPUT, Seen, elements_of, is_same
 def returns_features(
     output: Any, class_map: Seen | None, layouts: Mapping[str, Layout | None], seen: Sequence[Seen]
 ) -> bool:
-    """Whether a map that a model returns is a feature of it, as a backbone's is, and no scores of positions.
+    """Whether a map that a model returns is a feature, as a backbone's is, rather than scores per position.
 
-    Tokens are, and so is the first of several maps of different channels or under names other than "logits" or "out".
-    Scores come out of a matrix of weights, and nothing of their channels and size has been normalised or activated.
+    Tokens are features, and so is the first of several maps with different channels or with names other than "logits"
+    or "out". Scores come from a weight matrix, and no value of their channels and size was normalised or activated.
 
     Args:
-        output: what the model returned.
-        class_map: the layer whose output it up-samples to that.
+        output: the model's output.
+        class_map: the layer whose output the model up-samples to its output.
         layouts: of the layers' outputs and of "output", by name.
-        seen: what its layers returned.
+        seen: the traced outputs of its layers.
     """
     result, layout = select_tensor(output), layouts[OUTPUT]
     if result is None or layout is None or math.prod(layout.size(result.shape)) == 1:
@@ -43,8 +43,8 @@ def returns_features(
 def class_scores(output: Any, class_map: Seen | None, seen: Sequence[Seen]) -> str:
     """Return the name of the class scores in what a model returns: "output", or "output[1]" of (feature, scores).
 
-    They are an element other than the one usually meant only if that one comes straight out of no matrix of weights,
-    and is no class map, while the element is a vector that does.
+    Another element than the default one (:func:`~diffkd.features.layout.select_tensor`) is chosen only if the default
+    is neither the output of a weight matrix nor a class map, while the element is a vector from a weight matrix.
     """
     result, elements = select_tensor(output), elements_of(OUTPUT, output)
     named = isinstance(output, Mapping) and {"logits", "out"} & set(output)
@@ -63,9 +63,9 @@ def _read(tensor: Tensor, layout: Layout | None) -> tuple[int, tuple[int, ...]] 
 
 
 def before_upsampling(seen: Sequence[Seen], result: Tensor) -> Seen | None:
-    """Return the layer whose class map the model up-samples to what it returns; None if there is none.
+    """Return the layer whose class map the model up-samples to its output; None if there is none.
 
-    It is the one that looks most like the result when it is up-sampled; an auxiliary head's map does not.
+    It is the one most similar to the result after up-sampling, which excludes an auxiliary head's map.
     """
     if result.ndim != 4:
         return None
@@ -75,7 +75,7 @@ def before_upsampling(seen: Sequence[Seen], result: Tensor) -> Seen | None:
         tensor = one.tensor
         if tensor.ndim != 4 or tensor.shape[:2] != result.shape[:2] or not one.intact:
             continue
-        if not 1 < math.prod(tensor.shape[2:]) < area:  # a single position is what has been pooled
+        if not 1 < math.prod(tensor.shape[2:]) < area:  # a single position has been pooled
             continue
         likeness = F.cosine_similarity(
             resize(tensor.float(), (result.shape[2], result.shape[3])).flatten(), result.float().flatten(), dim=0
@@ -86,16 +86,16 @@ def before_upsampling(seen: Sequence[Seen], result: Tensor) -> Seen | None:
 
 
 def count_queries(result: Sequence[int], elements: Sequence[Sequence[int]]) -> int | None:
-    """Return how many queries a model answers, each with scores, and a box (B, N, 4) or a mask (B, N, H, W).
+    """Return the number of queries of a model that returns scores and a box (B, N, 4) or mask (B, N, H, W) for each.
 
-    They are a set, and no grid of positions, whatever their number.
+    Queries are a set, not a grid of positions.
 
     Args:
-        result: shape of the scores that the model returns, (B, N, K) if it answers queries.
-        elements: shapes of all that it returns.
+        result: shape of the scores that the model returns, (B, N, K) if it has queries.
+        elements: shapes of all tensors that it returns.
 
     Returns:
-        N, or None if the model answers no queries.
+        N, or None if the model has no queries.
     """
     if len(result) != 3 or result[2] == 4:
         return None

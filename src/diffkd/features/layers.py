@@ -19,20 +19,20 @@ from diffkd.files.weights import unwrap
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a model as the probe saw it.
+    """One layer of a model in the probed forward.
 
     Attributes:
         name: dotted name, or "output" for the output of the whole model; "output[1]" if its scores are that element.
         type: name of its class.
         shape: shape of its output for the example, batch first.
-        layout: how the output is read, None if its shape is not understood or it holds no real numbers.
-        calls: how often it ran in one forward.
+        layout: layout of the output, None if its shape is not understood or it holds no real numbers.
+        calls: number of calls in one forward.
         instead: None if the output can be distilled; otherwise the layer to take instead, "" if none was found. Outputs
-            that are overwritten in place after the layer has run, or that come several times, cannot be.
+            that are overwritten in place after the layer has run, or that occur several times, cannot be.
         elements: names ("fpn[0]") and shapes of the tensors in an output that is a sequence or mapping of several.
-        scores: whether the output holds the scores that the model returns: "output", or, of a segmenter, the layer that
-            makes it and the class map that is up-sampled to it. A backbone, which returns features, has none.
-        element_layouts: how each of the elements is read.
+        scores: whether the output holds the scores that the model returns: "output", or, in a segmenter, the layer that
+            computes it and the class map that is up-sampled to it. A backbone, which returns features, has none.
+        element_layouts: layout of each of the elements.
         before: the activation whose input "NAME@pre" names; None if that cannot be recorded.
     """
 
@@ -65,7 +65,7 @@ class Layer:
 def list_layers(model: nn.Module, example: Any) -> list[Layer]:
     """Run `model` once and list every layer that returns a tensor, in the order in which they finish.
 
-    The model is left as it was: it runs in evaluation mode without gradients, and its modes are put back.
+    The model runs in evaluation mode without gradients; its modes are restored.
 
     Args:
         model: any module.
@@ -73,8 +73,8 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
             model's device.
 
     Returns:
-        The layers; the last is named "output", or "output[1]" where the class scores are only an element of it, and
-        stands for what the whole model returns.
+        The layers; the last is the model's output, named "output", or "output[1]" if the class scores are only an
+        element of it.
 
     Raises:
         ValueError: if the model cannot take the example, or returns no tensor.
@@ -100,12 +100,12 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
         if queries is not None and one.tensor.ndim == 3 and one.tensor.shape[1] == queries:
             layouts[one.name] = Layout("rows")
     if queries is not None:
-        layouts[OUTPUT] = None  # two models' queries do not go together one by one
+        layouts[OUTPUT] = None  # the queries of two models do not correspond one to one
     features = scores == OUTPUT and returns_features(output, class_map, layouts, seen)
     layers = []
     for position, one in enumerate(seen):
         if any(later.name == one.name for later in seen[position + 1 :]):
-            continue  # listed once, where it ran last
+            continue  # listed once, at its last call
         layers.append(
             Layer(
                 one.name,
@@ -120,7 +120,7 @@ def list_layers(model: nn.Module, example: Any) -> list[Layer]:
                 one.before if calls[one.name] == 1 else None,
             )
         )
-    # A detector returns boxes for each image: nothing that could be compared with another model's.
+    # A detector returns boxes for each image, which cannot be compared with those of another model.
     detects = isinstance(output, (list, tuple)) and all(isinstance(one, Mapping) for one in output)
     layout = None if detects else layouts[scores]
     if detects:
@@ -143,7 +143,7 @@ def find_layer(layers: Sequence[Layer], name: str, owner: str) -> Layer:
     Args:
         layers: as from :func:`list_layers`.
         name: dotted name, without selector, or followed by "@pre".
-        owner: whose layers these are, for the message: "student ResNet".
+        owner: the model, for messages: "student ResNet".
 
     Raises:
         ValueError: if there is no such layer (the message names the nearest), or its output cannot be distilled.
@@ -175,14 +175,14 @@ def activations_of(layers: Sequence[Layer]) -> dict[str, Activation]:
 
 
 def describe(layer: Layer) -> str:
-    """Return the shape of a layer's output for people: "512x7x7", or the raw shape if it is not understood."""
+    """Return the shape of a layer's output as text: "512x7x7", or the raw shape if it is not understood."""
     return str(layer.feature_shape or layer.shape)
 
 
 def _layouts(
     model: nn.Module, example: Any, outputs: Mapping[str, Tensor], grids: Collection[tuple[int, int]]
 ) -> dict[str, Layout | None]:
-    """Find out the layout of each output; where its shape allows several, by running the model once more."""
+    """Infer the layout of each output; if its shape allows several, by running the model once more."""
     input_size, batch, prefixes = input_size_of(example), batch_of(example), prefix_tokens(model)
     unread: dict[str, Layout | None] = {name: None for name, one in outputs.items() if not one.is_floating_point()}
     shapes = {name: tensor.shape for name, tensor in outputs.items() if name not in unread}
@@ -199,7 +199,7 @@ def _layouts(
 
 
 def _instead(seen: Sequence[Seen], position: int, calls: Mapping[str, int]) -> str:
-    """Name the nearest layer that holds the same tensor, or else encloses it, and is intact."""
+    """Return the name of the nearest intact layer with the same tensor, or else around it."""
     lost = seen[position]
 
     def sound(one: Seen) -> bool:

@@ -1,4 +1,4 @@
-"""Layouts of features: where channels and positions lie in a tensor, and how to bring it to (B, C, H, W) or (B, C)."""
+"""Layouts of features: the order of channels and positions, and conversion to (B, C, H, W) or (B, C)."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -14,13 +14,13 @@ _TOKENS = ("tokens", "sequence")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layer's output is to be read.
+    """The layout of a layer's output.
 
     Args:
         kind: "nchw" (B, C, H, W); "nhwc" (B, H, W, C); "tokens" (B, prefix + H * W, C); "sequence", tokens before
-            the batch (prefix + H * W, B, C), as PyTorch's transformers have them by default; "vector" (B, C); "rows"
-            (..., C), any number of vectors, such as a detector's boxes (B, N, 4), which are read as (B * N, 4).
-        prefix: number of class, distillation and register tokens that precede the grid; they are left out.
+            the batch (prefix + H * W, B, C), the default of PyTorch's transformers; "vector" (B, C); "rows" (..., C),
+            any number of vectors, such as a detector's boxes (B, N, 4), which are read as (B * N, 4).
+        prefix: number of class, distillation and register tokens before the grid; they are dropped.
         grid: (H, W) of the tokens at the probed input size.
     """
 
@@ -33,7 +33,7 @@ class Layout:
         return shape[1] if self.kind in ("nchw", "vector") else shape[-1]
 
     def batch(self, shape: Sequence[int]) -> int:
-        """Return how many images a tensor of this layout and `shape` holds."""
+        """Return the batch size of a tensor of this layout and `shape`."""
         return shape[1] if self.kind == "sequence" else shape[0]
 
     def size(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -87,15 +87,15 @@ def infer_layout(
     grids: Collection[tuple[int, int]] = (),
     batch: int | None = None,
 ) -> Layout | None:
-    """Guess the layout of a layer's output from its shape.
+    """Infer the layout of a layer's output from its shape.
 
     Args:
         shape, input_size, prefixes, grids, batch: as for :func:`fitting_layouts`.
 
     Returns:
-        The only layout that fits, or the first of several. None if the shape is not understood, or could be several
-        grids of tokens, none of which has exactly the proportions of the input, or is likely: as many prefix tokens as
-        the model says, or none if it says nothing.
+        The only layout that fits, or the first of several. None if the shape is not understood, or if several token
+        grids fit, of which none has exactly the proportions of the input or the declared number of prefix tokens (0 if
+        the model declares none).
     """
     fits = fitting_layouts(shape, input_size, prefixes, grids, batch)
     if len(fits) > 1 and input_size is not None and fits[0].kind in _TOKENS:
@@ -111,20 +111,20 @@ def fitting_layouts(
     grids: Collection[tuple[int, int]] = (),
     batch: int | None = None,
 ) -> list[Layout]:
-    """Return the layouts that the shape of a layer's output allows, the most usual first.
+    """Return the layouts that the shape of a layer's output allows, the most likely first.
 
-    A grid of positions keeps the proportions of the input, up to rounding; channels do not. Maps of exactly these
-    proportions come first, then those of a size that the model's layers for maps return, since it may resize its images
-    itself or leave out borders, then (B, C, H, W) before (B, H, W, C). Tokens that fill a grid of exactly these
-    proportions, or else one of these sizes, fill no other; the fewest prefix tokens come first.
+    A grid of positions has the proportions of the input, up to rounding; channels do not. Maps of exactly these
+    proportions come first, then those of a size in `grids`, since the model may resize its images or drop borders, then
+    (B, C, H, W) before (B, H, W, C). If tokens fill a grid of exactly these proportions, or else one of these sizes,
+    other grids are excluded; the fewest prefix tokens come first.
 
     Args:
         shape: of the output.
         input_size: (H, W) of the model's input, None if it has none.
-        prefixes: the numbers of prefix tokens of which the model speaks; a layer has one of these, or none. Empty: it
-            says nothing, and up to 8 are tried.
-        grids: (H, W) of what the model's convolutions and other layers for maps return.
-        batch: how many images the model was given, to tell tokens that come before the batch; None if unknown.
+        prefixes: the numbers of prefix tokens that the model declares; a layer has one of these, or none. Empty: up to
+            8 are tried.
+        grids: (H, W) of the outputs of the model's convolutions and other layers for maps.
+        batch: batch size of the input, to detect layouts with tokens before the batch; None if unknown.
     """
     if len(shape) == 2:
         return [Layout("vector")]
@@ -151,11 +151,11 @@ def fitting_layouts(
 
 
 def _error(size: tuple[int, int], input_size: tuple[int, int]) -> int | None:
-    """How far a grid's proportions are from the input's, 0 if they are the same; None if it is no grid of it."""
+    """The difference of a grid's proportions from the input's, 0 if equal; None if it is no grid of the input."""
     (height, width), (full_height, full_width) = size, input_size
     error = abs(height * full_width - width * full_height)
-    # Each side is rounded to a whole cell on its own, so the proportions may be off by one cell of either; but the
-    # equal sides of a square are rounded alike, which tells 7x7x8 from 7x8 positions, and 16 + 4 tokens from 4x5.
+    # Each side is rounded to whole cells separately, so the proportions may be off by one cell of either; the equal
+    # sides of a square are rounded alike, which distinguishes 7x7x8 from 7x8 positions, and 16 + 4 tokens from 4x5.
     tolerance = 0 if full_height == full_width else max(input_size)
     return error if height <= full_height and width <= full_width and error <= tolerance else None
 
@@ -171,13 +171,13 @@ def _grid(count: int, input_size: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def select_tensor(output: Any, key: str | None = None) -> Tensor | None:
-    """Return the tensor meant by a module's output.
+    """Return the tensor to use of a module's output.
 
     Args:
         output: a tensor, or any nesting of tuples, lists, mappings and objects with `logits` around tensors.
-        key: which element of a mapping (by key) or sequence (by index); None: `logits` if there is such a thing, else
-            "out", else the first tensor of more than one dimension, before what holds one (a list of features that
-            comes before the logits is passed over), or else any (a loss is passed over likewise).
+        key: key of a mapping or index of a sequence; None: `logits` if there is one, else "out", else the first tensor
+            of more than one dimension, preferring direct elements over nested ones (a list of features before the
+            logits is skipped), or else any tensor (a loss is skipped likewise).
 
     Returns:
         The tensor, or None if there is none.
@@ -214,7 +214,7 @@ def _element(output: Any, key: str) -> Any:
 
 
 def resize(feature: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring a map (B, C, H, W) to `size`: averaged where it shrinks, bilinearly interpolated where it grows."""
+    """Resize a map (B, C, H, W) to `size`: by averaging to a smaller, bilinearly to a larger size."""
     height, width = feature.shape[2:]
     if (height, width) == tuple(size):
         return feature

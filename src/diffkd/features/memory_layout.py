@@ -1,4 +1,4 @@
-"""Memory layout of maps (channels last). It changes the time, and numbers by rounding alone."""
+"""Memory format of maps (channels_last). It affects speed, and results only by rounding."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from diffkd.features.calling import evaluation_mode, on_device_of, run
 
-# On a CPU, maps of at most this many positions are computed as rows of channels: 1x1 convolutions are matrix products
-# then, and small batch normalisations faster. On larger ones PyTorch's plain layout is as fast or faster.
+# On a CPU, maps of at most this many positions are computed in channels_last: 1x1 convolutions are then matrix
+# products, and small batch normalisations faster. For larger maps the contiguous format is as fast or faster.
 ROWS_UP_TO = 256
 
 
 def fast_layout(feature: Tensor) -> torch.memory_format:
-    """Return the layout to compute (B, C, H, W) in: channels-last for small maps on a CPU, else the feature's own.
+    """Return the memory format to compute (B, C, H, W) in: channels_last for small maps on a CPU, else the feature's.
 
-    Vectors, and maps that are laid out in some third way, are computed in the plain layout.
+    Vectors, and maps with other strides, are computed in the contiguous format.
     """
     small = feature.is_cpu and feature.shape[2:].numel() <= ROWS_UP_TO
     if feature.ndim == 4 and (small or feature.is_contiguous(memory_format=torch.channels_last)):
@@ -24,22 +24,22 @@ def fast_layout(feature: Tensor) -> torch.memory_format:
 
 
 def drawn(like: Tensor) -> Tensor:
-    """Return standard normal noise, drawn in the order of the indices: a seed gives the same noise in any layout."""
+    """Return standard normal noise that, for a given seed, does not depend on the memory format."""
     return torch.randn(like.shape, dtype=like.dtype, device=like.device)
 
 
 def try_channels_last(model: nn.Module, example: Any) -> bool:
-    """Lay a model's weights out with the channels last, which its activations follow, if it runs like that.
+    """Convert a model's weights to channels_last, which its activations follow, if the model runs in that format.
 
-    Convolutions are faster so on most CPUs, and on GPUs in 16 bits. A model that views activations as one row per image
-    (`x.view(len(x), -1)`) does not run, and neither do three-dimensional convolutions.
+    Convolutions are then faster on most CPUs, and on GPUs in 16 bits. Models with `x.view(len(x), -1)` on activations
+    or with 3D convolutions fail in this format.
 
     Args:
-        model: changed in place, or left in the plain layout.
+        model: converted in place, or left in the contiguous format.
         example: its input: a tensor, a tuple of arguments, or a mapping of keyword arguments; moved to its device.
 
     Returns:
-        Whether it was.
+        Whether the model was converted.
     """
     try:
         model.to(memory_format=torch.channels_last)

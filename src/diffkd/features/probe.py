@@ -1,4 +1,4 @@
-"""The one run of each model with the example, in which the paired layers are read."""
+"""The probe: one forward of each model with the example, which determines shapes and layouts of the paired layers."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +19,7 @@ from diffkd.features.recorder import Call, Recorder, Recording, split_selector
 def probe(
     side: SideName, recorder: Recorder, model: nn.Module, example: Any, layers: Sequence[Layer]
 ) -> Callable[..., Reader]:
-    """Record the example once, and return what finds out how layers are to be read."""
+    """Record the example once, and return a function that builds the reader of given layers."""
     output, outputs, _ = _record(recorder, model, example)
     return partial(
         reader_for,
@@ -35,7 +35,7 @@ def probe(
 
 
 def _layouts(layers: Sequence[Layer]) -> dict[str, Layout]:
-    """Return how layers and the elements of their outputs are read, by name, as far as that was found out."""
+    """Return the known layouts of layers and of the elements of their outputs, by name."""
     found = [(layer.name, layer.layout) for layer in layers]
     found += [(f"{layer.name}{PRE}", layer.layout) for layer in layers if layer.before is not None]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Reading of one side of a pair: recorded outputs in, features of a known shape out."""
+"""Readers: convert the recorded outputs of one side of a pair to features of a known shape."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +19,11 @@ class Reader:
 
     Attributes:
         names: the layers.
-        layouts: the layout of each one's output.
-        shapes: what the method is told of each: as :meth:`read` returns it, at the size that the pair is compared in.
-        own: what the model itself returns in each, before anything is resized or averaged.
-        several: whether the method takes a list, even of one.
+        layouts: the layout of each layer's output.
+        shapes: shape of each feature as :meth:`read` returns it, at the size at which the pair is compared; methods are
+            built from these.
+        own: shape of each of the model's outputs, before resizing or averaging.
+        several: whether the method takes a list, even of one feature.
         pools: whether maps are averaged to vectors, since the other side has no positions.
     """
 
@@ -61,19 +62,19 @@ def reader_for(
     layouts: Mapping[str, Layout] = MappingProxyType({}),
     batch: int | None = None,
 ) -> Reader:
-    """Find out how the outputs of layers are to be read.
+    """Build the reader of some layers; layouts are inferred unless given.
 
     Args:
         side: for messages.
         names: the layers.
-        outputs: what each returned for the example.
-        logits: what the model returned, to tell when a layer is the one that makes it.
+        outputs: output of each layer for the example.
+        logits: the model's output, to detect the layer that computes it.
         input_size: (H, W) of the example.
         scores: names of further layers that return the model's scores, such as a class map before up-sampling.
         several: whether the method takes a list.
-        layout: how to read them, if the user said so.
-        prefixes: the numbers of prefix tokens of which the model speaks.
-        layouts: those of whole layers, as the probe found them out.
+        layout: the user's layout, if given.
+        prefixes: the numbers of prefix tokens that the model declares.
+        layouts: layouts of layers from the probe.
         batch: number of images in the example.
 
     Raises:
@@ -107,9 +108,9 @@ def reader_for(
 
 
 def agree(student: Reader, teacher: Reader, resizes: Resizing = "student") -> tuple[Reader, Reader]:
-    """Bring both sides of a pair to one kind, and to the size that `resizes` says: maps, or vectors if either is one.
+    """Convert both sides of a pair to maps, or to vectors if either is one, at the size according to `resizes`.
 
-    Logits of a single position (B, K, 1, 1), as classifiers without a flattening return them, are vectors too.
+    Logits of a single position (B, K, 1, 1), from classifiers without flattening, are vectors too.
     """
     if student.several or teacher.several:
         return student, teacher

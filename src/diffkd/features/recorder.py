@@ -19,17 +19,17 @@ from diffkd.files.weights import unwrap
 
 
 class Call(NamedTuple):
-    """What a layer was called with, positional arguments only, and what it returned."""
+    """The positional arguments and the output of a layer's call."""
 
     args: tuple[Any, ...]
     output: Any
 
 
 class Recording(NamedTuple):
-    """What one run of a model left.
+    """The result of one recorded forward.
 
     Attributes:
-        output: what the model returned; None if it was stopped before.
+        output: the model's output; None if the forward was stopped early.
         features: the tensors of the chosen layers by name.
         calls: the calls of the watched layers by name.
     """
@@ -41,17 +41,17 @@ class Recording(NamedTuple):
 
 @dataclass
 class Recorder:
-    """Records the outputs of chosen layers of one model, only while :meth:`record` runs it.
+    """Records the outputs of chosen layers of one model by forward hooks, active only within :meth:`record`.
 
-    Hooks are attached once, to the unwrapped model, so that `torch.compile` sees them; they hold this object, and a
-    deep copy of the model gets a recorder of its own, at rest.
+    Hooks are attached once, to the unwrapped model, so that `torch.compile` sees them; they refer to this object, and a
+    deep copy of the model gets its own inactive recorder.
 
     Args:
-        names: the layers: "layer4", "output" for what the model returns, "fpn[0]", "backbone[out]" for one element of
-            an output that is a sequence or mapping, or "layer4@pre" for what its activation is applied to.
-        watched: layers of which the whole call is wanted, whatever its type.
-        activations: the activation of each layer that has one, by name, as the probe found them out; those of the
-            names "layer4@pre" are needed.
+        names: the layers: "layer4", "output" for the model's output, "fpn[0]", "backbone[out]" for one element of an
+            output that is a sequence or mapping, or "layer4@pre" for the input of its activation.
+        watched: layers whose calls (arguments and output) are recorded.
+        activations: the activation of each layer that has one, by name, from the probe; required for names such as
+            "layer4@pre".
     """
 
     names: Sequence[str]
@@ -69,7 +69,7 @@ class Recorder:
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def attach(self, model: nn.Module) -> None:
-        """Hang the hooks into `model`, whose layers must exist.
+        """Register the hooks in `model`.
 
         Raises:
             ValueError: if there is no such layer, or the model is compiled already.
@@ -78,7 +78,7 @@ class Recorder:
         for name in (*self.names, *self.watched):
             path, key = split_selector(name)
             if path == OUTPUT:
-                continue  # what the model returns needs no hook
+                continue  # the model's output needs no hook
             layer, is_before = before_activation(path)
             activation = self.activations.get(layer) if is_before else None
             if is_before and activation is None:
@@ -88,7 +88,7 @@ class Recorder:
             if module is None:
                 raise ValueError(f"layer '{path}' is not in {type(unwrap(model)).__name__}")
             if hasattr(model, "_orig_mod") or _is_compiled(path, modules):
-                # Hooks are not guarded: a graph made before, even of another model of this class, would be run again.
+                # Hooks are not guarded: a graph compiled before, even for another model of this class, would be reused.
                 raise ValueError(
                     f"{type(unwrap(model)).__name__} is compiled already, as a whole or around its layer '{path}', and "
                     "ignores hooks there; give the model as it was, and compile the distiller"
@@ -106,23 +106,23 @@ class Recorder:
             self.handles.append(module.register_forward_hook(_Tap(self, name, None if watches else key, watches)))
 
     def detach(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
         self.function_taps.clear()
 
     def record(self, model: nn.Module, inputs: Any, *, whole: bool = True) -> Recording:
-        """Run `model` and return what it returns, and what was recorded.
+        """Run `model` and return its output and the recorded features.
 
         Args:
-            model: the one that :meth:`attach` was given.
+            model: the model given to :meth:`attach`.
             inputs: its input.
-            whole: False: what comes after the last recorded layer need not run. It is left out where nothing hinders:
-                the output is not among the recorded, the model is not wrapped, and not being compiled.
+            whole: False: the forward may stop after the last recorded layer. It does if the output is not recorded, and
+                the model is neither wrapped nor being compiled.
 
         Raises:
-            ValueError: if a layer left nothing to record, or its output was overwritten in place afterwards.
+            ValueError: if a layer returned nothing to record, or its output was overwritten in place afterwards.
         """
         wants_output = any(split_selector(name)[0] == OUTPUT for name in self.names)
         self.stops = not (whole or wants_output or unwrap(model) is not model)
@@ -135,11 +135,11 @@ class Recorder:
             with CalledActivations(self) if self.function_taps else nullcontext():
                 output = run(model, inputs)
         except Exception:
-            # By the flag and not by the type: a model may turn what passes through it into an exception of its own.
+            # Check the flag and not the type: a model may catch the exception and raise another one.
             if not self.stopped:
                 raise
         finally:
-            # Nothing is held on to: activations would live until the next batch.
+            # Drop all references: activations would otherwise live until the next batch.
             outputs, self.outputs, calls, self.calls, self.active = self.outputs, {}, self.calls, {}, False
             versions, self.versions, ran, self.ran = self.versions, {}, self.ran, set()
         for name, version in versions.items():
@@ -171,33 +171,33 @@ class Recorder:
         )
 
     def called(self, given: Tensor, in_place: bool) -> None:
-        """Take in that an activation function is being called; called by the mode that sees them."""
+        """Handle the call of an activation function; called by :class:`CalledActivations`."""
         if self.active:
             for tap in self.function_taps:
                 tap.called(given, in_place)
 
     def activated(self, made: Tensor) -> None:
-        """Take in what an activation function has returned; called likewise."""
+        """Handle the output of an activation function; called likewise."""
         if self.active:
             for tap in self.function_taps:
                 tap.activated(made)
 
     def moved(self, name: str, args: Any, apply: Callable[[Any], Tensor], made: Any) -> None:
-        """Take in that values were joined or rearranged; called likewise."""
+        """Handle a concatenation or rearrangement of values; called likewise."""
         if self.active:
             for tap in self.function_taps:
                 tap.moved(name, args, apply, made)
 
     def keep(self, name: str, tensor: Tensor, in_place: bool) -> None:
-        """Record the value before an activation, a copy of it where the activation overwrites it."""
+        """Record the value before an activation, as a copy if the activation is in place."""
         kept = tensor.clone() if in_place else tensor
         self.outputs[name] = kept
         self.versions[name] = version_of(kept)
 
     def stop_if_complete(self) -> None:
-        """End the model's forward, if that is allowed and all layers have been recorded; called by the hooks."""
+        """Stop the model's forward, if that is allowed and all layers have been recorded; called by the hooks."""
         if torch.compiler.is_compiling():
-            return  # a graph holds the whole model: breaking out would cost more than it saves
+            return  # a compiled graph holds the whole model: a graph break would cost more than it saves
         if self.active and self.stops and len(self.outputs) + len(self.calls) == len(self.names) + len(self.watched):
             self.stopped = True
             raise _Enough
@@ -208,7 +208,7 @@ class _Hook:
 
     @property
     def __name__(self) -> str:
-        # Only TorchScript asks for it, to compile the hook together with the model.
+        # Only TorchScript reads it, to compile the hook together with the model.
         raise AttributeError(
             "torch.jit.script would compile the distiller's hooks as well, which cannot be: call distiller.release() "
             "first, which ends it, or script a new model that has loaded the student's state_dict(); torch.export "
@@ -231,7 +231,7 @@ class _InputTap(_Hook):
 
 
 class _FunctionTap:
-    """Counts the activations that are called while one module runs, and records what one of them is applied to."""
+    """Counts the activation calls within one module's forward, and records the input of one of them."""
 
     def __init__(self, recorder: Recorder, name: str, call: int) -> None:
         self.recorder, self.name, self.call = recorder, name, call
@@ -257,7 +257,7 @@ class _FunctionTap:
 
 
 class _MovedTap:
-    """Joins and rearranges the values before a layer's activations as the layer does those after them."""
+    """Applies a layer's concatenations and rearrangements to the values before its activations."""
 
     def __init__(self, recorder: Recorder, name: str) -> None:
         self.recorder, self.name = recorder, name
@@ -266,7 +266,7 @@ class _MovedTap:
     def reset(self) -> None:
         self.inside = False
         self.given: Tensor | None = None
-        self.known: list[tuple[Tensor, Tensor]] = []  # what was returned, and what it would be before the activation
+        self.known: list[tuple[Tensor, Tensor]] = []  # the value after the activation, and before it
 
     def called(self, given: Tensor, in_place: bool) -> None:
         if self.inside:
@@ -294,7 +294,7 @@ class _MovedTap:
 
 
 class _Entrance(_Hook):
-    """Tells a tap that its module runs."""
+    """Forward pre-hook: notifies a tap that its module starts."""
 
     def __init__(self, tap: "_FunctionTap | _MovedTap") -> None:
         self.tap = tap
@@ -304,7 +304,7 @@ class _Entrance(_Hook):
 
 
 class _Exit(_Hook):
-    """Tells a tap that its module has run."""
+    """Forward hook: notifies a tap that its module has finished."""
 
     def __init__(self, tap: "_FunctionTap | _MovedTap") -> None:
         self.tap = tap
@@ -333,21 +333,21 @@ class _Tap(_Hook):
         self.recorder.stop_if_complete()
 
 
-class _Enough(Exception):  # noqa: N818  # no error: it ends a forward of which all that is wanted has been recorded
-    """Raised inside a model's forward, and caught around it."""
+class _Enough(Exception):  # noqa: N818  # not an error: stops a forward after the last recorded layer
+    """Raised inside a model's forward to stop it, and caught around it."""
 
 
 def _is_compiled(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer, or a module around it, runs as a graph; a wrapper around a graph is a layer like others."""
+    """Whether a layer, or a module around it, is compiled or scripted; wrappers around such modules are not."""
     parts = path.split(".")
     around = [modules[".".join(parts[:count])] for count in range(len(parts) + 1)]
     return "_orig_mod" in parts or any(one._compiled_call_impl is not None for one in around)
 
 
 def split_selector(name: str) -> tuple[str, str | None]:
-    """Split "fpn[0]" into the layer's name and the key, ("fpn", "0"); the key is None where there is none.
+    """Split "fpn[0]" into the layer's name and the key, ("fpn", "0"); the key is None if there is none.
 
-    "layer3@pre" has none: :func:`~diffkd.features.activations.before_activation` splits that.
+    "layer3@pre" has no key: :func:`~diffkd.features.activations.before_activation` splits that.
     """
     match = re.fullmatch(r"(.+)\[([^\[\]]+)\]", name)
     return (match[1], match[2]) if match else (name, None)

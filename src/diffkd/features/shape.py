@@ -1,17 +1,17 @@
-"""The shape of a feature, from which methods are built.
+"""The shape of a feature, the argument of a method's constructor.
 
-Also the words for what a method wants from automatic pairing: "feature" (the last map before pooling), "logits",
-"stages" (the last map of every resolution, each pair with a method of its own), "levels" (the same maps, all given to
-one method as lists), or "class map" (the scores by position of a model for dense prediction, and the last feature of
-any other), "box outputs" (a detector's class scores and box regression, given to one method as a list of two),
-"last stage" (the last of the stages, which is not the head's convolution), "second stage" (the second of the stages
-that both models have in common), "pooled" (beside "levels": the last map before pooling as one more level), "stages to
-logits" (the student's stages and logits, and the teacher's logits, given to one method as lists), or "feature to
-logits" (the student's last map and logits, and the teacher's logits, likewise).
+Also the values of `wants`, the features that a method gets from automatic pairing: "feature" (the last map before
+pooling), "logits", "stages" (the last map of every resolution, each pair with a method of its own), "levels" (the same
+maps, all given to one method as lists), or "class map" (the scores by position of a model for dense prediction, and the
+last feature of any other), "box outputs" (a detector's class scores and box regression, given to one method as a list
+of two), "last stage" (the last of the stages, which is not the head's convolution), "second stage" (the second of the
+stages that both models have in common), "pooled" (beside "levels": the last map before pooling as one more level),
+"stages to logits" (the student's stages and logits, and the teacher's logits, given to one method as lists), or
+"feature to logits" (the student's last map and logits, and the teacher's logits, likewise).
 
-And the words for what is done about maps of different size before a method gets them: "student", the student's is
-brought to the teacher's (averaged where it shrinks, bilinearly interpolated where it grows); "larger", the larger one
-is averaged to the smaller; "none", the method gets them as they are.
+And the values of `resizes`, the handling of maps of different size: "student", the student's map is resized to the
+teacher's size (by averaging to a smaller, bilinearly to a larger size); "larger", the larger one is averaged to the
+smaller; "none", no resizing.
 """
 
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ Resizing = Literal["student", "larger", "none"]
 
 @dataclass(frozen=True)
 class FeatureShape:
-    """Channels, spatial size and role of a feature, as every method's constructor takes it.
+    """Channels, spatial size and role of a feature, from which methods are built.
 
     Args:
         channels: C, the number of channels of a map (B, C, H, W) or of a vector (B, C).
-        size: (H, W) of a map in cells, () for a vector. Maps may change size from batch to batch: as probed.
+        size: (H, W) of a map in cells, () for a vector. If sizes vary between batches, that of the probe.
         role: "logits" if the tensor holds class scores, "feature" otherwise.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The trace of one run of a model: what each of its layers returned."""
+"""The trace of one forward of a model: the output of each layer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from diffkd.features.calling import evaluation_mode, run, shapes_of
 from diffkd.features.layout import select_tensor
 
 OUTPUT = "output"
-"""The name that stands for what the whole model returns."""
+"""The name of the whole model's output."""
 
 _OF_MAPS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d)  # (B, C, H, W) and nothing else
 _PROBABILITIES = (nn.Sigmoid, nn.LogSigmoid, nn.Softmax, nn.Softmax2d, nn.LogSoftmax)
@@ -20,19 +20,19 @@ _PROBABILITIES = (nn.Sigmoid, nn.LogSigmoid, nn.Softmax, nn.Softmax2d, nn.LogSof
 
 @dataclass
 class Seen:
-    """What a layer returned when it ran.
+    """The output of one call of a layer.
 
     Attributes:
         name: dotted name.
         type: name of its class.
-        tensor: what it returned, or the tensor meant in it.
-        version: how often the tensor had been changed in place by then.
+        tensor: its output, or the tensor selected from it.
+        version: version counter of the tensor (in-place changes) at that time.
         elements: the tensors in an output that is a sequence or mapping of several, by name ("fpn[0]").
-        grid: (H, W) of its positions, where the layer's type leaves no doubt of them.
-        may_score: whether it has a matrix of weights, or makes probabilities of scores.
-        keeps_shape: whether it is a normalisation or activation: a single layer, not one of these, that returns another
-            tensor of the shape that it was given.
-        position: how many layers had finished by then.
+        grid: (H, W) of its positions, if the layer's type determines them.
+        may_score: whether it has a weight matrix, or is a softmax or sigmoid.
+        keeps_shape: whether it is a normalisation or activation: a single layer with `may_score` False that returns
+            another tensor of the shape of its input.
+        position: number of layers that had finished by then.
         before: the activation whose input stands for the output before its activation; None if there is none.
     """
 
@@ -49,7 +49,7 @@ class Seen:
 
     @property
     def intact(self) -> bool:
-        """Whether the tensor is still what the layer returned: nothing has overwritten it in place."""
+        """Whether the tensor has not been overwritten in place since the layer returned it."""
         return version_of(self.tensor) == self.version
 
 
@@ -57,7 +57,7 @@ def run_watched(model: nn.Module, example: Any) -> tuple[Any, list[Seen]]:
     """Run the model once, in evaluation mode and without gradients.
 
     Returns:
-        Its output, and what each layer returned that returned a tensor, as often as it ran.
+        Its output, and one entry per call of each layer that returned a tensor.
 
     Raises:
         ValueError: if the model cannot take the example.
@@ -66,11 +66,11 @@ def run_watched(model: nn.Module, example: Any) -> tuple[Any, list[Seen]]:
     trace = ActivationTrace()
     handles = []
     for name, module in model.named_modules():
-        if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule):  # which take no hooks
+        if name not in ("", OUTPUT) and not isinstance(module, torch.jit.ScriptModule):  # they take no hooks
             handles.append(module.register_forward_pre_hook(_entry_hook(name, trace)))
             handles.append(module.register_forward_hook(_probe_hook(name, seen, trace)))
     try:
-        # What is compiled runs as it is written: a graph from before knows nothing of these hooks.
+        # Compiled parts run eagerly: a graph compiled before does not contain these hooks.
         with evaluation_mode(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), trace:
             output = run(model, example)
         for one in seen:
@@ -121,24 +121,24 @@ def elements_of(name: str, output: Any) -> dict[str, Tensor]:
         named = list(output.items())
     elif isinstance(output, (list, tuple)):
         named = list(enumerate(output))
-    # An element may hold a tensor among other things, as (map, mask) does, and stands for that then.
+    # An element may itself be nested, such as (map, mask): its selected tensor is used.
     tensors = ((key, select_tensor(value)) for key, value in named)
     found = {f"{name}[{key}]": tensor for key, tensor in tensors if tensor is not None}
     return found if len(found) > 1 else {}
 
 
 def by_name(output: Any, seen: Sequence[Seen]) -> dict[str, Tensor]:
-    """Return all that a run returned: of each layer where it ran last, of the model, and the elements of both."""
+    """Return all outputs by name: of each layer's last call, of the model, and the elements of both."""
     layers = {name: tensor for one in seen for name, tensor in (one.elements | {one.name: one.tensor}).items()}
     result = select_tensor(output)
     return layers | elements_of(OUTPUT, output) | ({} if result is None else {OUTPUT: result})
 
 
 def is_same(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one in memory."""
+    """Whether two tensors have the same shape and memory address."""
     return tensor.shape == other.shape and tensor.data_ptr() == other.data_ptr()
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place, where that is counted."""
+    """The version counter of a tensor (in-place changes), 0 for inference tensors and while compiling."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""Errors of names and of libraries: unknown names with the nearest ones, missing libraries with their extra."""
+"""Errors for unknown names (with the nearest ones), missing libraries (with their extra) and failed downloads."""
 
 import difflib
 import importlib
@@ -31,7 +31,7 @@ def require(module: str, extra: str, reason: str) -> ModuleType:
 
 @contextmanager
 def fetched(name: str, what: str) -> Iterator[None]:
-    """Within, published weights may be fetched; say which and what to do instead if they cannot be.
+    """In this context, turn errors of fetching published weights into a message with the file and an alternative.
 
     Args:
         name: of the model, as the user gave it.
@@ -42,7 +42,7 @@ def fetched(name: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:  # those of urllib, requests and the Hub's library are of this kind
+    except OSError as error:  # base class of the errors of urllib, requests and huggingface_hub
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise OSError(
             f"the published weights of model '{name}' could not be fetched from {what} ({reason}): fetch that file "
@@ -56,7 +56,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     Args:
         name: the name that was not found.
         known: the names that exist.
-        count: at most so many are returned.
+        count: maximum number of names.
 
     Returns:
         The text; "nothing is close to it" if no known name is.

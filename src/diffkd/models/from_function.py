@@ -17,21 +17,21 @@ from diffkd.models.extras import nearest
 def build_from_function(
     name: str, num_classes: int | None, in_channels: int | None, pretrained: bool, **others: object
 ) -> nn.Module:
-    """Call a function or class that returns a model. Its file or module is imported, hence run: name only trusted code.
+    """Call a function or class that returns a model. Its file or module is imported, hence run: trusted code only.
 
     Args:
         name: "package.module:function" or "path/to/file.py:function".
-        num_classes: passed as `num_classes` unless None, if the function takes that; otherwise its model is as it is.
+        num_classes: passed as `num_classes` unless None, if the function takes that.
         in_channels: passed as `in_channels`, likewise.
         pretrained: passed as `pretrained` if True.
-        others: each passed under its own name if the function names such an argument; what is True, it must name.
+        others: each passed under its own name if the function has such a parameter; required for values that are True.
 
     Returns:
         What the function returns.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if there is no such module or function, or it takes no switch that is asked for.
+        ValueError: if there is no such module or function, or it lacks a parameter for a value that is True.
         TypeError: if it is not callable, or returns no model.
     """
     source, _, function = name.rpartition(":")

@@ -39,8 +39,8 @@ def load_model(
         in_channels: channels of the images; None for the model's own. Functions get it if they take it.
         weights: local file to load strictly (:func:`~diffkd.load_weights`); None for random or pretrained weights.
         pretrained: load the published weights, which may be fetched from the network.
-        weights_key: of the weights to take, where the file holds several that fit: what their names begin with.
-        new_head: let layers that depend on `num_classes` start from random weights where the file has none or others.
+        weights_key: prefix of the weights' names, if the file holds several sets that fit.
+        new_head: initialise layers that depend on `num_classes` randomly if the file has none or others.
 
     Returns:
         The model, in training mode unless the user's own code chose otherwise. Models of transformers return an object
@@ -54,7 +54,7 @@ def load_model(
 
     Warns:
         UserWarning: if a layer of a pretrained model, or with `new_head` one of a file, starts from random weights,
-            since `num_classes` is not its own.
+            since its number of classes differs.
 
     >>> load_model("cifar/resnet20", num_classes=10).fc.out_features
     10
@@ -108,7 +108,7 @@ def model_names(prefix: str) -> list[str]:
 
 def _build(name: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
     source, _, rest = name.partition("/")
-    # A path may begin with a folder called like a source, and timm's own sources have a colon.
+    # A path may begin with a folder named like a source, and timm's own sources have a colon.
     if ".py:" in name or (":" in name and source not in ("timm", "hf")):
         return build_from_function(name, num_classes, in_channels, pretrained)
     match source:
@@ -126,7 +126,7 @@ def _build(name: str, num_classes: int | None, in_channels: int | None, pretrain
             f"model '{name}' is a {kind}, and a classifier is wanted here: give data for it (to `diffkd layers` --task "
             f"{task}), or another name"
         )
-    # A name without its source may be one in several.
+    # A name without a source may exist in several.
     sources = [library for library in ("cifar", "timm", "torchvision") if library == "cifar" or find_spec(library)]
     whole = [f"{library}/{name.lower()}" for library in sources]
     if same := [one for one in whole if one in model_names(one)]:

@@ -1,4 +1,4 @@
-"""What a model's weights were trained for, as its library says: normalisation, size and classes."""
+"""Normalisation, image size and classes of a model's published weights, from its library."""
 
 import json
 from collections.abc import Mapping
@@ -118,7 +118,7 @@ def class_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def own_size(model: nn.Module) -> tuple[int, int] | None:
-    """Return the height and width that a model of a library was made for; None if it says none."""
+    """Return the height and width of a library model's input; None if unknown."""
     sizes = (
         getattr(getattr(model, "patch_embed", None), "img_size", None),
         getattr(config_of(model), "image_size", None),

@@ -1,4 +1,4 @@
-"""Files of weights into models of libraries, whose own converters read their older and other forms."""
+"""Loading of weights into models of libraries, with the libraries' own converters for older formats."""
 
 import re
 import sys
@@ -31,15 +31,15 @@ def fill(
     Args:
         model: receives them in place.
         weights: the file.
-        key: of the weights in it, where there are several.
-        wider: builds the same model for one class more, to tell which layers depend on the classes. These, and
-            auxiliary heads, may then stay as they are if the file has none or others. None: the file must have them.
+        key: prefix of the weights' names, if the file holds several sets.
+        wider: builds the same model for one class more, to detect the layers that depend on the classes. These, and
+            auxiliary heads, keep their weights if the file has none or others. None: the file must have them.
 
     Raises:
         FileNotFoundError, ValueError: as `load_weights`.
 
     Warns:
-        UserWarning: if layers stay as they are.
+        UserWarning: if layers keep their weights.
     """
 
     def head() -> frozenset[str]:
@@ -68,7 +68,7 @@ def class_entries(model: nn.Module, wider: nn.Module) -> dict[str, int]:
 
 
 def reorder_classes(model: nn.Module, wider: nn.Module, order: Sequence[int]) -> None:
-    """Bring the classes of a model into another order, in place: score i becomes what score `order[i]` was.
+    """Reorder the classes of a model in place: the new score i is the old score `order[i]`.
 
     Args:
         model: for K classes.
@@ -92,18 +92,18 @@ def reorder_classes(model: nn.Module, wider: nn.Module, order: Sequence[int]) ->
 
 @contextmanager
 def same_draws() -> Iterator[None]:
-    """Within, build models for comparison alone: what is drawn for them is not missing afterwards."""
+    """Restore the state of the random generators after building models for comparison in this context."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def library_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return weights under the names that a model of a library has today, None if nothing is known of them.
+    """Return weights under the current names of a library's model, None for other models.
 
     Args:
-        model: of timm, torchvision or transformers, or of somebody's own, of which nothing is known.
-        weights: as they were saved.
+        model: of timm, torchvision, transformers, or any other.
+        weights: by their saved names.
     """
     module = type(model).__module__
     inner = getattr(model, "model", None)
@@ -125,13 +125,13 @@ def _converted(convert: Callable[[], Any]) -> dict[str, Tensor] | None:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             found = convert()
-    except Exception:  # whatever a converter raises on the weights of another model
+    except Exception:  # a converter may raise anything for weights of another model
         return None
     return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _by_transformers(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Let transformers read its own names, older ones too, into a model of the same configuration."""
+    """Load weights, also under older names, by transformers into a model of the same configuration."""
     logging: Any = require("transformers.utils.logging", "hf", "a file of transformers")
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -153,7 +153,7 @@ def _by_transformers(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor
     mismatched = {one if isinstance(one, str) else one[0] for one in report["mismatched_keys"]}
     unknown = {*report["missing_keys"], *mismatched}
     found = {name: value for name, value in made.state_dict().items() if name not in unknown}
-    for name in mismatched:  # of which the shape is to be seen
+    for name in mismatched:  # their shapes are reported
         if name in weights:
             found[name] = weights[name]
     return found | {name: weights[name] for name in report["unexpected_keys"] if name in weights}

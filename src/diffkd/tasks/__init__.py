@@ -1,1 +1,1 @@
-"""Tasks: losses and measurements of classification, detection and segmentation; several processes."""
+"""Tasks: losses and metrics of classification, detection and segmentation; distributed training."""

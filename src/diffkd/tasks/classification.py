@@ -24,7 +24,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Classification:
-    """The task of naming what an image shows; batches are `(images (B, C, H, W), labels (B,), indices (B,))`.
+    """Image classification; batches are `(images (B, C, H, W), labels (B,), indices (B,))`.
 
     Args:
         num_classes: K, length of the student's output.
@@ -50,7 +50,7 @@ class Classification:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
 
     def step(self, batch: Batch, seed: int) -> Step:
-        """Mix the images, where that is asked for."""
+        """Apply Mixup and CutMix, if enabled."""
         images, labels, indices = batch
         targets = labels
         if self.mixup or self.cutmix:
@@ -62,11 +62,11 @@ class Classification:
         return {TASK: F.cross_entropy(logits_of(output), step.targets, label_smoothing=self.label_smoothing)}
 
     def meter(self, device: torch.device) -> "Accuracy":
-        """Return what measures accuracy and cross entropy."""
+        """Return the meter of accuracy and cross entropy."""
         return Accuracy(self.num_classes, device)
 
     def judge(self, teacher: Callable[[Any], Any], batch: Batch) -> tuple[float, float] | None:
-        """Return the share of a batch that a teacher gets right; None if it has other classes."""
+        """Return a teacher's accuracy on a batch and that by chance; None if its number of classes differs."""
         images, labels, _ = batch
         logits = logits_of(teacher(images))
         if logits.shape[1] != self.num_classes:
@@ -74,7 +74,7 @@ class Classification:
         return float((logits.argmax(dim=1) == labels).float().mean()), 1 / self.num_classes
 
     def confusions(self, teacher: Callable[[Any], Any], batch: Batch) -> str | None:
-        """Return what speaks for a teacher having its classes in another order, in one line; None if nothing does."""
+        """Return evidence in one line that a teacher has its classes in another order; None if there is none."""
         images, labels, _ = batch
         logits = logits_of(teacher(images))
         if logits.shape[1] != self.num_classes or len(self.classes) != self.num_classes:
@@ -83,11 +83,11 @@ class Classification:
 
 
 def other_order(answers: Sequence[int], labels: Sequence[int], classes: Sequence[str]) -> str | None:
-    """Say which classes a teacher confuses as one does that has them in another order, None if it does not.
+    """Describe confusions of a teacher that suggest another order of its classes, None if there are none.
 
     Args:
-        answers: its best class for each of n images.
-        labels: the right ones.
+        answers: its predicted class for each of n images.
+        labels: their labels.
         classes: names, in the order of the data.
     """
     right = sum(answer == label for answer, label in zip(answers, labels, strict=True)) / max(1, len(labels))
@@ -119,7 +119,7 @@ def other_order(answers: Sequence[int], labels: Sequence[int], classes: Sequence
                 f"{begins}with its classes in {kind} order it would be {100 * share:.1f} % right: give them as "
                 "--teacher_options.classes"
             )
-    # Classes that are each taken for one other, which is taken for one of them.
+    # Classes that are each predicted as one other, which is predicted as one of them.
     goals = {answer for *_, answer, _ in swapped}
     if len(swapped) >= 2 and all(label in goals for _, _, label, _, _ in swapped):
         return f"it takes {pairs}: if its classes are in another order, give them as --teacher_options.classes"
@@ -139,7 +139,7 @@ class Accuracy:
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        # Unchecked, since checks wait for the device; labels have been checked when the data were read.
+        # Without validation, which waits for the device; labels were checked when the data were read.
         accuracy = partial(MulticlassAccuracy, num_classes, average="micro", validate_args=False)
         self.metrics: dict[str, Metric] = {"top1": accuracy(), "loss": MeanMetric(nan_strategy="disable")}
         if num_classes > 5:
@@ -150,7 +150,7 @@ class Accuracy:
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Count the hits of a batch."""
         images, labels, _ = batch
-        # An average is in float32, whatever the student is in.
+        # The EMA is in float32, whatever the student's dtype.
         logits = logits_of(model(like_parameters(images, model)))
         for name in ("top1", "top5"):
             if name in self.metrics:
@@ -158,7 +158,7 @@ class Accuracy:
         self.metrics["loss"].update(F.cross_entropy(logits.float(), labels, reduction="none"))
 
     def compute(self) -> Row:
-        """Return the measurements over all images of all processes, and begin anew."""
+        """Return the metrics over all images of all ranks, and reset."""
         return computed(self.metrics)
 
 

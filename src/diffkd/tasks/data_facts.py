@@ -1,4 +1,4 @@
-"""The facts of the data that models and tasks need, and whether data are those that a run began with."""
+"""Properties of the data that models and tasks need, and checks that a resumed run has the same data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ TaskName = Literal["classification", "detection", "segmentation"]
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The facts about images and labels that models are built after.
+    """Properties of images and labels from which models and tasks are built.
 
     Args:
         num_classes: K.
@@ -27,9 +27,9 @@ class DataFacts:
         mixup: alpha of Mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
         task: what the data are for.
-        ignore_index: of masks, the id that is neither trained nor measured.
+        ignore_index: id in masks that is ignored in loss and metrics.
         min_size: for detection, the shorter side that images are resized to, one of these at random in training.
-        max_size: for detection, the longest side that they may then have.
+        max_size: for detection, the upper limit of the longer side.
         batch_size: training images in a batch; None: unknown.
     """
 
@@ -50,11 +50,11 @@ class DataFacts:
 
 
 def facts_of(data: "LightningDataModule") -> DataFacts:
-    """Read the facts off a data module.
+    """Read the properties of a data module.
 
     Raises:
         ValueError: if it lacks `num_classes`, `in_channels`, `image_size`, `mean`, `std`, `classes` or `example()`, or
-            its `task` is none of this package's.
+            its `task` is unknown.
     """
     wanted = ("num_classes", "in_channels", "image_size", "mean", "std", "classes", "example")
     missing = [name for name in wanted if not hasattr(data, name)]
@@ -88,7 +88,7 @@ def facts_of(data: "LightningDataModule") -> DataFacts:
 
 
 def describe_samples(loader: Any) -> dict[str, Any]:
-    """Return what can be told of a loader's samples without reading images, None where it cannot be.
+    """Return properties of a loader's samples that need no reading of images, None if unknown.
 
     Returns:
         "training images": their number; "digest": of their names and labels in order.
@@ -100,7 +100,7 @@ def describe_samples(loader: Any) -> dict[str, Any]:
 
 
 def check_samples(stored: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise ValueError if the samples of a run are not those that it began with, as far as both sides can tell."""
+    """Raise ValueError if the samples differ from those at the start of the run, as far as both are known."""
     known = [name for name in stored if stored[name] is not None and given.get(name) is not None]
     found = differences({name: stored[name] for name in known}, {name: given[name] for name in known})
     if found:
@@ -112,7 +112,7 @@ def check_samples(stored: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def check_classes(stored: Sequence[str], given: Sequence[str]) -> None:
-    """Raise ValueError if the classes of a run are not those that it began with; names the first that differs."""
+    """Raise ValueError if the classes differ from those at the start of the run; names the first that differs."""
     if (other := first_difference(stored, given)) is not None:
         raise ValueError(
             f"the data have other classes than the run began with: {other}. Name them as they were, or give another "

@@ -1,4 +1,4 @@
-"""Object detection: the detector's own losses, average precision as COCO has it."""
+"""Object detection: the detector's own losses, COCO average precision."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from diffkd.tasks.task import TASK, Step
 
 Batch = tuple[list[Tensor], list[dict[str, Tensor]], Tensor]
 
-# The twelve numbers of the COCO evaluation: their names here, and those of torchmetrics.
+# The twelve metrics of the COCO evaluation: their names here, and those of torchmetrics.
 COCO_NUMBERS = {
     "ap": "map",
     "ap50": "map_50",
@@ -37,11 +37,11 @@ COCO_NUMBERS = {
 
 @dataclass(frozen=True)
 class Detection:
-    """The task of finding objects; batches are `(images, targets, indices)`.
+    """Object detection; batches are `(images, targets, indices)`.
 
     `images` is a list of B tensors (C, H, W) in [0, 1], each of its own size; `targets` a list of B mappings with
     "boxes" (n, 4), left, top, right and bottom in pixels, "labels" (n,) in 1..K, and for the evaluation "area" (n,) and
-    "iscrowd" (n,). The student is called as torchvision's detectors are: with images and targets it returns its losses.
+    "iscrowd" (n,). The student has the interface of torchvision's detectors: `model(images, targets)` returns losses.
 
     Args:
         classes: names of the K classes; label 1 is the first.
@@ -56,11 +56,11 @@ class Detection:
     headlines = ("ap", "ap50")
 
     def __post_init__(self) -> None:
-        # Wanted after the first epoch; torchmetrics would only then say that it is missing.
+        # Checked early: torchmetrics would raise only after the first epoch.
         require("faster_coco_eval", "detection", "the average precision of detectors")
 
     def step(self, batch: Batch, seed: int) -> Step:
-        """Hand images and targets over."""
+        """Return images and targets as the student's input."""
         images, targets, indices = batch
         return Step((images, targets), images, targets, {"indices": indices})
 
@@ -78,14 +78,11 @@ class Detection:
         return {f"{TASK}/{name.removeprefix('loss_')}": loss for name, loss in output.items()}
 
     def meter(self, device: torch.device) -> "CocoPrecision":
-        """Return what measures average precision and recall."""
+        """Return the meter of average precision and recall."""
         return CocoPrecision(device)
 
     def judge(self, teacher: Callable[[Any], Any], batch: Batch) -> tuple[float, float] | None:
-        """Return a teacher's average precision at an overlap of 0.5 on a batch; None if it has other classes.
-
-        By chance it would be 0.
-        """
+        """Return a teacher's average precision at an IoU of 0.5 on a batch, and 0 as chance; None if classes differ."""
         if classes_of(teacher) not in (None, len(self.classes)):
             return None
         images, targets, _ = batch
@@ -95,7 +92,7 @@ class Detection:
 
 
 def classes_of(detector: object) -> int | None:
-    """Return how many classes a detector tells apart, background not counted; None if that cannot be seen."""
+    """Return the number of classes of a detector without background; None if unknown."""
     if isinstance(detector, TransformersDetector):
         return detector.num_classes
     scores = getattr(getattr(getattr(detector, "roi_heads", None), "box_predictor", None), "cls_score", None)
@@ -107,11 +104,11 @@ def classes_of(detector: object) -> int | None:
 
 
 class CocoPrecision:
-    """Measures the twelve numbers of the COCO evaluation, all in 0..1; those of sizes that do not occur are left out.
+    """Measures the twelve metrics of the COCO evaluation, all in 0..1; those of sizes that do not occur are left out.
 
-    "ap", "ap50" and "ap75": average precision over overlaps of 0.5 to 0.95, at 0.5 and at 0.75; "ap_small",
+    "ap", "ap50" and "ap75": average precision over IoU thresholds of 0.5 to 0.95, at 0.5 and at 0.75; "ap_small",
     "ap_medium", "ap_large": by area of the object, up to 32^2, up to 96^2 and above; "ar1", "ar10", "ar100": recall
-    with so many detections an image; "ar_small", "ar_medium", "ar_large" (Lin et al., *Microsoft COCO*, 2014).
+    with 1, 10 and 100 detections per image; "ar_small", "ar_medium", "ar_large" (Lin et al., *Microsoft COCO*, 2014).
 
     Args:
         device: where the batches are.
@@ -119,15 +116,15 @@ class CocoPrecision:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._images: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # what was found, and what is there
+        self._images: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []  # detections and targets
 
     def update(self, model: nn.Module, batch: Batch) -> None:
-        """Detect in the images of a batch."""
+        """Run the model on a batch and add its detections."""
         images, targets, _ = batch
         self.take(model([like_parameters(image, model) for image in images]), targets)
 
     def take(self, detections: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> None:
-        """Take in the detections ("boxes", "labels", "scores") of some images, and what is there."""
+        """Add the detections ("boxes", "labels", "scores") and targets of some images."""
         for found, there in zip(detections, targets, strict=True):
             self._images.append(
                 (
@@ -137,17 +134,17 @@ class CocoPrecision:
             )
 
     def compute(self) -> Row:
-        """Return the numbers over all images of all processes, and begin anew."""
+        """Return the metrics over all images of all ranks, and reset."""
         images, self._images = self._images, []
         if several_processes():
-            # The metric's own gathering wants equally many images on each process.
+            # The metric's own gathering requires equal numbers of images on each rank.
             shares: list[Any] = [None] * distributed.get_world_size()
             distributed.all_gather_object(shares, images)
             images = [image for share in shares for image in share]
         if all("image_id" in there for _, there in images):
-            # The order of the COCO evaluation, which decides where scores are equal.
+            # The order of the COCO evaluation, which breaks ties of scores.
             images.sort(key=lambda image: int(image[1]["image_id"]))
-        # The thresholds of COCO in float64; by default they are rounded to float32, and recalls of 0.2 miss theirs.
+        # COCO's thresholds in float64; the default ones are rounded to float32, so that a recall of 0.2 misses its own.
         metric = MeanAveragePrecision(
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
             rec_thresholds=np.linspace(0, 1, 101).tolist(),
@@ -163,5 +160,5 @@ class CocoPrecision:
         found = metric.compute()
         values = {name: float(found[theirs]) for name, theirs in COCO_NUMBERS.items()}
         if values["ap"] < 0:
-            return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}  # no objects at all: nothing can be found
+            return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}  # no objects at all
         return {name: value for name, value in values.items() if value >= 0}

@@ -1,4 +1,4 @@
-"""Several processes: DDP, FSDP, the first process, buffers and parameters gathered."""
+"""Distributed training: launchers, DDP, FSDP, rank 0, gathered buffers and parameters."""
 
 import copy
 import inspect
@@ -24,12 +24,12 @@ from diffkd.files.weights import unwrap
 
 @dataclass(frozen=True)
 class Launcher:
-    """What has started this process together with others.
+    """The launcher that started this process.
 
     Args:
         name: "torchrun", "srun" or "mpirun".
-        rank: number of this process among all.
-        processes: how many there are.
+        rank: global rank of this process.
+        processes: world size.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Launcher:
 
 
 def launcher() -> Launcher | None:
-    """Return what started this process as one of several, as the environment tells; None if nothing did.
+    """Detect from the environment the launcher that started several processes; None if there is none.
 
-    A variable alone means nothing: a shell on a cluster, and what was started from a process of a training, have some
-    of them too. In a script of `sbatch` that does not use `srun`, one process runs however many tasks were reserved.
+    A single variable is no evidence: a shell on a cluster and subprocesses of a training have some of them too. An
+    `sbatch` script without `srun` runs one process, whatever number of tasks was reserved.
     """
     environ = os.environ
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environ.keys() and "TORCHELASTIC_RUN_ID" in environ:
@@ -61,7 +61,7 @@ def launcher() -> Launcher | None:
 
 
 def single_process(devices: list[int] | int | str, num_nodes: int) -> bool:
-    """Return whether a training takes one process only."""
+    """Return whether a training uses one process only."""
     if num_nodes > 1:
         return False
     if devices in ("auto", -1, "-1"):
@@ -72,15 +72,15 @@ def single_process(devices: list[int] | int | str, num_nodes: int) -> bool:
 
 
 def is_first_process(devices: list[int] | int | str = "auto", num_nodes: int = 1) -> bool:
-    """Return whether this process is, or will be, the one of its training that writes files.
+    """Return whether this process is, or will be, rank 0 of its training, which writes files.
 
     Args:
         devices: how many, or which, of each node.
         num_nodes: machines.
 
     Raises:
-        ValueError: if a launcher has started several processes for a training that takes one, which would all write
-            the same files; or one that the trainer does not know.
+        ValueError: if a launcher has started several processes for a training that uses one, which would all write
+            the same files; or if the trainer does not support the launcher.
     """
     found = launcher()
     if single_process(devices, num_nodes):
@@ -89,7 +89,7 @@ def is_first_process(devices: list[int] | int | str = "auto", num_nodes: int = 1
                 f"torchrun started {found.processes} processes, each of which would train alone with devices="
                 f"{devices}: give --devices and --num_nodes so that their product is {found.processes}, or start one"
             )
-        setattr(rank_zero_only, "rank", 0)  # noqa: B010  which the trainer has read off the environment, whoever's it is
+        setattr(rank_zero_only, "rank", 0)  # noqa: B010  Lightning reads it from any launcher's variables
         return True
     if found is not None and found.name == "mpirun" and find_spec("mpi4py") is None:
         raise ValueError(
@@ -98,7 +98,7 @@ def is_first_process(devices: list[int] | int | str = "auto", num_nodes: int = 1
         )
     if found is not None:
         return found.rank == 0
-    # Those that the trainer itself starts, one for each further device, and those of an environment set by hand.
+    # Processes that the trainer itself starts, one for each further device, and environments set by hand.
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
 
 
@@ -109,7 +109,7 @@ def several_processes() -> bool:
 
 @torch.no_grad()
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the first one's buffers, such as BatchNorm's running statistics; alone, do nothing."""
+    """Broadcast the buffers of rank 0, such as BatchNorm's running statistics, if training is distributed."""
     if several_processes():
         for buffer in model.buffers():
             distributed.broadcast(buffer, src=0)
@@ -121,7 +121,7 @@ def strategy_for(strategy: str, devices: list[int] | int | str, num_nodes: int) 
         return ModelParallelStrategy(save_distributed_checkpoint=False)
     several = not single_process(devices, num_nodes) or devices in ("auto", -1, "-1")
     if strategy == "ddp" or (strategy == "auto" and several):
-        # Buffers are brought into line before each validation, whose batches may differ in number between processes.
+        # Buffers are broadcast before each validation instead, in which ranks may have different numbers of batches.
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
         options: dict[str, Any] = {buffers: False, "gradient_as_bucket_view": True}
@@ -130,27 +130,27 @@ def strategy_for(strategy: str, devices: list[int] | int | str, num_nodes: int) 
 
 
 def environments(devices: list[int] | int | str, num_nodes: int) -> list[ClusterEnvironment]:
-    """Return the trainer's view of the cluster: of one process none, whatever variables of a launcher are set."""
+    """Return the trainer's cluster environment; for one process, variables of launchers are ignored."""
     return [LightningEnvironment()] if single_process(devices, num_nodes) else []
 
 
 def device_name(trainer: Trainer) -> str:
-    """Return how many devices of what kind a trainer uses, such as "2 x cpu"."""
+    """Return number and kind of a trainer's devices, such as "2 x cpu"."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{trainer.world_size} x {name}"
 
 
 def shards(trainer: Trainer) -> bool:
-    """Whether a trainer spreads the parameters over its processes."""
+    """Whether a trainer shards the parameters (FSDP)."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def shard(model: nn.Module, device: torch.device, processes: int) -> None:
-    """Spread the parameters of a model over all processes; they are gathered for the length of each step.
+    """Shard the parameters of a model over all ranks (FSDP2); they are gathered for the duration of each step.
 
     Raises:
-        RuntimeError: if this PyTorch adds up the gradients of the processes on this device, as 2.8 does on CPUs.
+        RuntimeError: if this PyTorch sums gradients over ranks on this device instead of averaging, as 2.8 on CPUs.
     """
     mesh = init_device_mesh(device.type, (processes,))
     probe = nn.Linear(1, 1, bias=False).to(device)
@@ -161,27 +161,27 @@ def shard(model: nn.Module, device: torch.device, processes: int) -> None:
             f"PyTorch {torch.__version__} adds up the gradients of shards on a {device.type}, where their mean is "
             "wanted: take --strategy ddp, or a newer PyTorch"
         )
-    model.to(memory_format=torch.contiguous_format)  # others cannot be cut into shards
+    model.to(memory_format=torch.contiguous_format)  # other formats cannot be sharded
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor gathered from all processes, which all must ask for it; as it is if it is not spread."""
+    """Return the full tensor of a DTensor, a collective call; other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this process's share of a tensor; as it is if it is not spread."""
+    """Return this rank's shard of a DTensor; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class UnshardedStudent:
-    """A copy of a student with all of its weights in every process, which can be run and saved by each alone.
+    """A copy of a student with full weights on every rank, which each rank can run and save without communication.
 
-    Deliberately no `nn.Module`: as nobody's submodule it is neither spread nor optimised.
+    Not an `nn.Module`, so that it is neither a submodule, nor sharded, nor optimised.
 
     Args:
-        student: copied before its parameters are spread.
+        student: copied before its parameters are sharded.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -189,7 +189,7 @@ class UnshardedStudent:
 
     @torch.no_grad()
     def gather(self, student: nn.Module) -> None:
-        """Take over the student's weights as they are now; call on all processes at once."""
+        """Copy the student's current weights; a collective call."""
         student = unwrap(student)
         for ours, theirs in (
             *zip(self.model.parameters(), student.parameters(), strict=True),

@@ -1,4 +1,4 @@
-"""What a user may choose of the tasks of detection and segmentation."""
+"""Options of the detection and segmentation tasks."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from diffkd.models.detectors.backbone_norm import Norm
 
 @dataclass(frozen=True)
 class DetectionOptions:
-    """How detectors are built by name, student and teacher alike (:func:`~diffkd.models.detectors.load`).
+    """Options of detectors built by name, for student and teacher (:func:`~diffkd.models.detectors.load`).
 
     Args:
         fpn_channels: channels of the feature pyramid and of the heads on it.
@@ -22,7 +22,7 @@ class DetectionOptions:
 
 @dataclass(frozen=True)
 class SegmentationOptions:
-    """What a user may choose of :class:`Segmentation`.
+    """Options of the segmentation task.
 
     Args:
         window: (H, W) in pixels of the windows that evaluation slides over an image; None: the image as a whole.
@@ -52,7 +52,7 @@ class SegmentationOptions:
 
     @property
     def stride(self) -> tuple[int, int]:
-        """The stride in force."""
+        """The stride, or its default."""
         height, width = self.window or (0, 0)
         return self.window_stride or (max(1, height * 2 // 3), max(1, width * 2 // 3))
 

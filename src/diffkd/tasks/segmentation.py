@@ -45,7 +45,7 @@ def sliding_window(
         num_classes: K.
 
     Returns:
-        Logits (B, K, H, W), at least in float32. Where all windows agree on a pixel, it is exactly what they say.
+        Logits (B, K, H, W), at least in float32. If all windows agree on a pixel, the value is exactly theirs.
 
     Raises:
         ValueError: if `window` or `stride` would leave pixels out, the images are not (B, C, H, W) with at least one
@@ -78,7 +78,7 @@ def sliding_window(
                 mean = logits.new_zeros((batch, num_classes, height, width))
             count[rows, columns] += 1
             before = mean[..., rows, columns]
-            # The running mean leaves equal logits exactly as they are, infinite ones too, which a sum would not.
+            # Unlike a sum, the running mean of equal logits is exact, for infinite ones too.
             moved = torch.where(count[rows, columns] == 1, logits, before + (logits - before) / count[rows, columns])
             mean[..., rows, columns] = torch.where(logits == before, before, moved)
     assert mean is not None  # there is at least one window
@@ -86,28 +86,28 @@ def sliding_window(
 
 
 def _starts(size: int, window: int, stride: int) -> list[int]:
-    """Return where windows begin along a side of `size` pixels, the last such that it ends with the side."""
+    """Return the starts of windows along a side of `size` pixels; the last window ends with the side."""
     last = size - window
     return [*range(0, last, stride), last]
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
 NO_CLASS = -1
-"""What methods see in the place of the ignored id, which may be one of the classes' own."""
+"""The label that replaces the ignored id for methods, since that id may be one of the classes'."""
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The task of naming every pixel; batches are `(images (B, C, H, W), masks (B, H, W), indices (B,))`.
+    """Semantic segmentation; batches are `(images (B, C, H, W), masks (B, H, W), indices (B,))`.
 
-    The loss is the mean cross entropy over all pixels that are not ignored, 0 if there are none. Images need no
-    particular size: they are padded to what the models can take, the added pixels ignored.
+    The loss is the mean cross entropy over all pixels that are not ignored, 0 if there are none. Images of any size are
+    padded to a size that the models can take; the added pixels are ignored.
 
     Args:
         classes: names of the K classes.
-        ignore_index: id in masks that is neither trained nor measured.
+        ignore_index: id in masks that is ignored in loss and metrics.
         multiple: images are padded to multiples of this in training.
-        options: see there.
+        options: the :class:`~diffkd.tasks.options.SegmentationOptions`.
     """
 
     classes: tuple[str, ...]
@@ -125,12 +125,12 @@ class Segmentation:
         if down or right:
             images = F.pad(images, (0, right, 0, down))
             masks = F.pad(masks, (0, right, 0, down), value=self.ignore_index)
-        # To methods an ignored pixel is one of no class, whichever id it has in the masks.
+        # For methods an ignored pixel has no class, whatever its id in the masks.
         labels = masks.masked_fill(masks == self.ignore_index, NO_CLASS)
         return Step(images, images, masks, {"labels": labels, "indices": indices})
 
     def losses(self, output: Any, step: Step) -> dict[str, Tensor]:
-        """Return the cross entropy of the class map, and of the auxiliary one if there is one and it counts."""
+        """Return the cross entropy of the class map, and of the auxiliary one if it exists and has a weight."""
         maps = {TASK: class_map(output, len(self.classes))}
         auxiliary = output.get("aux") if isinstance(output, dict) else None
         if auxiliary is not None and self.options.auxiliary_weight:
@@ -139,11 +139,11 @@ class Segmentation:
         return {name: factors[name] * self._cross_entropy(scores, step.targets) for name, scores in maps.items()}
 
     def meter(self, device: torch.device) -> "Overlap":
-        """Return what measures overlap and accuracy."""
+        """Return the meter of IoU and accuracy."""
         return Overlap(self.classes, self.ignore_index, self.options, device)
 
     def judge(self, teacher: Callable[[Any], Any], batch: Batch) -> tuple[float, float] | None:
-        """Return the share of the pixels of a batch that a teacher gets right; None if it has other classes."""
+        """Return a teacher's pixel accuracy on a batch and that by chance; None if its number of classes differs."""
         step = self.step(batch, 0)
         scores = select_tensor(teacher(step.inputs))
         if scores is None or scores.ndim != 4 or scores.shape[1] != len(self.classes):
@@ -161,13 +161,13 @@ class Segmentation:
 class Overlap:
     """Measures "miou", "pixel_accuracy" and "iou/CLASS" over all pixels of the data set, and "loss" over images.
 
-    The intersection over union of a class is counted over the whole data set, not averaged over batches. Classes that
-    are neither in the masks nor in the predictions have none and are left out of the mean, and so is a class that is
-    ignored. Where no pixel counts at all, everything is 0, with a warning.
+    The intersection over union of a class is computed over the whole data set, not averaged over batches. Classes that
+    are neither in the masks nor in the predictions have none and are left out of the mean, and so is an ignored class.
+    If all pixels are ignored, all metrics are 0, with a warning.
 
     Args:
         classes: names of the K classes.
-        ignore_index: id in masks that is not measured.
+        ignore_index: id in masks that is ignored.
         options: whether windows slide over the images.
         device: where the batches are.
     """
@@ -197,15 +197,15 @@ class Overlap:
                 stride=self.options.stride,
                 num_classes=len(self.classes),
             )
-        # Measured at the size of the masks, which may be larger than the images.
+        # At the size of the masks, which may be larger than the images.
         scores = upsample(scores.float(), (masks.shape[1], masks.shape[2]))
         self.counts.update(scores.argmax(dim=1), masks)
         each = F.cross_entropy(scores, masks, ignore_index=self.ignore_index, reduction="none")
         valid = (masks != self.ignore_index).flatten(1).sum(dim=1)
-        self.loss.update(each.flatten(1).sum(dim=1) / valid)  # NaN where nothing counts, which is ignored
+        self.loss.update(each.flatten(1).sum(dim=1) / valid)  # NaN if all pixels are ignored; the metric skips it
 
     def compute(self) -> Row:
-        """Return the measurements over all pixels of all processes, and begin anew."""
+        """Return the metrics over all pixels of all ranks, and reset."""
         counts = self.counts.compute().double().cpu()
         row = overlap(counts, self.classes, self.ignore_index)
         if counts.any():
@@ -227,8 +227,8 @@ def overlap(counts: Tensor, classes: tuple[str, ...], ignore_index: int | None =
 
     Args:
         counts: (K, K) pixels by true class (rows) and predicted class (columns).
-        classes: K names; in those of the measurements "_" takes the place of blanks, commas and slashes, and where
-            that makes two of them equal, the number of the class follows.
+        classes: K names; in names of metrics "_" replaces blanks, commas and slashes, and if two become equal, the
+            number of the class is appended.
         ignore_index: id without pixels; if it is one of the classes, that one has no intersection over union.
 
     >>> overlap(torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]]), ("sky", "road", "car"))["iou/road"]
@@ -237,7 +237,7 @@ def overlap(counts: Tensor, classes: tuple[str, ...], ignore_index: int | None =
     hits = counts.diagonal()
     union = counts.sum(dim=0) + counts.sum(dim=1) - hits
     if ignore_index is not None and 0 <= ignore_index < len(classes):
-        union[ignore_index] = 0  # a prediction of it is wrong, and costs the class that it should have been
+        union[ignore_index] = 0  # a prediction of it still counts as a miss of the true class
         hits = hits.index_fill(0, torch.tensor(ignore_index), 0)
     shares = hits / union  # NaN for classes that occur nowhere
     row = {
@@ -245,7 +245,7 @@ def overlap(counts: Tensor, classes: tuple[str, ...], ignore_index: int | None =
         "pixel_accuracy": float(hits.sum() / counts.sum().clamp_min(1)),
     }
     names = [re.sub(r"[\s,/]+", "_", name) for name in classes]
-    # "traffic light" and "traffic_light" stay two numbers.
+    # "traffic light" and "traffic_light" stay distinct.
     names = [name if names.count(name) == 1 else f"{name}_{label}" for label, name in enumerate(names)]
     each = zip(names, shares.tolist(), union.tolist(), strict=True)
     return row | {f"iou/{name}": share for name, share, pixels in each if pixels}

@@ -1,4 +1,4 @@
-"""The protocol of a task: batch to inputs, losses and measurements."""
+"""The protocol of a task: inputs from batches, losses and metrics."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from diffkd.files.history import Row
 
 TASK = "task"
-"""The name of the task's own loss, and the first part of the names of its terms."""
+"""The name of the task's own loss, and the prefix of its terms."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One batch made ready.
+    """One batch, prepared for a training step.
 
     Attributes:
-        inputs: of the student, as :class:`~diffkd.Distiller` takes them: a tensor, a tuple of arguments or a mapping.
-        images: the pixels among them, which are checked to be finite.
-        targets: what the task's loss compares the output with.
-        context: what methods may need besides features, such as "labels" and "indices".
+        inputs: input of the student, as for :class:`~diffkd.Distiller`: a tensor, a tuple of arguments or a mapping.
+        images: the images in it, which are checked to be finite.
+        targets: targets of the task's loss.
+        context: keyword arguments of methods besides features, such as "labels" and "indices".
     """
 
     inputs: Any
@@ -31,13 +31,13 @@ class Step:
 
 
 class Meter(Protocol):
-    """Collects the measurements of one model over a data set, over all processes."""
+    """Computes the metrics of one model over a data set, over all ranks."""
 
     def update(self, model: nn.Module, batch: Any) -> None:
-        """Run `model`, which is in evaluation mode, on a batch and take in how well it does."""
+        """Run `model`, which is in evaluation mode, on a batch and update the metrics."""
 
     def compute(self) -> Row:
-        """Return the measurements by name, and begin anew."""
+        """Return the metrics by name, and reset."""
 
 
 class Task(Protocol):
@@ -45,8 +45,8 @@ class Task(Protocol):
 
     Attributes:
         name: "classification", "detection" or "segmentation".
-        headlines: names of the measurements to show while training; the first decides which epoch is best. All
-            measurements but "loss" are shares of 1, and larger is better.
+        headlines: names of the metrics to show while training; the first one selects the best epoch. All metrics but
+            "loss" are in 0..1, and larger is better.
     """
 
     @property
@@ -55,19 +55,19 @@ class Task(Protocol):
 
     @property
     def headlines(self) -> tuple[str, ...]:
-        """Names of the measurements that are shown; the first decides."""
+        """Names of the metrics that are shown; the first selects the best epoch."""
 
     def step(self, batch: Any, seed: int) -> Step:
-        """Make a training batch ready; all randomness follows from `seed`."""
+        """Prepare a training batch; `seed` determines all random numbers."""
 
     def losses(self, output: Any, step: Step) -> dict[str, Tensor]:
-        """Return the losses of what the student returned, their names "task" or beginning with "task/"."""
+        """Return the losses of the student's output by name, "task" or with the prefix "task/"."""
 
     def meter(self, device: torch.device) -> Meter:
-        """Return something that measures a model on `device`."""
+        """Return the meter of a model on `device`."""
 
     def judge(self, teacher: Callable[[Any], Any], batch: Any) -> tuple[float, float] | None:
-        """Return how well a teacher does on a training batch, as a share, and what chance would; None if unknown.
+        """Return a teacher's score on a training batch, in 0..1, and that by chance; None if unknown.
 
         `teacher` takes the student's images and is in evaluation mode.
         """

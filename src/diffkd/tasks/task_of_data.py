@@ -1,4 +1,4 @@
-"""The task of the data, and how models are loaded for it."""
+"""The task of the data, and loading of models for it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ def build_task(
     segmentation: SegmentationOptions = DEFAULT_SEGMENTATION,
     models: Sequence[nn.Module] = (),
 ) -> Task:
-    """Return the task that the data are for.
+    """Build the task of the data.
 
     Args:
-        data: what is trained on.
+        data: the facts of the data.
         label_smoothing: for classification, share of the label that is spread over all classes.
         segmentation: for segmentation.
-        models: that images are to be padded for.
+        models: the models whose stride determines the padding of images.
 
     Raises:
         ValueError: if an option does not fit the task.
@@ -38,7 +38,7 @@ def build_task(
         raise ValueError(f"label_smoothing is for classification, the data are for {data.task}; leave it out")
     if data.task != "segmentation" and segmentation != DEFAULT_SEGMENTATION:
         raise ValueError(f"options of segmentation were given, but the data are for {data.task}; leave them out")
-    # torchmetrics, which these need, takes seconds to import.
+    # Imported here, since torchmetrics takes seconds to import.
     match data.task:
         case "classification":
             from diffkd.tasks.classification import Classification
@@ -74,16 +74,16 @@ def load(
     Args:
         name: as for :func:`~diffkd.models.load_model`, :func:`~diffkd.models.segmenters.load` or
             :func:`~diffkd.models.detectors.load`.
-        data: says which task, and how a detector is fed.
-        num_classes: what it tells apart; None: the model's own, of a classifier.
-        in_channels: channels of the images; None: the model's own, of a classifier.
+        data: gives the task, and normalisation and size of a detector's images.
+        num_classes: number of classes; None, for classifiers only: the model's own.
+        in_channels: channels of the images; None, for classifiers only: the model's own.
         weights: file to load strictly.
         pretrained: load the published weights.
         pretrained_backbone: load the published weights of the backbone alone; not for classifiers, which have none.
-        auxiliary: of a segmenter, with an auxiliary head.
+        auxiliary: build a segmenter with an auxiliary head.
         detection: how detectors are built.
-        weights_key: of the weights to take, where the file holds several that fit: what their names begin with.
-        new_head: let layers that depend on `num_classes` start from random weights where the file has none or others.
+        weights_key: prefix of the weights' names, if the file holds several sets that fit.
+        new_head: initialise layers that depend on `num_classes` randomly if the file has none or others.
 
     Raises:
         ValueError: if the model is unknown, or an option does not fit the task.
@@ -134,13 +134,13 @@ def load(
 
 
 def load_saved(name: str, data: DataFacts, weights: str | Path, card: Mapping[str, Any]) -> nn.Module:
-    """Build a model for the task and the classes of the data as its card says it was built, and load its weights.
+    """Build a model for the task and classes of the data with the options in its card, and load its weights.
 
     Args:
         name: as for :func:`load`.
-        data: says task, classes and channels, and how a detector is fed.
+        data: gives task, classes, channels, and normalisation and size of a detector's images.
         weights: file to load strictly.
-        card: says what `data` cannot: how a detector is built, and whether a segmenter has an auxiliary head.
+        card: gives the options of a detector, and whether a segmenter has an auxiliary head.
 
     Raises:
         ValueError: if the model is unknown, or the weights do not fit it.
@@ -157,7 +157,7 @@ def load_saved(name: str, data: DataFacts, weights: str | Path, card: Mapping[st
 
 
 def padded_example(data: DataFacts, *models: nn.Module) -> Any:
-    """Return the example of the data, padded to a size that segmenters can take."""
+    """Return the example of the data, padded to a size that segmenters accept."""
     if data.task != "segmentation":
         return data.example
     multiple = math.lcm(*(stride_of(model) for model in models))

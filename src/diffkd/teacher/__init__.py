@@ -1,1 +1,1 @@
-"""What may be done to a frozen teacher: its input, folded BatchNorms, cached features, its classifier."""
+"""The frozen teacher: input transform, folded BatchNorms, feature cache, classifier."""

@@ -1,4 +1,4 @@
-"""A teacher's features on disk, by sample: one pass of the teacher serves many epochs and students."""
+"""A disk cache of a teacher's features by sample, for many epochs and students."""
 
 import json
 import math
@@ -22,28 +22,28 @@ _FORMAT = 1
 
 
 class TeacherCache:
-    """Keeps the outputs of a teacher's layers for each sample, and for each of several views of it, in mapped files.
+    """Stores the outputs of a teacher's layers for each sample, and for each view of it, in memory-mapped files.
 
-    A folder holds `cache.json`, which says whose features of what these are, one file per layer, and one map per
-    process of which entries are valid. Entries count as valid only after :meth:`commit`, which first brings the
-    features to the disk: a run that dies leaves at most entries that are computed again. All space is taken when the
-    cache is made, so that the disk cannot run full later. Processes of one machine may share a folder.
+    A folder holds `cache.json`, which identifies teacher and data, one file per layer, and one validity file per rank.
+    Entries become valid only by :meth:`commit`, which flushes the features first: after a crash, uncommitted entries
+    are computed again. All disk space is allocated when the cache is created, so that the disk cannot run full later.
+    Processes of one machine may share a folder.
 
     Args:
-        folder: where; made if need be.
-        identity: plain values that decide about the features: teacher, data, how images are made. A cache with others
+        folder: of the cache; created if missing.
+        identity: plain values that determine the features: teacher, data, image processing. A cache with other values
             is refused.
-        shapes: of one sample's output by layer. A cache with more layers will do, but nothing is added to it.
+        shapes: of one sample's output by layer. A cache with more layers can be read, but not extended.
         samples: number of samples.
-        views: how many views of each there are, such as epochs with an augmentation of their own.
-        storage: type of the numbers on disk.
-        rank: of this process, which names its map.
-        create: make the cache if there is none; False: it must be there.
+        views: number of views of each sample, such as differently augmented epochs.
+        storage: dtype on disk.
+        rank: of this process; part of the name of its validity file.
+        create: create the cache if there is none; False: it must exist.
 
     Raises:
-        FileNotFoundError: if there is none and `create` is off.
-        ValueError: if the cache there is of something else (the message names what), or values are out of range.
-        OSError: if the disk has too little space; nothing is left behind then.
+        FileNotFoundError: if there is none and `create` is False.
+        ValueError: if the cache has another identity (the message names the difference), or values are out of range.
+        OSError: if the disk has too little space; no files are left then.
     """
 
     def __init__(
@@ -90,14 +90,14 @@ class TeacherCache:
         return sum(self._bytes(shape) for shape in self.shapes.values())
 
     def known(self, indices: Tensor, view: int = 0) -> Tensor:
-        """Return for each sample of `indices` (B,) whether its features of a view are there, (B,) bool on the CPU."""
+        """Return for each sample of `indices` (B,) whether its features of a view are cached, (B,) bool on the CPU."""
         return self.valid[self._rows(indices, view)] != 0
 
     def read(self, indices: Tensor, view: int = 0) -> dict[str, Tensor]:
         """Return the features of samples (B,) by layer, (B, ...) float32 on the device of `indices`.
 
         Raises:
-            KeyError: if some of them are not there.
+            KeyError: if some of them are not cached.
         """
         rows = self._rows(indices, view)
         if not bool(self.valid[rows].all()):
@@ -105,7 +105,7 @@ class TeacherCache:
         return {name: table[rows].float().to(indices.device) for name, (table, _) in self._maps.items()}
 
     def write(self, indices: Tensor, features: Mapping[str, Tensor], view: int = 0) -> None:
-        """Take in the features of samples (B,) by layer, (B, ...).
+        """Write the features of samples (B,) by layer, (B, ...).
 
         Raises:
             ValueError: if shapes are not those of the cache, or values do not fit into the type on disk.
@@ -131,10 +131,10 @@ class TeacherCache:
         self._own[rows] = 1
 
     def commit(self) -> None:
-        """Bring everything to the disk, and then mark it as valid there.
+        """Flush all features to the disk, then mark them as valid.
 
         Raises:
-            OSError: if that fails; what was marked before is still valid.
+            OSError: if that fails; entries marked before stay valid.
         """
         if not bool(self._own.any()):
             return
@@ -145,7 +145,7 @@ class TeacherCache:
         write_whole(path, lambda file: file.write_bytes(bytes(together.numpy().data)))
 
     def refresh(self) -> None:
-        """Take in what other processes have marked as valid."""
+        """Read the entries that other ranks have marked as valid."""
         for path in sorted(self.folder.glob("valid-*.bin")):
             self.valid |= self._marks(path)
 
@@ -186,7 +186,7 @@ class TeacherCache:
                 f"the teacher cache {self.folder} takes {self.size / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; "
                 "store float16, cache fewer views, or give another folder"
             )
-        # Beside its place, and moved there when it is whole.
+        # Written to a temporary folder, which is renamed when complete.
         parts = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name}."))
         try:
             for number, shape in enumerate(self.shapes.values()):
@@ -199,7 +199,7 @@ class TeacherCache:
         except OSError as error:
             shutil.rmtree(parts, ignore_errors=True)
             if (self.folder / "cache.json").is_file():
-                return  # another run was faster; it is checked as any other
+                return  # another run has created it meanwhile; it is checked like any other
             raise OSError(f"could not make the teacher cache {self.folder} ({error}); nothing is left there") from error
 
 
@@ -208,13 +208,13 @@ def _allocate(path: Path, size: int) -> None:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
             return
-        block = bytes(2**20)  # written out: a file with holes would let the disk run full while it is being filled
+        block = bytes(2**20)  # actual zeros: a sparse file could let the disk run full later
         for start in range(0, size, len(block)):
             file.write(block[: size - start])
 
 
 def _check(folder: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Return the file of each layer, or say in what the cache there is another one."""
+    """Return the file of each layer; raise ValueError with the difference if the identity differs."""
     layers = dict(stored.get("layers", {}))
     if stored.get("format") != _FORMAT:
         raise ValueError(f"{folder} is a teacher cache of another version; give another folder")

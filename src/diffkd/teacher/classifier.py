@@ -1,4 +1,4 @@
-"""The teacher's classifier on top of a feature, for methods that judge the student's feature by it."""
+"""The teacher's classifier on top of a feature, for methods that apply it to the student's feature."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from diffkd.files.weights import unwrap
 
 
 def pooled_classifier(teacher: nn.Module, channels: int) -> Callable[[Tensor], Tensor]:
-    """Return what turns the teacher's last feature into logits: average pooling and its last linear layer.
+    """Return a function from the teacher's last feature to logits: average pooling and its last linear layer.
 
-    Gradients flow through to the feature; the layer's own parameters are left out of them.
+    Gradients flow to the feature, not to the layer's parameters.
 
     Args:
         teacher: a classifier.

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolutions before it, for models in evaluation."""
+"""Folding of BatchNorm into the convolutions before it, for models in evaluation mode."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from diffkd.features.calling import evaluation_mode, on_device_of, run
 from diffkd.files.weights import unwrap
 
-# A class that computes anything else inherits from these too, so the functions that do the work are compared.
+# Subclasses may compute something else, so the forward functions are compared too.
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -26,19 +26,19 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def fold_batchnorm(
     model: nn.Module, example: Any, *, keep: Collection[str] = ()
 ) -> tuple[nn.Module, list[tuple[str, str]]]:
-    """Return a copy of a model, in evaluation mode, with its BatchNorms folded into the layers whose output they take.
+    """Return a copy of a model, in evaluation mode, with its BatchNorms folded into the layers before them.
 
-    In evaluation BatchNorm is an affine map per channel, so it goes into the weights of the convolution or linear layer
-    before (in float64, then rounded to the weights' type), and its place is taken by an identity: dotted names stay.
-    Which layer comes before which is seen in a run, not guessed from names. A pair is left as it is wherever anything
-    else reads the layer's output or the weights, either runs more than once, is registered in two places, has hooks or
-    parametrisations, or is to be kept. If the copy does not return for the example what the model does, to rounding,
-    nothing is folded.
+    In evaluation mode BatchNorm is an affine map per channel, which is folded into the weights of the convolution or
+    linear layer before (in float64, then rounded to the weights' dtype); an identity replaces it, so that dotted names
+    stay. The order of layers is traced in a forward, not guessed from names. A pair is not folded if another operation
+    reads the layer's output or the weights, or if one of the two runs more than once, is registered in two places, has
+    hooks or parametrisations, or is in `keep`. If the outputs of copy and model for the example differ by more than
+    rounding, nothing is folded.
 
     Args:
         model: is not changed.
         example: its input: a tensor, a tuple of arguments, or a mapping of keyword arguments; moved to its device.
-        keep: names of layers whose outputs are wanted as they are.
+        keep: names of layers whose outputs must not change.
 
     Returns:
         The copy, and the names of each folded layer and of its BatchNorm.
@@ -69,7 +69,7 @@ def fold_batchnorm(
 
 
 class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's only way to see every operation
-    """Notes in which of the watched modules each storage is read; "" stands for anywhere else."""
+    """Records in which of the watched modules each storage is read; "" means elsewhere."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -85,7 +85,7 @@ class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's only
 
 
 def _pairs(model: nn.Module, example: Any, keep: set[str]) -> tuple[list[tuple[str, str]], Any]:
-    """Run `model`, and return the names of layers and the BatchNorms that may go into them, and what it returned."""
+    """Run `model`, and return the names of layers with the BatchNorms to fold into them, and its output."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     modules = {name: module for name, module in model.named_modules() if places[id(module)] == 1 and name}
     layers = {name: module for name, module in modules.items() if _is_layer(module) and _is_plain(module)}
@@ -105,7 +105,7 @@ def _pairs(model: nn.Module, example: Any, keep: set[str]) -> tuple[list[tuple[s
     def leave(name: str, module: nn.Module, args: Any, output: Any) -> None:
         flow.inside.pop()
         if name in layers and isinstance(output, Tensor) and output.ndim == _rank(module):
-            flow.readers[_storage(output)] = set()  # what lay there before is gone
+            flow.readers[_storage(output)] = set()  # the memory may have been reused
             made[id(output)] = (name, output)
 
     def show(module: nn.Module, args: Any, output: Any) -> None:
@@ -162,7 +162,7 @@ def _fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
     dtype = layer.weight.dtype
     layer.weight, layer.bias = (nn.Parameter(tensor.to(dtype), layer.weight.requires_grad) for tensor in fused)
     parent, _, child = norm_name.rpartition(".")
-    # timm's BatchNorm holds what comes after it; a child keeps its name in what takes its place.
+    # timm's BatchNorm contains the activation after it: the replacement keeps the children under their names.
     children = OrderedDict(norm.named_children())
     setattr(model.get_submodule(parent), child, nn.Sequential(children) if children else nn.Identity())
 
@@ -171,7 +171,7 @@ def _agrees(folded: nn.Module, example: Any, expected: Any) -> bool:
     try:
         with torch.no_grad():
             output = run(folded, example)
-    except Exception:  # a model may look at its BatchNorms in ways that an identity does not answer
+    except Exception:  # a model may access attributes of its BatchNorms that an identity does not have
         return False
     pairs = zip(tree_leaves(output), tree_leaves(expected), strict=False)
     floats = [(a, b) for a, b in pairs if isinstance(b, Tensor) and b.is_floating_point()]
@@ -179,7 +179,7 @@ def _agrees(folded: nn.Module, example: Any, expected: Any) -> bool:
 
 
 def _tolerance(tensor: Tensor) -> float:
-    # Rounding at each of some hundred layers leaves less than this, a wrong fold leaves about the whole.
+    # Rounding in some hundred layers gives less than this; a wrong fold gives a relative error of about 1.
     relative = min(1000 * torch.finfo(tensor.dtype).eps, 0.1)
     return relative * (float(tensor.double().norm()) + 1e-3 * math.sqrt(tensor.numel()))
 
@@ -203,7 +203,7 @@ def _is_norm(module: nn.Module) -> bool:
             and [name for name, _ in module.named_children()] == ["drop", "act"]
         )
         return known and module.running_mean is not None and module.running_var is not None
-    # Those of torchvision, transformers and detectron2 are no BatchNorms, but hold and compute the same.
+    # FrozenBatchNorm2d of torchvision, transformers and detectron2 is no BatchNorm subclass, but computes the same.
     held = set(module._buffers) == {"weight", "bias", "running_mean", "running_var"} and hasattr(module, "eps")
     return held and type(module).__name__.endswith("FrozenBatchNorm2d")
 

@@ -1,4 +1,4 @@
-"""How a frozen teacher runs: folded, in lower precision, with channels last."""
+"""Options of a frozen teacher: folding, precision, memory format, images and classes."""
 
 import copy
 from collections.abc import Collection
@@ -18,28 +18,29 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """Say how the teacher is made to run faster, and what it was trained for; the default runs what was given.
+    """Options that make the teacher run faster, and the normalisation, size and classes that it was trained with.
 
-    To run it otherwise makes a copy, and the module that was given stays as it is. What it was trained for is for
-    :func:`~diffkd.training.fit.fit`, which builds it: a distiller of your own gets a `teacher_input` instead.
+    If an option changes the teacher, a copy is made; the given module is not modified. `mean`, `std`, `image_size` and
+    `classes` are for :func:`~diffkd.training.fit.fit`, which builds the teacher; for your own distiller use
+    `teacher_input` instead.
 
     Args:
-        fold: put its BatchNorms into the convolutions before them: the same features up to rounding
+        fold: fold its BatchNorms into the convolutions before them: the same features up to rounding
             (:func:`~diffkd.teacher.folding.fold_batchnorm`).
-        precision: "same" as it was given, or "bf16" or "fp16" for weights and activations; methods then get its
-            features in float32. It saves memory and, on hardware that has such arithmetic, time.
-        channels_last: lay out its weights, and so its activations, with the channels last in memory, for hardware whose
-            convolutions are faster then; a teacher that does not run like that stays as it is.
-        mean: of the images it was trained with, per channel, in the units of the data's; None: what its card, the file
-            beside its weights or its library says, and else that of the data.
+        precision: "same" as given, or "bf16" or "fp16" for weights and activations; methods then get its features in
+            float32. It saves memory and, on hardware with such arithmetic, time.
+        channels_last: use the channels_last memory format, in which convolutions are faster on some hardware; a teacher
+            that does not run in it stays unchanged.
+        mean: per channel, of the normalisation that it was trained with, in the units of the data's; None: from its
+            card, the file beside its weights or its library, else that of the data.
         std: likewise; given with `mean`.
-        image_size: side of the square images it gets, in pixels; None: what its card says or the model demands, and
-            else that of the student's.
-        classes: names of its classes in the order of its scores; of the data's names in another order its scores are
-            brought into that of the data. None: what its card or its library says.
+        image_size: side of its square input images in pixels; None: from its card or as the model requires, else that
+            of the student's.
+        classes: names of its classes in the order of its scores; if they are the data's names in another order, its
+            scores are reordered as in the data. None: from its card or its library.
 
     Raises:
-        ValueError: if `precision` is none of these, or mean, std, image_size or classes cannot be meant.
+        ValueError: if `precision` is unknown, or mean, std, image_size or classes are invalid.
     """
 
     fold: bool = False
@@ -69,12 +70,12 @@ class TeacherOptions:
 
     @property
     def running(self) -> "TeacherOptions":
-        """How it runs, without what it was trained for."""
+        """The options of running it, without mean, std, image_size and classes."""
         return TeacherOptions(self.fold, self.precision, self.channels_last)
 
     @property
     def lowers(self) -> bool:
-        """Whether its features come in fewer bits than methods are to get."""
+        """Whether its features are in half precision and must be cast for the methods."""
         return self.precision != "same"
 
 
@@ -82,16 +83,16 @@ AS_GIVEN = TeacherOptions()
 
 
 def prepare_teacher(teacher: nn.Module, example: Any, keep: Collection[str], options: TeacherOptions) -> nn.Module:
-    """Return the teacher as `options` say: itself, or a copy.
+    """Apply `options` to the teacher; return it, or a changed copy.
 
     Args:
         teacher: in evaluation mode.
         example: its input.
-        keep: names of the layers, or of elements of their outputs, that are wanted.
-        options: what to do.
+        keep: names of the layers, or of elements of their outputs, whose outputs must not change.
+        options: the options.
 
     Raises:
-        ValueError: if it is compiled already and would have to be changed.
+        ValueError: if it is already compiled and an option would change it.
     """
     if options.running == AS_GIVEN:
         return teacher
@@ -108,6 +109,6 @@ def prepare_teacher(teacher: nn.Module, example: Any, keep: Collection[str], opt
     if options.channels_last:
         try_channels_last(made, example)
     if options.lowers:
-        # Afterwards: folded weights are rounded once.
+        # After folding, so that weights are rounded only once.
         made = made.to(_TYPES[options.precision])
     return made

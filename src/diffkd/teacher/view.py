@@ -1,4 +1,4 @@
-"""The teacher's view of the student's input: other normalisation or size, or tensors out of the student's forward."""
+"""The teacher's input: re-normalised or resized images, or tensors from the student's forward."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -10,14 +10,14 @@ from diffkd.features.recorder import Call
 
 
 class TeacherInput(nn.Module):
-    """Turns images normalised for the student into images normalised, and sized, for the teacher.
+    """Converts images normalised for the student to the teacher's normalisation and size.
 
     Args:
         student_mean: per channel, of the student's normalisation, in the units of images scaled to 0..1.
         student_std: likewise.
         teacher_mean: per channel, of the teacher's normalisation.
         teacher_std: likewise.
-        size: (H, W) in pixels that the teacher wants; None: as the student's.
+        size: (H, W) in pixels of the teacher's input; None: as the student's.
 
     Raises:
         ValueError: if the channel counts differ or a standard deviation is not positive.
@@ -52,7 +52,7 @@ class TeacherInput(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return (B, C, H', W') for the teacher from the student's (B, C, H, W)."""
-        # Moved along, since the example comes before the distiller's first `.to()`, and in the type of the images.
+        # Cast to the images' device and dtype, since the example is processed before the distiller's first `.to()`.
         images = self.scale.to(images) * images + self.shift.to(images)
         if self.size is not None and tuple(images.shape[2:]) != tuple(self.size):
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True)
@@ -69,24 +69,24 @@ def same_normalization(ours: Sequence[Sequence[float]], theirs: Sequence[Sequenc
 
 @runtime_checkable
 class StudentView(Protocol):
-    """Makes the teacher's input, and what methods need, from layers of the student that have just run.
+    """Builds the teacher's input, and arguments of methods, from recorded calls of the student's layers.
 
-    A detector resizes and pads its images itself, to a size drawn at random in training: only it knows the pixels that
-    its teacher is to see, and where the boxes lie in them.
+    A detector resizes and pads its images itself, to a size drawn at random in training: the teacher's images and the
+    positions of the boxes in them are only available in its forward.
 
     Attributes:
-        layers: names of the student's layers that are watched.
+        layers: names of the student's layers whose calls are recorded.
     """
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the student's layers that are watched."""
+        """Names of the student's layers whose calls are recorded."""
 
     def __call__(self, inputs: Any, calls: Mapping[str, Call]) -> Any:
-        """Return the teacher's input, from the student's and from the watched layers' calls by name."""
+        """Return the teacher's input, from the student's input and the recorded calls by name."""
 
     def context(self, inputs: Any, calls: Mapping[str, Call]) -> dict[str, Any]:
-        """Return what methods may need, such as "boxes", by name."""
+        """Return arguments of methods by name, such as "boxes"."""
 
 
 _TRANSFORM, _POOL = "transform", "roi_heads.box_roi_pool"
@@ -96,12 +96,12 @@ class DetectorView:
     """A :class:`~diffkd.teacher.view.StudentView` of torchvision's detectors.
 
     The student resizes, normalises and pads its images in its `transform`, to a size drawn at random in training. The
-    teacher gets the result, so that both see identical pixels; and where it has a box head to run, the proposals that
-    the student has drawn, so that the outputs are of the same boxes.
+    teacher gets the result, so that both get identical pixels, and for its box head the proposals of the student, so
+    that both outputs are for the same boxes.
 
     Args:
-        renormalise: turns images normalised for the student into those for the teacher; None: they are the same.
-        proposals: hand over the student's proposals, for two-stage detectors whose outputs are distilled.
+        renormalise: converts images normalised for the student to the teacher's normalisation; None: they are equal.
+        proposals: pass the student's proposals on, for two-stage detectors whose outputs are distilled.
     """
 
     def __init__(self, renormalise: Callable[[Tensor], Tensor] | None = None, *, proposals: bool = False) -> None:
@@ -132,10 +132,10 @@ class DetectorView:
 
 
 def view_of_detectors(student: nn.Module, teacher: nn.Module, *, heads: bool) -> DetectorView:
-    """Return how the teacher sees what the student's transform has made of the images.
+    """Return the view by which the teacher gets the images from the student's transform.
 
     Raises:
-        ValueError: if one of them has no such transform, or the outputs of heads of different kinds are to be compared.
+        ValueError: if one of them has no such transform, or heads of different kinds are to be compared.
     """
     transforms = [getattr(model, "transform", None) for model in (student, teacher)]
     for side, model, transform in zip(("student", "teacher"), (student, teacher), transforms, strict=True):

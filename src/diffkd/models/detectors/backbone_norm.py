@@ -1,4 +1,4 @@
-"""Which normalisation a detector's backbone has: batches of detection are often too small for batch statistics."""
+"""The normalisation of a detector's backbone: batches of detection are often too small for batch statistics."""
 
 import math
 from pathlib import Path
@@ -14,17 +14,17 @@ Norm = Literal["auto", "batch", "frozen", "group"]
 
 
 def norm_of_weights(path: str | Path, key: str | None = None) -> Norm:
-    """Tell from a file of a detector's weights which normalisation its backbone had when it was saved.
+    """Detect the normalisation of a detector's backbone from a file of its weights.
 
     Args:
         path: as for `read_weights`.
-        key: of the weights in it, where there are several: only names with it count.
+        key: prefix of the weights' names, if the file holds several sets.
 
     Returns:
-        "frozen" where there are running statistics but no count of batches, "batch" with both, "group" with neither,
-        which is also right for a backbone that never had batch normalisation.
+        "frozen" if there are running statistics but no num_batches_tracked, "batch" with both, "group" with neither,
+        which is also valid for a backbone without batch normalisation.
     """
-    # Wherever trainers and wrappers have put the detector.
+    # With any prefix that trainers and wrappers have added.
     names = {
         name.rpartition(".")[2]
         for name in read_contents(path).tensors
@@ -40,8 +40,8 @@ def set_norm(module: nn.Module, norm: Norm) -> None:
 
     Args:
         module: of torchvision or timm.
-        norm: "frozen": statistics, scale and shift as they are, as constants; "batch": the same numbers, but trained
-            and updated; "group": GroupNorm of at most 32 groups, scale 1 and shift 0; "auto": nothing changes.
+        norm: "frozen": current statistics, scale and shift as constants; "batch": the same values, but trained and
+            updated; "group": GroupNorm of at most 32 groups, scale 1 and shift 0; "auto": no change.
     """
     if norm == "auto":
         return
@@ -93,5 +93,5 @@ def _channels(module: nn.Module) -> int:
 
 
 def _groups(channels: int) -> int:
-    # Of two channels or more, since one channel has no spread where a small image leaves it one position.
+    # At least two channels per group: one channel with a single position (small images) has no variance.
     return max(1, math.gcd(64, channels) // 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffkd.models.extras import require
 from diffkd.models.from_transformers import _first_line, _warn_of_random_weights, keep_constants
 
-# Those that know which pixels are padding, so that images keep their shape; boxes are relative to the image without it.
+# Models with a padding mask, so that images keep their aspect ratio; boxes are relative to the image without padding.
 _MASKED = ("detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer")
 
 
@@ -66,7 +66,7 @@ class TransformersDetector(nn.Module):
         ]
 
     def _loss(self, arguments: dict[str, Any]) -> Tensor:
-        """Return the model's loss, NaN where its predictions are not finite, which its matching of boxes refuses."""
+        """Return the model's loss, NaN if its predictions are not finite, for which its box matching would raise."""
         try:
             # Its loss_dict holds the same terms without their weights.
             loss: Tensor = self.model(**arguments).loss
@@ -126,9 +126,9 @@ def build_transformers_detector(
 ) -> TransformersDetector:
     """Build an object detector of transformers; code that comes with a model is never run.
 
-    Models that take a mask of the padding (DETR and its kin) see images of any shape, resized as torchvision does. All
-    others (RT-DETR, D-FINE, YOLOS, ...) see squares, as they were trained to: of the last `min_size`, rounded up to a
-    multiple of 32 and of the model's patches.
+    Models that take a padding mask (DETR and variants) get images of any shape, resized as in torchvision. All others
+    (RT-DETR, D-FINE, YOLOS, ...) get squares, as in their training: of the last `min_size`, rounded up to a multiple of
+    32 and of the model's patches.
 
     Args:
         name: a folder with config.json (and model.safetensors for its weights), or a name on the Hub.

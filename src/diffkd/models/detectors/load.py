@@ -54,7 +54,7 @@ def load_detector(
         num_classes: number of classes without background.
         min_size: shorter side that images are resized to, in pixels; of several one is drawn per image in training, and
             the last is used in evaluation. Transformers without a padding mask make squares of the last.
-        max_size: the longer side is never longer than this.
+        max_size: upper limit of the longer side, in pixels.
         mean, std: of the images in [0, 1], per channel, as the weights expect; part of the detector's `transform`.
         weights: local file to load strictly; None for random or pretrained weights.
         pretrained: load the published weights of torchvision's or transformers' detector, which may be fetched from the
@@ -63,12 +63,12 @@ def load_detector(
         anchor_scale: size of anchors against torchvision's, which are for images of 800 pixels; None for the last
             `min_size` / 800. For pyramids on a backbone; at 1 the anchors are torchvision's.
         fpn_channels: channels of the feature pyramid. For pyramids on a backbone.
-        norm: what a backbone's batch normalisations become, those in other parts stay: "batch", "frozen" (constants;
-            right with pretrained weights, as batches of detection are small) or "group" (GroupNorm; right for tiny
-            batches from scratch). "auto": what the file of `weights` was saved with; else "frozen" for pretrained
-            backbones and "batch" for others; torchvision's own choice for its detectors. Not for transformers.
-        weights_key: of the weights to take, where the file holds several that fit: what their names begin with.
-        new_head: let layers that depend on `num_classes` start from random weights where the file has none or others.
+        norm: replacement of the backbone's batch normalisations: "batch", "frozen" (constants; for pretrained weights,
+            as batches of detection are small) or "group" (GroupNorm; for tiny batches from scratch). "auto": that of
+            the file of `weights`; else "frozen" for pretrained backbones and "batch" for others; torchvision's own
+            choice for its detectors. Not for transformers.
+        weights_key: prefix of the weights' names, if the file holds several sets that fit.
+        new_head: initialise layers that depend on `num_classes` randomly if the file has none or others.
 
     Returns:
         The detector, in training mode unless the user's own code chose otherwise.

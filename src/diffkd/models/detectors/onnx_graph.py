@@ -13,8 +13,8 @@ _SMALLEST = 1e-2  # pixels; torchvision drops the boxes of Faster R-CNN that are
 class DetectorGraph(nn.Module):
     """A detector of torchvision that `torch.export` can follow, with the same detections.
 
-    torchvision's own code looks at how many candidates there are to choose among its ways of suppressing doubles, which
-    cannot be exported. Here doubles are suppressed in one way, and no number of candidates decides anything.
+    torchvision's code chooses its implementation of NMS by the number of candidates, which cannot be exported. This
+    module uses one implementation of NMS, without data-dependent branches.
 
     Args:
         detector: RetinaNet, FCOS or Faster R-CNN of torchvision, in evaluation mode; shared, not copied. Its score
@@ -127,9 +127,9 @@ class DetectorGraph(nn.Module):
 
 
 def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, size: tuple[int, int], overlap: float) -> Tensor:
-    """Return the index of the boxes (n, 4) that no better one of the same group overlaps by more, best first.
+    """Return the indices of the boxes (n, 4) kept by NMS within each group, best first.
 
-    Groups are moved apart, so that boxes of two never overlap.
+    Boxes are shifted by group, so that those of different groups never overlap.
     """
     apart = groups.to(boxes) * (max(size) + 1)
     kept: Tensor = require("torchvision.ops", "train", "a detector").nms(boxes + apart[:, None], scores, overlap)

@@ -35,7 +35,7 @@ class Pyramid:
 
     @property
     def divisor(self) -> int:
-        """What both sides of a batch must be multiples of, at least torchvision's 32."""
+        """The number that both sides of a batch must be multiples of, at least torchvision's 32."""
         return math.lcm(_COARSEST, *self.strides[: len(self.names)])
 
 

@@ -111,8 +111,8 @@ def build_pyramid_detector(
     if family == "retinanet":
         detector = detection.RetinaNet(pyramid.backbone, count, anchor_generator=anchors, **transform)
     else:
-        # The radius counts in anchors and is meant in strides: how far positives lie from an object's centre must not
-        # shrink with the anchors, or small images would have objects without any.
+        # The radius is in units of anchors, but must stay constant in strides: if it shrank with the anchors, objects
+        # in small images could have no positive positions.
         stride = pyramid.strides[0]
         radius = 1.5 * stride / fcos_finest(stride, anchor_scale)
         detector = detection.FCOS(
@@ -123,10 +123,10 @@ def build_pyramid_detector(
 
 
 def silence_background(detector: nn.Module) -> None:
-    """Let a new RetinaNet or FCOS give label 0 the probability 1e-6 everywhere, in place.
+    """Initialise label 0 of a new RetinaNet or FCOS to the probability 1e-6 everywhere, in place.
 
-    Their classes are independent, so that a column of logits for label 0, which torchvision keeps though no object has
-    it, would otherwise begin as likely as the classes, and could be returned as a detection.
+    Their classes are independent, and torchvision keeps logits for label 0, although no object has it. They would
+    otherwise start as likely as the classes, and could be returned as detections.
     """
     head = detector.get_submodule("head.classification_head")
     bias = head.get_submodule("cls_logits").get_parameter("bias")

@@ -1,4 +1,4 @@
-"""The parts of a detector that teach: its features, and its heads' outputs on what the student looks at."""
+"""A detector as teacher: its features, and its heads' outputs for the student's images and proposals."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,16 @@ from diffkd.models.detectors.from_transformers import TransformersDetector, padd
 
 
 class DetectorTeacher(nn.Module):
-    """Runs the useful parts of a detector on images that the student's transform has already batched.
+    """Runs backbone and heads of a detector on images that the student's transform has already batched.
 
-    Teacher and student then see the same pixels, which two transforms would not give: each draws a size of its own in
-    training. No proposals are searched and no detections selected. The modules are the detector's own, under its own
-    names ("backbone", "head", "roi_heads"), always in evaluation mode.
+    Teacher and student then get the same pixels; two transforms would each draw their own size in training. It computes
+    no proposals and selects no detections. The modules are the detector's own, under its own names ("backbone", "head",
+    "roi_heads"), always in evaluation mode.
 
     Args:
         detector: torchvision's Faster R-CNN, RetinaNet or FCOS or one built like them (modules `backbone` and `head` or
-            `roi_heads`), or a :class:`TransformersDetector`, of which the features of the backbone can be had.
-        heads: also run the head on the features. Else the detector's heads are not kept.
+            `roi_heads`), or a :class:`TransformersDetector`, for which only the backbone's features are available.
+        heads: also run the head on the features. Otherwise the detector's heads are dropped.
 
     Raises:
         ValueError: if the detector has no such parts.
@@ -52,7 +52,7 @@ class DetectorTeacher(nn.Module):
 
     @property
     def needs_proposals(self) -> bool:
-        """Whether the heads look at the student's proposals, as those of Faster R-CNN do."""
+        """Whether the heads need the student's proposals, as those of Faster R-CNN do."""
         return hasattr(self, "roi_heads")
 
     def forward(
@@ -66,8 +66,8 @@ class DetectorTeacher(nn.Module):
         Args:
             images: (B, 3, H, W), resized, normalised and padded by the student's transform.
             image_sizes: height and width of each image without padding; None if nothing is padded.
-            proposals: per image (n, 4), left, top, right, bottom in pixels of `images`: what the student's
-                "roi_heads.box_roi_pool" is called with. For the heads of Faster R-CNN only.
+            proposals: per image (n, 4), left, top, right, bottom in pixels of `images`: the input of the student's
+                "roi_heads.box_roi_pool". For the heads of Faster R-CNN only.
 
         Returns:
             The features, (B, C, h, w), under the names of their levels ("0", "1", ..., "pool" or "p6", "p7"), then
@@ -96,7 +96,7 @@ class DetectorTeacher(nn.Module):
         return OrderedDict((*features.items(), ("class_logits", class_logits), ("bbox_regression", regression)))
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever `mode` is: a teacher's statistics must not move."""
+        """Stay in evaluation mode, whatever `mode` is: a teacher's statistics must not change."""
         return super().train(False)
 
     def _features(self, images: Tensor, sizes: list[tuple[int, int]]) -> OrderedDict[str, Tensor]:

@@ -62,7 +62,7 @@ class AnySize(nn.Module):
         height, width = images.shape[-2:]
         padded = pad_to_multiple(images, self.stride, self.padding)
         logits = upsample(class_map(self.model(padded)), (padded.shape[-2], padded.shape[-1]))
-        # A slice would tie an exported program to the multiples of the stride, or to all but these.
+        # A slice would restrict an exported program to multiples of the stride, or to sizes other than these.
         return F.pad(logits, (0, width - logits.shape[-1], 0, height - logits.shape[-2]))
 
 
@@ -153,7 +153,7 @@ def _patch_sizes(module: nn.Module) -> list[int]:
 def _mirrored(size: int, padded: int, device: torch.device) -> Tensor:
     """Index (padded,) of the pixels 0, 1, ..., size - 1, size - 2, ..., 1, 0, 1, ..."""
     index = torch.arange(padded, device=device)
-    period = torch.full_like(index, max(2 * (size - 1), 1))  # a tensor, for ONNX takes no remainder by a changing size
+    period = torch.full_like(index, max(2 * (size - 1), 1))  # a tensor: ONNX has no remainder by a dynamic size
     index = index % period
     return torch.minimum(index, period - index)
 

@@ -22,8 +22,8 @@ def build_smp(name: str, num_classes: int, in_channels: int, pretrained_backbone
             those of the tag, or the default ones.
 
     Returns:
-        The model, in training mode. It returns the logits (B, K, H, W). Parameters that nothing runs, such as the
-        stages of an encoder below those that PSPNet reads, are frozen: distributed training waits for all others.
+        The model, in training mode. It returns the logits (B, K, H, W). Unused parameters, such as those of encoder
+        stages that PSPNet does not read, are frozen, since DDP waits for the gradients of all trainable parameters.
 
     Raises:
         ModuleNotFoundError: if segmentation-models-pytorch is not installed.
@@ -51,7 +51,7 @@ def build_smp(name: str, num_classes: int, in_channels: int, pretrained_backbone
         model: nn.Module = smp.create_model(architecture, encoder, weights, in_channels, num_classes, **options)
     except OSError:  # of fetching weights
         raise
-    except Exception as error:  # the libraries raise whatever an encoder that does not fit leads them to
+    except Exception as error:  # the libraries may raise anything for an encoder that does not fit
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
             f"model 'smp/{name}' cannot be built ({type(error).__name__}: {reason}): "
@@ -75,7 +75,7 @@ def _freeze_what_does_not_run(model: nn.Module, in_channels: int) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    # Some layers lend their parameters to a function instead of being called: only whole idle branches are frozen.
+    # Some layers are not called, but their parameters are passed to a function: only whole unused branches are frozen.
     for branch in model.modules():
         inside = [module for module in branch.modules() if module in owners]
         if len(inside) > 1 and not seen.intersection(inside):

@@ -43,10 +43,9 @@ def load_segmenter(
         pretrained: load the published weights of the whole model, which may be fetched from the network.
         pretrained_backbone: load the published weights of the encoder alone, likewise; nothing is fetched if `weights`
             or `pretrained` fill the encoder anyway.
-        auxiliary: with a second class map from an earlier layer, for a loss of its own; torchvision's and functions
-            only.
-        weights_key: of the weights to take, where the file holds several that fit: what their names begin with.
-        new_head: let layers that depend on `num_classes` start from random weights where the file has none or others.
+        auxiliary: with an auxiliary head, a second class map from an earlier layer; torchvision's and functions only.
+        weights_key: prefix of the weights' names, if the file holds several sets that fit.
+        new_head: initialise layers that depend on `num_classes` randomly if the file has none or others.
 
     Returns:
         The model, in training mode unless the user's own code chose otherwise. For images (B, in_channels, H, W), smp's
@@ -61,7 +60,7 @@ def load_segmenter(
         TypeError: if the user's function returns no model.
 
     Warns:
-        UserWarning: if a layer of a pretrained model starts from random weights, since `num_classes` is not its own.
+        UserWarning: if a layer of a pretrained model starts from random weights, since its number of classes differs.
 
     >>> load_segmenter("torchvision/lraspp_mobilenet_v3_large", num_classes=5).classifier.low_classifier.out_channels
     5
@@ -86,7 +85,7 @@ def _build(
     name: str, num_classes: int, in_channels: int, pretrained: bool, pretrained_backbone: bool, auxiliary: bool
 ) -> nn.Module:
     source, _, rest = name.partition("/")
-    # A path may begin with a folder called like a source.
+    # A path may begin with a folder named like a source.
     if ".py:" in name or (":" in name and source not in ("smp", "timm", "hf")):
         return build_from_function(
             name, num_classes, in_channels, pretrained, pretrained_backbone=pretrained_backbone, auxiliary=auxiliary
