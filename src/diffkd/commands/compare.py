@@ -102,7 +102,7 @@ def compare(
     Raises:
         ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
             other values; nothing is trained then.
-        UsageError: if options do not fit `diffkd fit`, or one of the methods; likewise.
+        UsageError: if options are not valid for `diffkd fit` or for a method; nothing is trained then.
         RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
     """
     out = out.expanduser()

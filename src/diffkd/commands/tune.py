@@ -114,7 +114,7 @@ def tune(
     Raises:
         ImportError: if Optuna is not installed.
         ValueError: if there is nothing to search, a number is out of range, or the study in `out` has other settings.
-        UsageError: if options do not fit `diffkd fit`.
+        UsageError: if options are not valid for `diffkd fit`.
         RuntimeError: if no trial succeeded.
     """
     if find_spec("optuna") is None:

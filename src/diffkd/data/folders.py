@@ -44,7 +44,7 @@ EVALUATION_SPLITS = ("val", "valid", "validation", "test")
 
 
 class FolderSamples(NamedTuple):
-    """List the images of one split.
+    """The images of one split.
 
     Args:
         paths: N files, ordered by class and then by name.
