@@ -5,7 +5,7 @@
 The networks are small ones of timm, of most of its families, with random weights. The last map before pooling is held
 against what timm's own `forward_features` returns. And every layer whose layout its shape leaves in no doubt is put in
 doubt, by leaving it as many channels as it has positions on a side, or by any number of prefix tokens before any grid;
-then `diffkd.features.locality` decides among the readings.
+then `diffkd.features.ambiguous_layouts` decides among the readings.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from benchmarks.report import RESULTS, machine, save, table
 from diffkd.distill.stages import last_feature
-from diffkd.features.calling import input_size_of
+from diffkd.features.ambiguous_layouts import change_corner, most_local, prefix_tokens
+from diffkd.features.forward import input_size_of
 from diffkd.features.layers import Layer, list_layers
 from diffkd.features.layout import MAX_PREFIX_TOKENS, Layout, fitting_layouts, select_tensor
-from diffkd.features.locality import change_corner, most_local, prefix_tokens
 from diffkd.features.trace import run_watched
 
 NETWORKS = (

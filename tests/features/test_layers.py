@@ -8,7 +8,7 @@ from small_nets import MLP, ChannelsLastNet, ConvNet, Pyramid, TokenNet, Twice, 
 from torch import nn
 
 from diffkd import Layout, list_layers
-from diffkd.features.calling import evaluation_mode
+from diffkd.features.forward import evaluation_mode
 from diffkd.features.layers import find_layer
 
 IMAGES = torch.randn(2, 3, 16, 16)

@@ -7,7 +7,7 @@ from small_nets import ConvNet, TokenNet, Wrapped
 from torch import nn
 
 from diffkd import Distiller, FitNet, list_layers
-from diffkd.features.locality import prefix_tokens
+from diffkd.features.ambiguous_layouts import prefix_tokens
 
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "image_size": 32}
 

@@ -16,9 +16,9 @@ from diffkd import KD, DiffKD, Distiller
 from diffkd.data.classification.augmentation import mix
 from diffkd.data.seeding import mix_seed
 from diffkd.tasks.classification import Classification, logits_of
+from diffkd.training.callbacks import silence_lightning
 from diffkd.training.lightning_module import Training
 from diffkd.training.optimization import Schedule
-from diffkd.training.progress import silence_lightning
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 

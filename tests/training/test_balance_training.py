@@ -12,9 +12,8 @@ from short_trainings import arrays, built, same_weights, signal_self, train
 from diffkd import KD, Balance, DiffKD, Pair
 from diffkd.commands.arguments import values_of_fit
 from diffkd.files.history import read_csv
+from diffkd.training.callbacks import report, stuck_gammas
 from diffkd.training.checkpointing import Interrupted
-from diffkd.training.progress import stuck_gammas
-from diffkd.training.start_report import report
 
 PAIRS = [
     Pair("0", method=partial(DiffKD, standardize=True, ae_channels=6), weight=Balance(0.5, every=2)),

@@ -20,10 +20,10 @@ from diffkd.distill.checks import GradientWarning
 from diffkd.models import load_model
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import facts_of
+from diffkd.training.callbacks import report
 from diffkd.training.fit import fit
 from diffkd.training.lightning_module import Training
 from diffkd.training.optimization import Schedule
-from diffkd.training.start_report import report
 
 
 @pytest.fixture(scope="module")

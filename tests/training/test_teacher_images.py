@@ -16,10 +16,10 @@ from diffkd import TeacherOptions, save_student
 from diffkd.models import load_model
 from diffkd.tasks.classification import Classification, other_order
 from diffkd.tasks.data_facts import DataFacts
+from diffkd.training.callbacks import report
 from diffkd.training.lightning_module import Training
 from diffkd.training.models import build_student, build_teacher
 from diffkd.training.optimization import Schedule
-from diffkd.training.start_report import report
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = (0.5, 0.5, 0.5)

@@ -19,10 +19,10 @@ from diffkd.tasks.data_facts import DataFacts, facts_of, first_difference
 from diffkd.tasks.options import SegmentationOptions
 from diffkd.tasks.task_of_data import build_task, load_saved
 from diffkd.teacher.view import TeacherInput
+from diffkd.training.callbacks import silence_lightning
 from diffkd.training.lightning_module import Training
 from diffkd.training.models import use_channels_last
 from diffkd.training.options import DEFAULT_OPTIMIZER, DEFAULT_SCHEDULE
-from diffkd.training.progress import silence_lightning
 
 
 def evaluate(

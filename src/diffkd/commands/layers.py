@@ -46,8 +46,8 @@ def layers(
     console = Console()
     if teacher is not None:
         # Lightning, which training needs, takes seconds to import.
+        from diffkd.training.callbacks import pairs_table
         from diffkd.training.models import build_distiller
-        from diffkd.training.start_report import pairs_table
 
         other = load(teacher, facts, num_classes=classes, in_channels=in_channels)
         distiller = build_distiller(student, other, None, data=facts, pairs="auto", method=method, seed=0)

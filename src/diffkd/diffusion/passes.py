@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from diffkd.diffusion.modules import Denoiser
-from diffkd.features.calling import on_device_of
+from diffkd.features.forward import on_device_of
 
 LinearPass = Callable[[Tensor], Tensor]
 

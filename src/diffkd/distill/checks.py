@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.distill.matching import Pair
-from diffkd.features.calling import evaluation_mode
+from diffkd.features.forward import evaluation_mode
 from diffkd.files.weights import unwrap
 
 

@@ -14,7 +14,7 @@ from diffkd.distill.checks import GradientFlow, check_models
 from diffkd.distill.matching import Pair, as_text, attribute_of, pair_layers, pair_rows, unique_names
 from diffkd.distill.observation import Observation, as_constant, read_pair, select_arguments
 from diffkd.features.activations import before_activation
-from diffkd.features.calling import first_parameter, on_device_of, run
+from diffkd.features.forward import first_parameter, on_device_of, run
 from diffkd.features.layers import Layer, activations_of, find_layer, list_layers
 from diffkd.features.probe import probe, watch
 from diffkd.features.reader import Reader, agree

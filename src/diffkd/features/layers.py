@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffkd.features.activations import Activation, before_activation
-from diffkd.features.calling import batch_of, input_size_of, on_device_of
+from diffkd.features.ambiguous_layouts import change_corner, most_local, prefix_tokens
 from diffkd.features.class_scores import before_upsampling, class_scores, count_queries, returns_features
+from diffkd.features.forward import batch_of, input_size_of, on_device_of
 from diffkd.features.layout import Layout, fitting_layouts, infer_layout, select_tensor
-from diffkd.features.locality import change_corner, most_local, prefix_tokens
 from diffkd.features.shape import FeatureShape, Role
 from diffkd.features.trace import OUTPUT, Seen, by_name, elements_of, is_same, run_watched
 from diffkd.files.weights import unwrap

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.features.calling import evaluation_mode, on_device_of, run
+from diffkd.features.forward import evaluation_mode, on_device_of, run
 
 # On a CPU, maps of at most this many positions are computed in channels_last: 1x1 convolutions are then matrix
 # products, and small batch normalisations faster. For larger maps the contiguous format is as fast or faster.

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from diffkd.features.activations import PRE
-from diffkd.features.calling import batch_of, evaluation_mode, input_size_of, on_device_of
+from diffkd.features.ambiguous_layouts import prefix_tokens
+from diffkd.features.forward import batch_of, evaluation_mode, input_size_of, on_device_of
 from diffkd.features.layers import Layer
 from diffkd.features.layout import Layout, select_tensor
-from diffkd.features.locality import prefix_tokens
 from diffkd.features.reader import Reader, SideName, reader_for
 from diffkd.features.recorder import Call, Recorder, Recording, split_selector
 

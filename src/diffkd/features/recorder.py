@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffkd.features.activations import Activation, CalledActivations, before_activation, moved_from
-from diffkd.features.calling import run
+from diffkd.features.forward import run
 from diffkd.features.layout import select_tensor
 from diffkd.features.trace import OUTPUT, version_of
 from diffkd.files.weights import unwrap

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.features.activations import Activation, ActivationTrace
-from diffkd.features.calling import evaluation_mode, run, shapes_of
+from diffkd.features.forward import evaluation_mode, run, shapes_of
 from diffkd.features.layout import select_tensor
 
 OUTPUT = "output"

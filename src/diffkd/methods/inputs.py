@@ -6,7 +6,7 @@ from torch import Tensor, distributed, nn
 
 from diffkd.diffusion.distances import at_least_float32
 from diffkd.diffusion.modules import pointwise
-from diffkd.features.calling import first_parameter
+from diffkd.features.forward import first_parameter
 from diffkd.features.shape import FeatureShape
 
 

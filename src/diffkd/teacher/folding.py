@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffkd.features.calling import evaluation_mode, on_device_of, run
+from diffkd.features.forward import evaluation_mode, on_device_of, run
 from diffkd.files.weights import unwrap
 
 # Subclasses may compute something else, so the forward functions are compared too.

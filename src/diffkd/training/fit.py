@@ -22,12 +22,11 @@ from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
 from diffkd.training.build import build_training
+from diffkd.training.callbacks import StartReport, TrainingProgress, silence_lightning
 from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resumable
 from diffkd.training.lightning_module import Training
 from diffkd.training.memory import keep_freed_memory, peak_memory, reset_peak
 from diffkd.training.options import FitOptions
-from diffkd.training.progress import TrainingProgress, silence_lightning
-from diffkd.training.start_report import StartReport
 
 
 def fit(

@@ -14,7 +14,7 @@ from diffkd.data.seeding import mix_seed
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.ramp import ALWAYS, Ramp
 from diffkd.export.student_file import with_metrics
-from diffkd.features.calling import run
+from diffkd.features.forward import run
 from diffkd.files.history import History, Row
 from diffkd.methods import DiffKD
 from diffkd.tasks.data_facts import check_classes, check_samples, describe_samples

@@ -14,7 +14,7 @@ from diffkd.distill.balance import Balance
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.matching import Pair, wants_of
 from diffkd.export.student_file import find_weights, read_card
-from diffkd.features.calling import evaluation_mode, run
+from diffkd.features.forward import evaluation_mode, run
 from diffkd.features.layers import list_layers
 from diffkd.features.layout import Layout
 from diffkd.features.memory_layout import try_channels_last

@@ -15,7 +15,7 @@ from diffkd.distill.distiller import Distiller
 from diffkd.distill.matching import attribute_of
 from diffkd.distill.ramp import Ramp
 from diffkd.export.student_file import find_weights, read_card
-from diffkd.features.calling import evaluation_mode, run
+from diffkd.features.forward import evaluation_mode, run
 from diffkd.files.config import unwrap_factory
 from diffkd.files.fitting import report_of
 from diffkd.tasks.data_facts import DataFacts, TaskName, describe_samples, first_difference

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffkd.features.calling import with_tensors
+from diffkd.features.forward import with_tensors
 from diffkd.features.layout import Layout
 from diffkd.files.weights import unwrap
 

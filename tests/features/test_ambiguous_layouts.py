@@ -4,8 +4,8 @@ from small_nets import ChannelsLastNet, ConvNet
 from torch import Tensor, nn
 
 from diffkd import Distiller, FitNet, Layout, Pair, list_layers
+from diffkd.features.ambiguous_layouts import change_corner, most_local
 from diffkd.features.layout import select_tensor
-from diffkd.features.locality import change_corner, most_local
 
 
 class Positions(nn.Module):
