@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffkd.files.run_folder import RunFolder, changed_values, plain
+from diffkd.files.run_folder import RunFolder, changed_values, to_yaml_values
 
 CONFIG = {"student": "cifar/resnet20", "epochs": 3, "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}}
 
@@ -80,7 +80,7 @@ def test_differences_by_value_not_by_type():
 
 
 def test_plain_values_survive_yaml(tmp_path):
-    assert plain({"a": (1, tmp_path), 2: None}) == {"a": [1, str(tmp_path)], "2": None}
+    assert to_yaml_values({"a": (1, tmp_path), 2: None}) == {"a": [1, str(tmp_path)], "2": None}
 
 
 def test_a_switch_that_an_older_run_does_not_know_is_off_there():
