@@ -3,6 +3,7 @@
 `DIFFKD_TEST_SEED` changes the seed where a test sets none itself.
 """
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,18 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("tests")
 
 CLASSES = 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _exempt_imports_from_garbage_collection() -> None:
+    """Exempt what is alive by now: every training collects garbage, and the imports alone are a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let the interpreter collect everything when it ends, as libraries count what they leak."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
