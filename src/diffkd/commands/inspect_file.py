@@ -195,16 +195,11 @@ def _mappings(values: Any) -> list[dict[str, Any]]:
     return [one for one in values if isinstance(one, dict)] if isinstance(values, list) else []
 
 
-class _NoDoctypeBuilder(ElementTree.TreeBuilder):
-    """A tree builder that refuses document type declarations, whose entities could expand without limit."""
-
-    def doctype(self, name: str, public: str | None, system: str | None) -> None:
-        raise ValueError("it defines entities of its own")
-
-
 def _voc(path: Path) -> Iterator[str]:
+    from diffkd.data.detection.voc import parse_xml  # with Lightning, which takes seconds to import
+
     try:
-        root = ElementTree.parse(path, ElementTree.XMLParser(target=_NoDoctypeBuilder())).getroot()
+        root = parse_xml(path.read_bytes())
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{path} is no XML that is read here ({error}): fetch it again") from error
     objects = root.findall("object")

@@ -164,18 +164,29 @@ def _parse(file: str) -> ElementTree.Element:
         raise FileNotFoundError(f"{file}: no such file; add it, or remove its name from the list.")
     content = Path(file).read_bytes()
     try:
-        try:
-            root = _tree(content)
-        except (ElementTree.ParseError, ValueError, LookupError):
-            text = _decoded(content)
-            if text is None:
-                raise
-            root = _tree(text)
+        root = parse_xml(content)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise ValueError(f"{file}: no XML of Pascal VOC ({error}).") from error
     if root.tag != "annotation" and not _objects(root):
         raise ValueError(f"{file}: no XML of Pascal VOC (its root is {root.tag!r}, not 'annotation').")
     return root
+
+
+def parse_xml(content: bytes) -> ElementTree.Element:
+    """Parse an annotation in any encoding that Python knows, without entities of its own.
+
+    Raises:
+        ElementTree.ParseError: if it is no XML.
+        ValueError: if it has a document type, or bytes that its encoding does not have.
+        LookupError: if its encoding is unknown.
+    """
+    try:
+        return _tree(content)
+    except (ElementTree.ParseError, ValueError, LookupError):
+        text = _decoded(content)
+        if text is None:
+            raise
+        return _tree(text)
 
 
 def _tree(content: str | bytes) -> ElementTree.Element:
