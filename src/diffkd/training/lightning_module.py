@@ -113,6 +113,8 @@ class Training(LightningModule):
                 f"task_weight and method_weight must be finite and at least 0, got {task_weight} and {method_weight}"
             )
         self.model, self.task = model, task
+        # In a list, as they are registered with the model. A compiled step keeps the passes that were drawn last.
+        self._drawn = [one for one in model.modules() if isinstance(one, DiffKD) and len(one.inference_steps) > 1]
         self.epochs = epochs
         self.optimizer_factory, self.schedule, self.decay_all = optimizer, schedule, decay_all
         self.task_weight, self.method_weight, self.method_ramp = task_weight, method_weight, method_ramp
@@ -195,11 +197,8 @@ class Training(LightningModule):
         if self.distiller is not None:
             self.distiller.set_epoch(epoch)
         torch.manual_seed(self._mixed_seed(batch_idx))
-        if self.distiller is not None:
-            # A compiled step keeps the number of passes that was drawn last.
-            for method in self.distiller.methods.modules():
-                if isinstance(method, DiffKD):
-                    method.draw()
+        for method in self._drawn:
+            method.draw()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted sum of all losses of a batch."""
