@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from diffkd.commands.compare import DEFAULT_METHODS, compare, cores
+from diffkd.commands.compare import compare, cores
 from diffkd.commands.demo_detection import detection_demo
 from diffkd.commands.demo_segmentation import segmentation_demo
 from diffkd.commands.plot import saved_training
@@ -18,6 +18,8 @@ from diffkd.reports.plots import draw_results, saliency
 from diffkd.reports.tables import Row
 
 RECIPE = "demo"
+METHODS = ("alone", "kd", "dist", "diffkd", "diffkd-direct")
+SHOWN = METHODS[-1]  # whose student is saved and drawn
 TEACHER = "cifar/compact_resnet14"
 STUDENT = "cifar/compact_resnet8"
 
@@ -36,7 +38,7 @@ def demo(
     interrupted and called again, it continues.
 
     Args:
-        out: folder for the table (JSON, Markdown), the figure, the DiffKD student and all runs.
+        out: folder for the table (JSON, Markdown), the figure, the student of `SHOWN` and all runs.
         task: task of the demonstration.
         seeds: runs of each method; None: 3 for classification, 1 for the others.
         epochs: length of each run; None: 7 for classification, 6 for detection, 8 for segmentation.
@@ -51,11 +53,10 @@ def demo(
     if task == "segmentation":
         return segmentation_demo(out, 1 if seeds is None else seeds, 8 if epochs is None else epochs, jobs, console)
     seeds, epochs = 3 if seeds is None else seeds, 7 if epochs is None else epochs
-    console.print(
-        f"{task}: {TEACHER} teaches {STUDENT}, {len(DEFAULT_METHODS)} methods, {seeds} seed(s) each, in {out}"
-    )
-    rows = compare(RECIPE, out, seeds=seeds, jobs=cores() if jobs is None else jobs, options=[f"--epochs={epochs}"])
-    run = out / "diffkd" / "seed-0"
+    console.print(f"{task}: {TEACHER} teaches {STUDENT}, {len(METHODS)} methods, {seeds} seed(s) each, in {out}")
+    jobs, options = cores() if jobs is None else jobs, [f"--epochs={epochs}"]
+    rows = compare(RECIPE, out, methods=list(METHODS), seeds=seeds, jobs=jobs, options=options)
+    run = out / SHOWN / "seed-0"
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
     curves = {
@@ -63,13 +64,13 @@ def demo(
             [100 * row["top1"] for row in read_csv(out / method / f"seed-{seed}" / "metrics.csv")]
             for seed in range(seeds)
         ]
-        for method in DEFAULT_METHODS
+        for method in METHODS
     }
     images, maps = _saliency_maps(run)
     draw_results(out / "demo.png", curves, images, maps)
     console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
-        f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
+        f"The student of {SHOWN} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
     )
     return rows
 
