@@ -105,3 +105,14 @@ def test_an_option_that_came_later_had_its_default():
     assert changed_values(
         {"data": {"class_path": "no.Such", "init_args": {}}}, {"data": {"class_path": "no.Such"}}
     ) == ["data.init_args is {} there, None here"]
+
+
+def test_files_that_were_half_written_when_a_run_was_killed_are_no_obstacle_and_go(tmp_path):
+    folder = RunFolder(tmp_path)
+    partial = [tmp_path / ".config.yaml.abcd1234.partial", tmp_path / "checkpoints" / ".last.ckpt.abcd1234.partial"]
+    folder.checkpoint.parent.mkdir()
+    for path in partial:
+        path.write_text("")
+    assert folder.check(CONFIG, resume=False) is None
+    folder.start(CONFIG)
+    assert not any(path.exists() for path in partial)

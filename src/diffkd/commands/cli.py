@@ -207,7 +207,7 @@ def _plain_warnings() -> Iterator[None]:
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
         if package in Path(filename).parents:
-            return f"diffkd: warning: {message}\n"
+            return f"diffkd: warning: {_printable(str(message))}\n"
         return usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = plain
@@ -226,8 +226,17 @@ def _reason(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"diffkd: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    print(f"diffkd: {_printable(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201
     return code
+
+
+def _printable(text: str) -> str:
+    """Replace control characters, which names in files from elsewhere may hold for the terminal, except line ends.
+
+    >>> _printable("a\x1b[31mb")
+    'a?[31mb'
+    """
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in text)
 
 
 if __name__ == "__main__":

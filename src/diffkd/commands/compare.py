@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -297,10 +299,15 @@ def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) ->
                 console.print(
                     f"{done}/{len(futures)}  {run.method} seed {run.seed} {outcome}", markup=False, soft_wrap=True
                 )
-        except BaseException:
+        except BaseException as error:
             for child in multiprocessing.active_children():
                 child.terminate()  # a run saves a checkpoint on SIGTERM
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise RuntimeError(
+                    "the process of a run was killed, as the system does where memory runs out; the others have saved "
+                    "their checkpoints, and the same command goes on with it: give fewer --jobs if it happens again"
+                ) from error
             raise
         finally:
             for signum, handler in previous.items():
@@ -313,9 +320,20 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _start_worker(threads: int) -> None:
-    """Set the number of threads, and ignore Ctrl-C, which also reaches workers: the parent process stops them."""
+    """Set the number of threads, and ignore Ctrl-C, which also reaches workers: the parent process stops them.
+
+    If the parent process is killed, so that it cannot, the worker stops by itself, with a checkpoint.
+    """
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_stop_after_parent, daemon=True).start()
+
+
+def _stop_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def cores() -> int:

@@ -191,6 +191,8 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
                 paths.extend(image_files(entry.path, root, others))
                 continue
             if _is_image(entry.name):
+                if not entry.is_symlink() and not entry.is_file(follow_symlinks=False):
+                    raise ValueError(f"{entry.path}: a pipe, socket or device, and no image; remove it.")
                 paths.append(entry.path)
             elif others is not None:
                 others[_extension(entry.name) or entry.name] += 1

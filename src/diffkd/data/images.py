@@ -80,13 +80,23 @@ def with_open_image(file: str | os.PathLike[str] | bytes, use: Callable[[Image.I
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return use(image)
+            return use(_checked(image))
     except ValueError as error:
         if "MAX_TEXT_" not in str(error):
             raise
     content = file if isinstance(file, bytes) else Path(file).read_bytes()
     with Image.open(io.BytesIO(b"".join(_without_texts(content)))) as image:
-        return use(image)
+        return use(_checked(image))
+
+
+# Formats of programs, for which Pillow starts an interpreter, whatever the name of the file.
+_PROGRAMS = ("EPS", "WMF", "EMF")
+
+
+def _checked(image: Image.Image) -> Image.Image:
+    if image.format in _PROGRAMS:
+        raise ValueError(f"it is {image.format}, a program that draws, which is not run; save it as PNG")
+    return image
 
 
 def _without_texts(png: bytes) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import yaml
 
 from diffkd.files.config import describe, differences
 from diffkd.files.lock import LOCK
-from diffkd.files.weights import write_text
+from diffkd.files.weights import is_partial, remove_partial, write_text
 
 # Values that may change on resume without changing the training.
 _FREE = {
@@ -77,11 +77,14 @@ class RunFolder:
         return result
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Create the folder, and record the run's values.
+        """Create the folder, remove what a killed run left half written, and record the run's values.
+
+        The folder must be locked: no other process may write there.
 
         Raises:
             OSError: if they cannot be written.
         """
+        remove_partial(self.path)
         text = yaml.safe_dump(to_yaml_values(config), sort_keys=False, allow_unicode=True)
         write_text(self.config, text)
 
@@ -95,7 +98,9 @@ class RunFolder:
             raise FileExistsError(f"{self.path} is a file; give a folder as --out")
         remains = {self.config, self.path / "tensorboard", self.path / LOCK}
         return self.path.is_dir() and any(
-            path not in remains and (not path.is_dir() or any(path.iterdir())) for path in self.path.iterdir()
+            path not in remains
+            and (any(not is_partial(one) for one in path.iterdir()) if path.is_dir() else not is_partial(path))
+            for path in self.path.iterdir()
         )
 
 

@@ -6,7 +6,9 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,6 +182,7 @@ class TeacherCache:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise FileExistsError(f"{self.folder} holds something else than a teacher cache; give an empty folder")
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(self.folder)
         free = shutil.disk_usage(self.folder.parent).free
         if self.size > free:
             raise OSError(
@@ -201,6 +204,17 @@ class TeacherCache:
             if (self.folder / "cache.json").is_file():
                 return  # another run has created it meanwhile; it is checked like any other
             raise OSError(f"could not make the teacher cache {self.folder} ({error}); nothing is left there") from error
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folders of processes that were killed while they created this cache: it may be large."""
+    for parts in folder.parent.glob(f".{folder.name}.{'?' * 8}"):
+        with suppress(OSError):
+            if parts.is_dir() and time.time() - parts.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(parts)
+
+
+_ABANDONED = 3600  # seconds after which no process creates a cache any more
 
 
 def _allocate(path: Path, size: int) -> None:

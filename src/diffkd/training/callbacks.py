@@ -2,15 +2,19 @@
 
 import logging
 import math
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -290,16 +294,82 @@ _IGNORED_WARNINGS = (
 
 @contextmanager
 def silence_lightning() -> Iterator[None]:
-    """Silence Lightning's tips, device listings and warnings that do not apply, inside this context."""
+    """Silence Lightning's tips, device listings and warnings that do not apply, inside this context.
+
+    Neither does the thread that writes TensorBoard's log print a traceback: :class:`EventLog` reports what it raises.
+    """
+    usual_hook = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            usual_hook(failure)
+
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
+    threading.excepthook = hook
     try:
         with warnings.catch_warnings():
             for message in _IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
+        threading.excepthook = usual_hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+class EventLog(TensorBoardLogger):
+    """TensorBoard's log of a run; the training goes on without it, with a warning, if it cannot be written.
+
+    Args:
+        folder: the folder of the run; the log is in its folder `tensorboard`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, name="", version="tensorboard")
+        self._failed = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write values of a step."""
+        self._try(super().log_metrics, metrics, step)
+
+    def log_hyperparams(self, *args: Any, **options: Any) -> None:
+        """Write the hyperparameters."""
+        self._try(super().log_hyperparams, *args, **options)
+
+    def save(self) -> None:
+        """Write what has been logged."""
+        self._try(super().save)
+
+    def finalize(self, status: str) -> None:
+        """Close the log."""
+        self._try(super().finalize, status)
+
+    @property
+    def experiment(self) -> Any:
+        """Return TensorBoard's writer, None after a failure."""
+        try:
+            return None if self._failed else super().experiment
+        except OSError as error:
+            self._give_up(error)
+            return None
+
+    def _try(self, write: Callable[..., Any], *args: Any, **options: Any) -> None:
+        if self._failed:
+            return
+        try:
+            write(*args, **options)
+        except (OSError, ValueError) as error:  # Lightning makes ValueErrors of those that occur in a log of metrics
+            cause = error.__cause__ or error
+            if not isinstance(cause, OSError):
+                raise
+            self._give_up(cause)
+
+    def _give_up(self, error: OSError) -> None:
+        self._failed = True
+        rank_zero_warn(
+            f"{self.log_dir} cannot be written ({error.strerror or error}): the training goes on without this log; "
+            "metrics.csv and the checkpoints are not concerned"
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from diffkd.export.student_file import make_card, read_card, versions, with_metrics
@@ -22,7 +22,7 @@ from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
 from diffkd.training.build import build_training
-from diffkd.training.callbacks import StartReport, TrainingProgress, silence_lightning
+from diffkd.training.callbacks import EventLog, StartReport, TrainingProgress, silence_lightning
 from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resumable
 from diffkd.training.lightning_module import Training
 from diffkd.training.memory import keep_freed_memory, peak_memory, reset_peak
@@ -89,11 +89,17 @@ def fit(
             if on_epoch is not None:
                 on_epoch(row, score)
 
+        def restore_folder() -> None:
+            if not folder.config.is_file():
+                rank_zero_warn(f"{folder.path} was removed while the training wrote into it: it is written again")
+                folder.start(config)
+
         saver = Saver(
             folder.checkpoint,
             every_steps=given.save_every_steps,
             max_steps=given.max_steps,
             on_epoch=end_epoch,
+            before_save=restore_folder,
             how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume"
             + trust_words(own_code(config)),
         )
@@ -111,7 +117,7 @@ def fit(
                 max_epochs=given.epochs,
                 gradient_clip_val=given.gradient_clip,
                 accumulate_grad_batches=given.accumulate,
-                logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
+                logger=EventLog(folder.path),
                 callbacks=[
                     StartReport(console),
                     TrainingProgress(console),

@@ -74,6 +74,8 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             file = np.load(stream, allow_pickle=False)
             keys = list(file) if isinstance(file, np.lib.npyio.NpzFile) else ["a single array"]
             wanted = [key for key in keys if key in ("images", "labels", "classes")]
+            if isinstance(file, np.lib.npyio.NpzFile):
+                check_unpacked(sum(entry.file_size for entry in file.zip.infolist()), path)
             arrays: dict[str, np.ndarray[Any, Any]] = {key: file[key] for key in wanted}
         bare = [key for key in wanted if not isinstance(arrays[key], np.ndarray)]
         if bare:
@@ -87,6 +89,23 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     if missing:
         raise ValueError(f"{path}: no key {' or '.join(map(repr, missing))}, only {keys}; rename or add it.")
     return arrays
+
+
+def check_unpacked(size: int, path: Path) -> None:
+    """Raise ValueError if a compressed file claims far more content than images can be compressed to.
+
+    Args:
+        size: bytes of the content.
+        path: the file.
+    """
+    if size > max(_LARGEST_RATIO * path.stat().st_size, 2**28):
+        raise ValueError(
+            f"{path} unpacks to {size / 2**20:,.0f} MiB, more than {_LARGEST_RATIO} times its size, as images never "
+            "do; it is damaged or hostile: fetch it again"
+        )
+
+
+_LARGEST_RATIO = 200
 
 
 def _channels_first(images: np.ndarray[Any, Any], layout: Layout, path: Path) -> np.ndarray[Any, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffkd.data.classification.arrays import check_unpacked
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
 from diffkd.data.image_data import ImageData
@@ -42,6 +43,7 @@ def read_idx(path: Path, ndim: int) -> Tensor:
                     f"{path}: not an IDX file of bytes in {ndim} dimension(s), it begins {header[:4]!r}; {mend}."
                 )
             shape = struct.unpack(f">{ndim}I", header[4:])
+            check_unpacked(math.prod(shape), path)
             content = file.read(math.prod(shape) + 1)
         except (EOFError, gzip.BadGzipFile, zlib.error, struct.error, MemoryError) as error:
             raise ValueError(f"{path}: truncated or damaged ({error!r}); {mend}.") from error
