@@ -97,6 +97,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "layers": _layers,
         "inspect": _inspect,
         "export": _export,
+        "push": _push,
         "compare": _compare,
         "tune": _tune,
         "plot": _plot,
@@ -182,6 +183,15 @@ def _export(words: list[str]) -> None:
     from diffkd.commands.export import export
 
     call(export, words, "export", positional="source")
+
+
+def _push(words: list[str]) -> None:
+    """Send a student to the Hugging Face Hub: diffkd push RUN_OR_FILE USER/NAME [OPTIONS]."""
+    from diffkd.commands.push import push
+
+    if len(words) > 1 and not words[1].startswith("-"):
+        words = [words[0], f"--repository={words[1]}", *words[2:]]
+    call(push, words, "push", positional="student")
 
 
 def _plot(words: list[str]) -> None:

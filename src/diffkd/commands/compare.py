@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd.commands.arguments import fit_with, values_of_fit
+from diffkd.commands.launchers import LauncherName, check_launcher, on_cluster
 from diffkd.commands.step_cost import step_costs
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
@@ -65,8 +66,10 @@ def compare(
     *,
     methods: list[str] | None = None,
     seeds: int = 3,
-    jobs: int = 1,
+    jobs: int | None = None,
     devices: list[int] | None = None,
+    launcher: LauncherName = "processes",
+    launcher_options: dict[str, Any] | None = None,
     cost: bool = True,
     json: bool = False,
     markdown: bool = False,
@@ -88,8 +91,13 @@ def compare(
             pair of networks, data or task, if there are any (:func:`find_method`). If the recipe's method has the same
             class, its other options are kept.
         seeds: number of seeds, from 0.
-        jobs: runs at the same time. On a CPU they share the cores equally.
+        jobs: runs at the same time; None: 1, or all that a cluster has room for. On a CPU they share the cores equally.
         devices: GPUs to distribute the runs over, such as [0, 1]; None: the first, or the CPU.
+        launcher: where the runs are started: as processes of this machine, on a cluster of Ray, or on one of SLURM by
+            submitit. A run whose node is lost goes on elsewhere from its checkpoint; `out` must lie on storage that all
+            nodes share.
+        launcher_options: for Ray {address: ..., num_cpus: 4, num_gpus: 1}, for submitit {slurm_partition: ...,
+            timeout_min: 600, gpus_per_node: 1} and its other parameters.
         cost: measure the relative cost of a training step of each method after all runs.
         json: print the table as JSON.
         markdown: print it as Markdown.
@@ -105,12 +113,16 @@ def compare(
         ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
             other values; nothing is trained then.
         UsageError: if options are not valid for `diffkd fit` or for a method; nothing is trained then.
+        ImportError: if the launcher's library is not installed.
         RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
     """
     out = out.expanduser()
     methods = list(DEFAULT_METHODS) if methods is None else methods
     names = [Path(method).stem for method in methods]
-    if not methods or len(set(names)) < len(names) or seeds < 1 or jobs < 1:
+    check_launcher(launcher, launcher_options)
+    if launcher != "processes" and devices:
+        raise ValueError("devices are GPUs of this machine: give a cluster's by --launcher_options, and leave them out")
+    if not methods or len(set(names)) < len(names) or seeds < 1 or (jobs is not None and jobs < 1):
         raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
     if len(methods) * seeds > _MOST_RUNS:
         raise ValueError(
@@ -144,7 +156,10 @@ def compare(
             RunFolder(run.folder).check(values, resume=True)
     for name, preset in presets.items():
         console.print(f"{name}: {_preset_name(preset)}", markup=False, highlight=False, soft_wrap=True)
-    failed = train_all(commands, jobs, console)
+    if launcher == "processes":
+        failed = train_all(commands, jobs or 1, console)
+    else:
+        failed = _train_on_cluster(commands, out, console, launcher=launcher, jobs=jobs, options=launcher_options)
     if cost:
         write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
     rows = report(out, names, seeds)
@@ -312,6 +327,39 @@ def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) ->
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+    return failed
+
+
+def _train_on_cluster(
+    commands: Mapping[Run, list[str]],
+    out: Path,
+    console: Console,
+    *,
+    launcher: LauncherName,
+    jobs: int | None,
+    options: Mapping[str, Any] | None,
+) -> list[Run]:
+    """Train each run on a cluster, and return the runs that failed."""
+    runs, failed, started = list(commands), [], time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    calls = [(run, words) for run, words in commands.items()]
+    previous = {signum: signal.signal(signum, _stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ended = on_cluster(_train, calls, out, launcher=launcher, jobs=jobs, options=options)
+        for done, (index, outcome) in enumerate(ended, 1):
+            run, reason = runs[index], " ".join(str(outcome).split())
+            if isinstance(outcome, Exception):  # which did not come from the training, and is in no log yet
+                reason = reason or type(outcome).__name__
+                run.folder.parent.mkdir(parents=True, exist_ok=True)
+                with run.folder.with_suffix(".log").open("a", encoding="utf-8") as log:
+                    log.write(f"{outcome}\n")
+            if reason:
+                failed.append(run)
+            said = f"failed: {reason}" if reason else f"done  {(time.monotonic() - started) / 60:.1f} min"
+            console.print(f"{done}/{len(runs)}  {run.method} seed {run.seed} {said}", markup=False, soft_wrap=True)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
     return failed
 
 

@@ -15,6 +15,7 @@ from diffkd.files.fitting import fit_contents
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import Contents, choose_key, is_averaged, read_contents, without_wrappers
+from diffkd.models.hub import is_hub
 from diffkd.models.weights import library_names
 from diffkd.tasks.data_facts import TaskName
 
@@ -36,7 +37,7 @@ def inspect(
     No code in the file is run, and the file is not changed.
 
     Args:
-        file: weights of any trainer or library, a run folder, COCO JSON, VOC XML, or YOLO's data.yaml.
+        file: weights of any trainer or library, a run folder, hub:USER/NAME, COCO JSON, VOC XML, or YOLO's data.yaml.
         model: for weights, name of the model to load them into, as for fit; reports what would be loaded.
         task: task of that model.
         num_classes: number of classes of that model; None: the model's default.
@@ -47,7 +48,7 @@ def inspect(
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged or of an unknown format.
     """
-    path = Path(file)
+    path = find_weights(file) if is_hub(file) else Path(file)
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path} to inspect: correct the path")
     if path.is_dir() and RunFolder(path).config.is_file():

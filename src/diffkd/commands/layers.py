@@ -6,9 +6,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from diffkd.export.plain_student import named_model
+from diffkd.export.student_file import read_card
 from diffkd.features.activations import PRE
 from diffkd.features.layers import list_layers
 from diffkd.methods import MethodFactory
+from diffkd.models.hub import fetch_student, is_hub
 from diffkd.tasks.data_facts import DataFacts, TaskName
 from diffkd.tasks.task_of_data import load, padded_example
 
@@ -37,6 +40,7 @@ def layers(
     Raises:
         ValueError: if a model is unknown, cannot take such images, or nothing can be paired.
     """
+    model, teacher = (_of_hub(name) if is_hub(name) else name for name in (model, teacher))
     classes = 20 if num_classes is None and task != "classification" else num_classes
     student = load(
         model, facts_of_size(task, classes, in_channels, image_size), num_classes=classes, in_channels=in_channels
@@ -65,6 +69,12 @@ def layers(
         shape = str(layer.feature_shape or "x".join(map(str, layer.shape[1:])))
         table.add_row(*map(escape, (layer.name, layer.type, shape, str(layer.layout or "unknown"), note)))
     console.print(table)
+
+
+def _of_hub(name: str) -> str:
+    """Return the name of the model that a student of the Hub is."""
+    file = fetch_student(name)
+    return named_model(read_card(file), file)
 
 
 def facts_of_size(task: TaskName, classes: int | None, channels: int, side: int | None) -> DataFacts:

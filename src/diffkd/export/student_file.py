@@ -12,6 +12,7 @@ import torch
 from diffkd.files.history import Row, measurements
 from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import WHOLE_FILES
+from diffkd.models.hub import fetch_student, is_hub
 from diffkd.tasks.data_facts import DataFacts
 
 Which = Literal["last", "best"]
@@ -24,13 +25,16 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
     """Return the file of a student.
 
     Args:
-        source: the file itself, or the folder of a run.
+        source: the file itself, the folder of a run, or "hub:USER/NAME", which is fetched.
         which: for a run, the student of the last or of the best epoch.
 
     Raises:
         FileNotFoundError: if there is no such file, or the run has not written it yet.
         ValueError: if it is an exported program.
+        OSError: if it cannot be fetched.
     """
+    if is_hub(source):
+        return fetch_student(str(source))
     path = Path(source)
     if path.is_dir():
         run = RunFolder(path)
@@ -48,13 +52,16 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
 
 
 def find_weights(weights: str | Path) -> Path:
-    """Return the file for `weights`: a file, a run folder (its student), or a file of the package.
+    """Return the file for `weights`: a file, a run folder (its student), a file of the package, or "hub:USER/NAME".
 
     For a transformers folder it is the file of the whole model, or the index of its shards.
 
     Raises:
         FileNotFoundError: if none of these exists.
+        OSError: if it cannot be fetched.
     """
+    if is_hub(weights):
+        return fetch_student(str(weights))
     path = Path(weights)
     packaged = Path(str(files("diffkd"))) / "assets" / path
     for candidate in (path, path / "student.safetensors", packaged, *(path / name for name in WHOLE_FILES)):

@@ -98,9 +98,15 @@ def code_of_model(name: Any) -> str | None:
 
     >>> code_of_model("own/nets.py:small"), code_of_model("mine.nets:small"), code_of_model("timm/resnet18")
     ('own/nets.py', 'mine.nets', None)
+    >>> code_of_model("hub:alice/resnet18")  # a name of the Hub, which holds weights and no code
+
     """
-    source, colon, _ = name.rpartition(":") if isinstance(name, str) else ("", "", "")
-    if colon and (_is_file_name(source) or all(part.isidentifier() for part in source.split("."))):
+    source, colon, function = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+    if (
+        colon
+        and "/" not in function
+        and (_is_file_name(source) or all(part.isidentifier() for part in source.split(".")))
+    ):
         return str(source)
     return None
 

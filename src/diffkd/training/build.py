@@ -7,7 +7,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
+from diffkd.export.student_file import read_card
+from diffkd.models.hub import fetch_student, is_hub
+from diffkd.recipes.trust import code_of_model
 from diffkd.tasks.data_facts import facts_of
+from diffkd.tasks.options import DEFAULT_DETECTION, DetectionOptions
 from diffkd.tasks.task_of_data import build_task
 from diffkd.training.cached_teacher import CachedTeacher, describe_teacher
 from diffkd.training.lightning_module import Training
@@ -41,6 +45,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
         ValueError: if the options do not fit together.
     """
     check_teacher_and_method(options.teacher, options.method, options.pairs)
+    options = from_hub(options)
     facts = facts_of(data)
     check_classes(facts)
     notes: list[str] = []
@@ -136,3 +141,33 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
     if options.compile:
         training.model.compile(mode=None if options.compile is True else options.compile)
     return training
+
+
+def from_hub(options: FitOptions) -> FitOptions:
+    """Return the options with student and teacher of the Hub as a model's name and a file of weights.
+
+    Args:
+        options: of the training; those without names of the Hub are returned as they are.
+
+    Raises:
+        ValueError: if there are weights for it already, or its card names no model, or one of somebody's own code.
+        FileNotFoundError: if it is not on the Hub.
+        OSError: if it cannot be fetched.
+    """
+    for side in ("student", "teacher"):
+        name = getattr(options, side)
+        if not is_hub(name):
+            continue
+        if getattr(options, f"{side}_weights") is not None or getattr(options, f"{side}_pretrained"):
+            raise ValueError(f"{side} {name} brings its weights: leave {side}_weights and {side}_pretrained out")
+        file = fetch_student(name)
+        card = read_card(file)
+        model = card.get("model")
+        if not isinstance(model, str) or code_of_model(model) is not None:
+            what = f"is of somebody's own code, {model!r}" if model else "has no card that says which model it is"
+            raise ValueError(f"{side} {name} {what}: give the model yourself, --{side} MODEL --{side}_weights {name}")
+        changes = {side: model, f"{side}_weights": str(file)}
+        if side == "student" and card.get("detection") and options.detection == DEFAULT_DETECTION:
+            options = replace(options, detection=DetectionOptions(**card["detection"]))
+        options = replace(options, **changes)
+    return options

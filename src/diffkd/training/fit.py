@@ -21,7 +21,7 @@ from diffkd.files.weights import save_student
 from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
-from diffkd.training.build import build_training
+from diffkd.training.build import build_training, from_hub
 from diffkd.training.callbacks import EventLog, StartReport, TrainingProgress, silence_lightning
 from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resumable
 from diffkd.training.lightning_module import Training
@@ -73,11 +73,12 @@ def fit(
             console.print(summary(finished), highlight=False, soft_wrap=True)
             return finished
 
+        given = from_hub(given)
         training = build_training(given, data)
         check_resumable(training)
         parameters = sum(parameter.numel() for parameter in training.student.parameters())
         score = training.task.headlines[0]
-        card = training.card = make_card(student, facts_of(data), config)
+        card = training.card = make_card(given.student, facts_of(data), config)
         if first:
             folder.start(config)
 

@@ -28,7 +28,7 @@ class FitOptions:
     """What is trained, and how the training runs.
 
     Args:
-        student: name of the model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., package.module:function.
+        student: model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., hub:USER/NAME, own.module:function.
         out: folder of the run; must be new or empty, unless `resume`.
         teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
         teacher_weights: file of its weights, or the folder of the run that trained it, or a folder of transformers.
