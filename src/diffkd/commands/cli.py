@@ -94,6 +94,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "demo": _demo,
         "fit": _fit,
         "test": _test,
+        "predict": _predict,
         "layers": _layers,
         "inspect": _inspect,
         "export": _export,
@@ -136,10 +137,10 @@ def _tune(words: list[str]) -> None:
 def _test(words: list[str]) -> None:
     """Measure a trained student: diffkd test RUN_OR_FILE [OPTIONS]."""
     import diffkd.data  # noqa: F401
-    from diffkd.commands.evaluate import evaluate
+    from diffkd.commands.evaluate import classes_of, evaluate
     from diffkd.data.image_data import allow_missing_training_images
 
-    with allow_missing_training_images():
+    with allow_missing_training_images(classes_of(words[0]) if words else ()):
         call(evaluate, _with_data_of_card(words), "test", positional="student")
 
 
@@ -161,6 +162,16 @@ def _with_data_of_card(words: list[str]) -> list[str]:
     # Checked here, since values on the command line are not checked.
     Gate(evaluate, Trust(trust)).check({"data": described}, str(card_file(student)))
     return [*words[: changes[0]], f"--data={json.dumps(described)}", *words[changes[0] :]]
+
+
+def _predict(words: list[str]) -> None:
+    """Run a student on images: diffkd predict STUDENT IMAGES --out FOLDER [OPTIONS]."""
+    from diffkd.commands.predict import predict
+
+    count = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    if count > 1:
+        words = [words[0], f"--images={json.dumps(words[1:count])}", *words[count:]]
+    call(predict, words, "predict", positional="student")
 
 
 def _layers(words: list[str]) -> None:

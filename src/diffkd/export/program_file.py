@@ -60,7 +60,7 @@ def write_program(student: PlainStudent, target: Path, card: str, *, opset: int 
             outcome.append(_largest_difference(student, run, axes, tolerance))
 
         try:
-            with _quiet(), torch.no_grad():
+            with quiet_exporters(), torch.no_grad():
                 write_whole(target, write)
         except _CannotExportError as error:
             attempts.append(str(error))
@@ -258,12 +258,12 @@ def _export_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporters' warnings about their own calls and about constants."""
+def quiet_exporters() -> Iterator[None]:
+    """Silence the exporters' log, and their warnings about their own calls and about constants, within this context."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             for message, category in _KNOWN:
