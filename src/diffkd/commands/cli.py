@@ -95,6 +95,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "fit": _fit,
         "test": _test,
         "predict": _predict,
+        "profile": _profile,
         "layers": _layers,
         "inspect": _inspect,
         "export": _export,
@@ -172,6 +173,13 @@ def _predict(words: list[str]) -> None:
     if count > 1:
         words = [words[0], f"--images={json.dumps(words[1:count])}", *words[count:]]
     call(predict, words, "predict", positional="student")
+
+
+def _profile(words: list[str]) -> None:
+    """Measure what a student costs: diffkd profile STUDENT [--teacher TEACHER] [OPTIONS]."""
+    from diffkd.commands.profile import profile
+
+    call(profile, words, "profile", positional="student")
 
 
 def _layers(words: list[str]) -> None:
