@@ -8,8 +8,10 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from diffkd.commands.arguments import call, fit_with
 from diffkd.recipes.trust import UsageError
@@ -102,6 +104,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "compare": _compare,
         "tune": _tune,
         "plot": _plot,
+        "report": _report,
         "recipes": _recipes,
     }
 
@@ -115,7 +118,22 @@ def _demo(words: list[str]) -> None:
 
 def _fit(words: list[str]) -> None:
     """Train a student, alone or with a teacher: diffkd fit [RECIPE] --out FOLDER [OPTIONS]."""
-    fit_with(words)
+    fit_with(words, use=partial(_fit_and_report, words))
+
+
+def _fit_and_report(words: list[str], **arguments: Any) -> Any:
+    """Train, and write the page of the finished run."""
+    from diffkd.commands.report import write_report_of
+    from diffkd.recipes.trust import named_code, take_trust
+    from diffkd.tasks.distributed import is_first_process
+    from diffkd.training.fit import fit
+
+    result = fit(**arguments)
+    if is_first_process(arguments["devices"], arguments["num_nodes"]):
+        tell = partial(print, file=sys.stderr) if arguments["progress"] else str
+        trust = [*take_trust(words)[1], *named_code(words)]
+        write_report_of(Path(arguments["out"]).expanduser(), trust=list(dict.fromkeys(trust)), tell=tell)
+    return result
 
 
 def _compare(words: list[str]) -> None:
@@ -208,6 +226,13 @@ def _plot(words: list[str]) -> None:
     from diffkd.commands.plot import plot
 
     call(plot, words, "plot", positional="run")
+
+
+def _report(words: list[str]) -> None:
+    """Write one page about a run or a comparison: diffkd report RUN_OR_COMPARISON [OPTIONS]."""
+    from diffkd.commands.report import report
+
+    call(report, words, "report", positional="source")
 
 
 def _recipes(words: list[str]) -> None:
