@@ -183,17 +183,26 @@ class TrainingProgress(Callback):
 
     Args:
         console: the output; a quiet one shows nothing.
+        notebook: show a bar of tqdm, which notebooks draw; also done where the console is a notebook.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, notebook: bool = False) -> None:
         self.console = console
+        self.notebook = notebook or console.is_jupyter
         self._bar: Progress | None = None
+        self._tqdm: Any = None
         self._row: TaskID | None = None
         self._started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         self._started = time.monotonic()
+        total = steps_per_epoch(trainer) * (trainer.max_epochs or 1)
+        if self.notebook and not self.console.quiet:
+            from tqdm.auto import tqdm
+
+            self._tqdm = tqdm(desc="training", total=total, initial=trainer.global_step)
+            return
         if self.console.quiet or not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -205,7 +214,6 @@ class TrainingProgress(Callback):
             console=self.console,
             transient=True,
         )
-        total = steps_per_epoch(trainer) * (trainer.max_epochs or 1)
         self._row = self._bar.add_task("training", total=total, completed=trainer.global_step)
         self._bar.start()
 
@@ -213,6 +221,9 @@ class TrainingProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the bar."""
+        if self._tqdm is not None:
+            self._tqdm.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
+            self._tqdm.update(trainer.global_step - self._tqdm.n)
         if self._bar is not None and self._row is not None:
             epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             self._bar.update(self._row, completed=trainer.global_step, description=epoch)
@@ -264,6 +275,9 @@ class TrainingProgress(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if self._tqdm is not None:
+            self._tqdm.close()
+            self._tqdm = None
 
 
 def stuck_gammas(training: Training, means: Mapping[str, float]) -> list[str]:

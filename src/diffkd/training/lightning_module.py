@@ -331,6 +331,8 @@ class Training(LightningModule):
             score = self.task.headlines[0]
             self._measured[f"{score}_unaveraged"] = self._meters["_unaveraged"].compute()[score]
         self._meters = {}
+        # For callbacks, such as early stopping; loggers get the whole row at the end of the epoch.
+        self.log_dict(dict(self._measured), logger=False, sync_dist=False)
 
     @property
     def measured(self) -> Row:
