@@ -342,7 +342,9 @@ def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -
     A single word becomes a list only if the argument must be a list: `--devices 2` means two devices, not device 2.
     """
     lists = {
-        f"--{name}" for name, one in parameters.items() if str(one.annotation).startswith(("list[str]", "list[int]"))
+        f"--{name}"
+        for name, one in parameters.items()
+        if str(one.annotation).startswith(("list[str]", "list[int]", "list[typing.L"))
     } | ({"--logger", "--callbacks"} & {f"--{name}" for name in parameters})
     plain = {f"--{name}" for name, one in parameters.items() if {"int", "str"} & set(str(one.annotation).split(" | "))}
     plain |= {"--logger", "--callbacks"}
