@@ -76,11 +76,11 @@ def _quantize_static(source: Path, target: Path, images: Iterable[Tensor]) -> No
     shape = require("onnxruntime.quantization.shape_inference", "onnx", _WHAT)
     batches = iter(images)
 
-    class Reader(library.CalibrationDataReader):  # type: ignore[misc]
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(batches, None)
-            return None if batch is None else {"images": batch.numpy()}
+    def get_next(reader: object) -> dict[str, Any] | None:
+        batch = next(batches, None)
+        return None if batch is None else {"images": batch.numpy()}
 
+    reader = type("Reader", (library.CalibrationDataReader,), {"get_next": get_next})
     with TemporaryDirectory() as folder:
         prepared = Path(folder) / "prepared.onnx"
         # Folds BatchNorms into convolutions, which are then quantised as one.
@@ -88,7 +88,7 @@ def _quantize_static(source: Path, target: Path, images: Iterable[Tensor]) -> No
         library.quantize_static(
             prepared,
             target,
-            Reader(),
+            reader(),
             quant_format=library.QuantFormat.QDQ,
             per_channel=True,
             activation_type=library.QuantType.QUInt8,
