@@ -192,7 +192,9 @@ def call(
     parser = _parser(function, command, skip={*(skip or ()), *(fixed or ())}, configurable=configurable)
     if {"-h", "--help"} & set(words):
         # The parser lists all known subclasses of Module, several pages.
-        print(re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", parser.format_help()), end="")  # noqa: T201
+        text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", parser.format_help())
+        text = re.sub(r"( CONFIG)\s+Path to a configuration file\.", r"\1  a file of these", text)
+        print(re.sub(r"\s+\(type:\s+Optional\[Any\],\s+default:\s+null\)", "", text), end="")  # noqa: T201
         return None
     values = _parsed(parser, function, words)
     arguments = parser.instantiate(values).as_dict()
@@ -340,9 +342,12 @@ def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -
     A single word becomes a list only if the argument must be a list: `--devices 2` means two devices, not device 2.
     """
     lists = {
-        f"--{name}" for name, one in parameters.items() if str(one.annotation).startswith(("list[str]", "list[int]"))
-    }
+        f"--{name}"
+        for name, one in parameters.items()
+        if str(one.annotation).startswith(("list[str]", "list[int]", "list[typing.L"))
+    } | ({"--logger", "--callbacks"} & {f"--{name}" for name in parameters})
     plain = {f"--{name}" for name, one in parameters.items() if {"int", "str"} & set(str(one.annotation).split(" | "))}
+    plain |= {"--logger", "--callbacks"}
     joined: list[str] = []
     position = 0
     while position < len(words):

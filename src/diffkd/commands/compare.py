@@ -25,6 +25,7 @@ from rich.table import Table
 
 from diffkd.commands.arguments import fit_with, values_of_fit
 from diffkd.commands.launchers import LauncherName, check_launcher, on_cluster
+from diffkd.commands.report import write_report_of
 from diffkd.commands.step_cost import step_costs
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
@@ -80,8 +81,8 @@ def compare(
     """Train a recipe with several methods, each from several seeds, and write one table.
 
     Every run is a separate `diffkd fit` in `out/METHOD/seed-N`. If called again, it skips finished runs, resumes
-    interrupted ones, and rewrites the table: `comparison.json`, `.md`, `.tex` and `.png` in `out`, and
-    `measurements.json` and `.md` with all other measurements.
+    interrupted ones, and rewrites the table: `comparison.json`, `.md`, `.tex` and `.png` in `out`, the page
+    `report.html`, and `measurements.json` and `.md` with all other measurements.
 
     Args:
         recipe: file, or name of a recipe in the package.
@@ -165,6 +166,7 @@ def compare(
     rows = report(out, names, seeds)
     if rows:
         console.print(rich_table(rows, console.width))
+        write_report_of(out, tell=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     for wanted, text in ((json, _json_text(rows)), (markdown, as_markdown(rows)), (latex, as_latex(rows))):
         if wanted:
             print(text, end="")  # noqa: T201

@@ -45,7 +45,7 @@ def layers(
     student = load(
         model, facts_of_size(task, classes, in_channels, image_size), num_classes=classes, in_channels=in_channels
     )
-    side = _usual_size(model, student) if image_size is None else image_size
+    side = usual_size(model, student) if image_size is None else image_size
     facts = facts_of_size(task, classes, in_channels, side)
     console = Console()
     if teacher is not None:
@@ -95,7 +95,8 @@ def facts_of_size(task: TaskName, classes: int | None, channels: int, side: int 
     )
 
 
-def _usual_size(name: str, model: nn.Module) -> int:
+def usual_size(name: str, model: nn.Module) -> int:
+    """Return the side of the images, in pixels, that a model of that name usually takes."""
     published = getattr(model, "pretrained_cfg", None)
     if isinstance(published, dict) and "input_size" in published:
         return int(published["input_size"][-1])

@@ -112,17 +112,29 @@ class ImageData(LightningDataModule):
         return self._loaders.example()
 
 
-_TRAINING_IMAGES_OPTIONAL = ContextVar("measures_alone", default=False)
+# The classes of the student that is evaluated; None while something is trained.
+_EVALUATED_CLASSES: ContextVar[tuple[str, ...] | None] = ContextVar("evaluated_classes", default=None)
 
 
 @contextmanager
-def allow_missing_training_images() -> Iterator[None]:
-    """Within this context, data modules without training images use the evaluation images in their place."""
-    token = _TRAINING_IMAGES_OPTIONAL.set(True)
+def allow_missing_training_images(classes: Sequence[str] = ()) -> Iterator[None]:
+    """Within this context, data modules without training images use the evaluation images in their place.
+
+    Args:
+        classes: names of the classes of the student that is evaluated, in its order, since evaluation images may be of
+            some of them only; () if they are unknown.
+    """
+    token = _EVALUATED_CLASSES.set(tuple(map(str, classes)))
     try:
         yield
     finally:
-        _TRAINING_IMAGES_OPTIONAL.reset(token)
+        _EVALUATED_CLASSES.reset(token)
+
+
+def evaluated_classes(found: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes of the student that is evaluated, if they include all that were found; else those found."""
+    known = _EVALUATED_CLASSES.get() or ()
+    return known if set(found) <= set(known) else tuple(found)
 
 
 def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bool]:
@@ -138,7 +150,7 @@ def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bo
     try:
         return train(), True
     except FileNotFoundError as missing:
-        if not _TRAINING_IMAGES_OPTIONAL.get():
+        if _EVALUATED_CLASSES.get() is None:
             raise
         try:
             return val(), False

@@ -293,16 +293,19 @@ def check_readable(samples: FolderSamples) -> None:
         )
 
 
-def check_every_class(train: FolderSamples, val: FolderSamples, classes: Sequence[str]) -> None:
-    """Warn of classes without evaluation images; raise ValueError if one has no training image or `val` is empty."""
-    empty = absent_classes(train.labels, classes)
+def check_every_class(train: FolderSamples | None, val: FolderSamples, classes: Sequence[str]) -> None:
+    """Warn of classes without evaluation images; raise ValueError if one has no training image or `val` is empty.
+
+    Nothing is checked of training images, and of which classes are evaluated, if `train` is None.
+    """
+    empty = [] if train is None else absent_classes(train.labels, classes)
     if empty:
         raise ValueError(
             f"train: no readable image of class(es) {format_names(empty)} is left; add some or remove them."
         )
     if not val.paths:
         raise ValueError("val: no readable image is left; add some.")
-    unmeasured = absent_classes(val.labels, classes)
+    unmeasured = [] if train is None else absent_classes(val.labels, classes)
     if unmeasured:
         rank_zero_warn(
             f"val: no image of class(es) {format_names(unmeasured)}, of which accuracy will say nothing; add some, or "

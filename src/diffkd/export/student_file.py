@@ -76,7 +76,7 @@ def card_file(student: str | Path) -> Path:
     Weights and programs of one student may be in one folder but differ in epoch or normalisation.
     """
     path = Path(student)
-    return path.with_name(f"{path.name}.json") if path.suffix in PROGRAMS else path.with_suffix(".json")
+    return path.with_name(f"{path.name}.json") if path.suffix in (*PROGRAMS, ".xml") else path.with_suffix(".json")
 
 
 def read_card(weights: str | Path) -> dict[str, Any]:

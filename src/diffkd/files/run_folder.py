@@ -20,6 +20,8 @@ _FREE = {
     "accelerator",
     "devices",
     "progress",
+    "logger",
+    "sample_every",
     "log_every",
     "save_every_steps",
     "config",

@@ -35,6 +35,9 @@ PACKAGES = ("diffkd", "torch", "timm", "torchvision", "transformers", "segmentat
 _FUNCTIONS = tuple(
     f"diffkd.diffusion.distances.{name}" for name in ("attention_mse", "dist", "kl_by_position", "kl_divergence", "mse")
 )
+# What Lightning's loggers and callbacks are named by, and the loggers that write into the run's folder alone.
+_TRACKERS = {"logger": "lightning.pytorch.loggers", "callbacks": "lightning.pytorch.callbacks"}
+_LOCAL_LOGGERS = ("tensorboard", "csv")
 _MODELS = ("student", "teacher", "model")
 _CALLED = ("class_path", "method", "optimizer", "data", "pairs", "denoiser", "distance", "logits_distance")
 _PLAIN = (str, int, float, bool, bytes, type(None), Path, PathLike)
@@ -119,6 +122,8 @@ def named_code(words: Sequence[str]) -> list[str]:
         last = rest.rpartition(".")[2]
         if key in _MODELS:
             found.extend(filter(None, [code_of_model(text)]))
+        elif key in _TRACKERS:
+            found.extend(code for _, code in _tracker_code(key, _as_yaml(text)))
         elif (key == "config" and not _exists(text)) or (key in _CALLED and (not rest or last in _CALLED)):
             found.extend(_code_in(_as_yaml(text), key != "config"))
     return list(dict.fromkeys(found))
@@ -139,6 +144,7 @@ def own_code(values: Mapping[str, Any]) -> list[str]:
     """Return the user's files and modules named in the values of a run."""
     found = [source for name in _MODELS if (source := code_of_model(values.get(name)))]
     found.extend(_code_in({key: value for key, value in values.items() if key in _CALLED}, False))
+    found.extend(code for key in _TRACKERS for _, code in _tracker_code(key, values.get(key)))
     return [name for name in dict.fromkeys(found) if "__main__" not in name and "<" not in name]
 
 
@@ -187,7 +193,7 @@ class Gate:
                     self.check(values, text)
                 else:
                     self._note(values)
-            elif key in self._hints:
+            elif key in self._hints and key not in _TRACKERS:
                 leaves = self._hints[key]
                 kind = self._classes.get(key) or _dataclass_in(leaves)
                 for name in rest.split(".") if rest else []:
@@ -217,7 +223,15 @@ class Gate:
                 raise UsageError(f"{source}: {key!r} can be given on the command line alone: take it out of the file")
             if key in _MODELS and isinstance(value, str):
                 self._models[key] = (value, source)
+            if key in _TRACKERS:
+                self._check_trackers(key, value)
+                continue
             self._check({rest: value} if dot else value, self._hints.get(key), key, option=key)
+
+    def _check_trackers(self, option: str, value: Any) -> None:
+        for name, code in _tracker_code(option, _as_yaml(value) if isinstance(value, str) else value):
+            if _is_pythons(code) or not self.trust.includes(code):
+                raise UsageError(self._untrusted_message(name, option, code))
 
     def check_models(self, values: Mapping[str, Any]) -> None:
         """Check the model names of a run, by option.
@@ -402,6 +416,22 @@ def _code_in(value: Any, called: bool) -> Iterator[str]:
             if key in _MODELS and (source := code_of_model(item)):
                 yield source
             yield from _code_in(item, key in _CALLED)
+
+
+def _tracker_code(option: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the names of loggers or callbacks that a file may not name unasked, and the module to trust for each.
+
+    These are the user's own, and loggers that may send what they log to a server.
+    """
+    home = _TRACKERS[option]
+    for one in value if isinstance(value, list) else [value]:
+        name = one.get("class_path") if isinstance(one, Mapping) else one
+        if not isinstance(name, str):
+            continue
+        module, _, last = name.rpartition(".")
+        local = option == "callbacks" or last.lower().removesuffix("logger") in _LOCAL_LOGGERS
+        if module not in ("", home) or not local:
+            yield name, module or home
 
 
 def _is_file_name(name: str) -> bool:

@@ -5,16 +5,13 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -187,17 +184,26 @@ class TrainingProgress(Callback):
 
     Args:
         console: the output; a quiet one shows nothing.
+        notebook: show a bar of tqdm, which notebooks draw; also done where the console is a notebook.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, notebook: bool = False) -> None:
         self.console = console
+        self.notebook = notebook or console.is_jupyter
         self._bar: Progress | None = None
+        self._tqdm: Any = None
         self._row: TaskID | None = None
         self._started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         self._started = time.monotonic()
+        total = steps_per_epoch(trainer) * (trainer.max_epochs or 1)
+        if self.notebook and not self.console.quiet:
+            from tqdm.auto import tqdm
+
+            self._tqdm = tqdm(desc="training", total=total, initial=trainer.global_step)
+            return
         if self.console.quiet or not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -209,7 +215,6 @@ class TrainingProgress(Callback):
             console=self.console,
             transient=True,
         )
-        total = steps_per_epoch(trainer) * (trainer.max_epochs or 1)
         self._row = self._bar.add_task("training", total=total, completed=trainer.global_step)
         self._bar.start()
 
@@ -217,6 +222,9 @@ class TrainingProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the bar."""
+        if self._tqdm is not None:
+            self._tqdm.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
+            self._tqdm.update(trainer.global_step - self._tqdm.n)
         if self._bar is not None and self._row is not None:
             epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             self._bar.update(self._row, completed=trainer.global_step, description=epoch)
@@ -268,6 +276,9 @@ class TrainingProgress(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if self._tqdm is not None:
+            self._tqdm.close()
+            self._tqdm = None
 
 
 def stuck_gammas(training: Training, means: Mapping[str, float]) -> list[str]:
@@ -296,7 +307,7 @@ _IGNORED_WARNINGS = (
 def silence_lightning() -> Iterator[None]:
     """Silence Lightning's tips, device listings and warnings that do not apply, inside this context.
 
-    Neither does the thread that writes TensorBoard's log print a traceback: :class:`EventLog` reports what it raises.
+    Neither does the thread that writes TensorBoard's log print a traceback: :class:`~diffkd.training.trackers.EventLog` reports what it raises.
     """
     usual_hook = threading.excepthook
 
@@ -318,58 +329,3 @@ def silence_lightning() -> Iterator[None]:
         threading.excepthook = usual_hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-class EventLog(TensorBoardLogger):
-    """TensorBoard's log of a run; the training goes on without it, with a warning, if it cannot be written.
-
-    Args:
-        folder: the folder of the run; the log is in its folder `tensorboard`.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, name="", version="tensorboard")
-        self._failed = False
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write values of a step."""
-        self._try(super().log_metrics, metrics, step)
-
-    def log_hyperparams(self, *args: Any, **options: Any) -> None:
-        """Write the hyperparameters."""
-        self._try(super().log_hyperparams, *args, **options)
-
-    def save(self) -> None:
-        """Write what has been logged."""
-        self._try(super().save)
-
-    def finalize(self, status: str) -> None:
-        """Close the log."""
-        self._try(super().finalize, status)
-
-    @property
-    def experiment(self) -> Any:
-        """Return TensorBoard's writer, None after a failure."""
-        try:
-            return None if self._failed else super().experiment
-        except OSError as error:
-            self._give_up(error)
-            return None
-
-    def _try(self, write: Callable[..., Any], *args: Any, **options: Any) -> None:
-        if self._failed:
-            return
-        try:
-            write(*args, **options)
-        except (OSError, ValueError) as error:  # Lightning makes ValueErrors of those that occur in a log of metrics
-            cause = error.__cause__ or error
-            if not isinstance(cause, OSError):
-                raise
-            self._give_up(cause)
-
-    def _give_up(self, error: OSError) -> None:
-        self._failed = True
-        rank_zero_warn(
-            f"{self.log_dir} cannot be written ({error.strerror or error}): the training goes on without this log; "
-            "metrics.csv and the checkpoints are not concerned"
-        )

@@ -22,11 +22,12 @@ from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
 from diffkd.training.build import build_training, from_hub
-from diffkd.training.callbacks import EventLog, StartReport, TrainingProgress, silence_lightning
+from diffkd.training.callbacks import StartReport, TrainingProgress, silence_lightning
 from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resumable
 from diffkd.training.lightning_module import Training
 from diffkd.training.memory import keep_freed_memory, peak_memory, reset_peak
 from diffkd.training.options import FitOptions
+from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers
 
 
 def fit(
@@ -73,12 +74,17 @@ def fit(
             console.print(summary(finished), highlight=False, soft_wrap=True)
             return finished
 
+        # Before the models are built: a wrong name is found at once.
+        loggers, callbacks = build_loggers(given.logger, folder.path), build_callbacks(given.callbacks)
         given = from_hub(given)
         training = build_training(given, data)
         check_resumable(training)
         parameters = sum(parameter.numel() for parameter in training.student.parameters())
         score = training.task.headlines[0]
-        card = training.card = make_card(given.student, facts_of(data), config)
+        facts = facts_of(data)
+        card = training.card = make_card(given.student, facts, config)
+        if given.sample_every is not None:
+            callbacks.append(SamplePictures(folder.path / "samples", facts, given.sample_every))
         if first:
             folder.start(config)
 
@@ -118,11 +124,12 @@ def fit(
                 max_epochs=given.epochs,
                 gradient_clip_val=given.gradient_clip,
                 accumulate_grad_batches=given.accumulate,
-                logger=EventLog(folder.path),
+                logger=loggers,
                 callbacks=[
                     StartReport(console),
-                    TrainingProgress(console),
+                    TrainingProgress(console, notebook=given.progress == "notebook"),
                     *filter(None, [training.cached_teacher]),
+                    *callbacks,
                     saver,
                 ],
                 plugins=[AtomicCheckpointIO(), *environments(given.devices, given.num_nodes)],
@@ -155,6 +162,7 @@ def fit(
             "command": shlex.join(sys.argv),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": versions(),
+            **({"pulls": training.pulls} if training.pulls else {}),
         }
         if first:
             save_student(training.result, folder.student, with_metrics(card, last, "last epoch"))

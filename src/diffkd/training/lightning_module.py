@@ -331,6 +331,9 @@ class Training(LightningModule):
             score = self.task.headlines[0]
             self._measured[f"{score}_unaveraged"] = self._meters["_unaveraged"].compute()[score]
         self._meters = {}
+        # For callbacks, such as early stopping; loggers get the whole row at the end of the epoch.
+        known = {name: value for name, value in self._measured.items() if not name.startswith("iou/")}
+        self.log_dict(known, logger=False, sync_dist=several_processes())
 
     @property
     def measured(self) -> Row:

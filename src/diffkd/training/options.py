@@ -3,7 +3,7 @@
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,8 +31,8 @@ class FitOptions:
         student: model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., hub:USER/NAME, own.module:function.
         out: folder of the run; must be new or empty, unless `resume`.
         teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
-        teacher_weights: file of its weights, or the folder of the run that trained it, or a folder of transformers.
-        teacher_weights_key: prefix of the weights' names, if the file holds several sets, such as student and teacher.
+        teacher_weights: file of its weights, or the folder of its run, or of transformers.
+        teacher_weights_key: prefix of the weights' names, if the file holds several sets.
         teacher_pretrained: use its published weights.
         teacher_options: how it runs: BatchNorms folded, lower precision, channels last.
         teacher_cache: folder that caches its features for all epochs and students.
@@ -65,7 +65,7 @@ class FitOptions:
         precision: 32-true, bf16-mixed, 16-mixed, or another of Lightning's.
         seed: of initial weights, order, augmentation and noise.
         resume: resume the run in `out`, if there is one.
-        max_steps: maximum number of steps, to try out a recipe.
+        max_steps: maximum number of steps.
         log_every: steps between two entries in the log.
         save_every_steps: steps between checkpoints within an epoch.
         channels_last: memory layout of student and teacher; by default on a CPU.
@@ -74,7 +74,10 @@ class FitOptions:
         devices: how many, or which; the batch size is per device.
         num_nodes: number of machines, with equal devices.
         strategy: on several devices: auto is DDP, fsdp shards the parameters.
-        progress: show the progress of the training.
+        logger: tensorboard (default), csv, wandb, mlflow, comet, or a class path; or a list.
+        callbacks: of Lightning, likewise, such as EarlyStopping.
+        sample_every: epochs between pictures of predictions.
+        progress: show the progress; notebook: by tqdm.
 
     Raises:
         ValueError: if a number is out of range, or two options exclude each other.
@@ -125,12 +128,19 @@ class FitOptions:
     devices: list[int] | int | str = 1
     num_nodes: int = 1
     strategy: str = "auto"
-    progress: bool = True
+    logger: Any = None
+    callbacks: Any = None
+    sample_every: int | None = None
+    progress: bool | Literal["notebook"] = True
 
     def __post_init__(self) -> None:
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(
                 f"gradient_clip={self.gradient_clip} is no norm of a gradient: give one above 0, or leave it out"
+            )
+        if self.sample_every is not None and self.sample_every < 1:
+            raise ValueError(
+                f"sample_every={self.sample_every} is no number of epochs: give at least 1, or leave it out"
             )
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}: so many batches make a step")

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
 from diffkd.data.folders import absent_classes, format_names
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val
 
 Layout = Literal["auto", "NHWC", "NCHW"]
 
@@ -162,15 +162,17 @@ class Arrays(ImageData):
         std: tuple[float, ...] | None = None,
         layout: Layout = "auto",
     ) -> None:
-        train_set, classes = read_npz(train, layout)
+        (train_set, classes), trains = train_or_val(lambda: read_npz(train, layout), lambda: read_npz(test, layout))
         test_set, test_classes = read_npz(test, layout)
         if classes is None:
             classes = test_classes or _numbered_classes(train_set.labels, train)
-        elif test_classes not in (None, classes):
+        if not trains:
+            classes = evaluated_classes(classes)
+        if trains and test_classes not in (None, classes):
             raise ValueError(f"{test}: its classes {test_classes} are not those of {train}, {classes}; write the same.")
         check_image_set(train_set, len(classes), os.fspath(train))
         check_image_set(test_set, len(classes), os.fspath(test))
-        unseen = absent_classes(train_set.labels.tolist(), classes)
+        unseen = absent_classes(train_set.labels.tolist(), classes) if trains else []
         if unseen:
             rank_zero_warn(
                 f"{train}: no image of class(es) {format_names(unseen)}, which cannot be learned; number the classes "

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffkd.data.classification.arrays import check_unpacked
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, train_or_val
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
@@ -100,8 +100,11 @@ class FashionMNIST(ImageData):
         std: tuple[float, ...] = STD,
     ) -> None:
         folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
+        train, _ = train_or_val(
+            lambda: read_fashion_mnist(folders, "train"), lambda: read_fashion_mnist(folders, "t10k")
+        )
         memory = InMemory(
-            read_fashion_mnist(folders, "train"),
+            train,
             read_fashion_mnist(folders, "t10k"),
             batch_size=batch_size,
             augmentation=augmentation,

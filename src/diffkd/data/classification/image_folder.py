@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.folders import FolderSamples, allow_outside_links, scan_folder
-from diffkd.data.image_data import ImageData, train_or_val
+from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val
 from diffkd.data.images import (
     BAD_IMAGE_HINT,
     WHITE,
@@ -213,20 +213,22 @@ class ImageFolder(ImageData):
         check_on_bad_image(on_bad_image)
         with allow_outside_links(follow_links):
             scan = partial(scan_folder, root, val=val_share is None)
-            (classes, train, val), _ = train_or_val(scan, partial(scan, train=False))
-        if val_share is not None:
+            only_val = partial(scan_folder, root, train=False, known=evaluated_classes(()))
+            (classes, train, val), trains = train_or_val(scan, only_val)
+        if val_share is not None and trains:
             train, val = (train.select(part) for part in split_by_class(train.labels, val_share, seed))
         white = white_level_of(white_level, train.paths)
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         skipped: list[str] = []
         if verify or on_bad_image == "skip":
             check = partial(_verified, on_bad_image=on_bad_image, threads=num_workers)
-            (train, broken), (val, more) = check(train, split="train"), check(val, split="val")
-            skipped = [*broken, *more]
+            val, broken = check(val, split="val")
+            train, more = check(train, split="train") if trains else (val, [])
+            skipped = [*more, *broken]
         else:
             check_readable(train)
             check_readable(val)
-        check_every_class(train, val, classes)
+        check_every_class(train if trains else None, val, classes)
         evaluation = eval_transform(image_size, crop_ratio, mean, std)
         training = train_transform(augmentation, image_size, min_crop_area, mean, std)
         loaders = SplitLoaders(

@@ -205,6 +205,9 @@ class MaskFolder(SegmentationData):
 
         if val is None:
             val = evaluation_split(top, _folder(images, "{split}"))
+            alone = "{split}" not in images and not any((top / one).exists() for one in (train, val))
+            if alone and (top / images).is_dir():
+                val = "."  # evaluation images alone
         splits = {"train": train, "val": val}
 
         def read(split: Split) -> Pairs:

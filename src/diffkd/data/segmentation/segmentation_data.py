@@ -96,8 +96,10 @@ class SegmentationData(ImageData):
         white_level: int | None = None,
     ) -> None:
         with allow_outside_links(follow_links):
-            train_pairs, _ = train_or_val(partial(read, "train"), partial(read, "val"))
-            if val_share is None:
+            train_pairs, trains = train_or_val(partial(read, "train"), partial(read, "val"))
+            if not trains:
+                val_pairs = train_pairs
+            elif val_share is None:
                 val_pairs = read("val")
             else:
                 kept, held = split_by_class([0] * len(train_pairs.images), val_share, seed)
@@ -119,15 +121,18 @@ class SegmentationData(ImageData):
         skipped: list[str] = []
         all_learned: set[int] | None = None  # known if every mask was read
         if on_bad_image == "skip":
-            train_pairs, all_learned = _without_broken(PairDataset(train_pairs, code, whole), "training", skipped)
+            if trains:
+                train_pairs, all_learned = _without_broken(PairDataset(train_pairs, code, whole), "training", skipped)
             val_pairs, _ = _without_broken(PairDataset(val_pairs, code, whole), "evaluation", skipped)
+            train_pairs = train_pairs if trains else val_pairs
         training = PairDataset(train_pairs, code, crop, seed=seed, resize=resize, cache=cache, white=white)
         evaluation = PairDataset(
             val_pairs, code, whole, resize=resize, full_size_masks=full_size_masks, cache=cache, white=white
         )
         if verify and on_bad_image == "error":
             all_learned = _verified(training, evaluation)
-        _check_ids(training, evaluation, all_learned)
+        if trains:
+            _check_ids(training, evaluation, all_learned)
         loaders = SplitLoaders(
             training,
             evaluation,
