@@ -9,7 +9,7 @@ from diffkd.files.config import differences
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
-TaskName = Literal["classification", "detection", "segmentation"]
+TaskName = Literal["classification", "detection", "segmentation", "representation"]
 
 
 @dataclass(frozen=True)

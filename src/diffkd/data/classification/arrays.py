@@ -125,6 +125,7 @@ class Arrays(ImageData):
             computes it from the training set.
         std: one value per channel, likewise.
         layout: position of the channel axis; "auto" finds an axis of 1 or 3 channels.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -142,6 +143,7 @@ class Arrays(ImageData):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         layout: Layout = "auto",
+        labels: bool = True,
     ) -> None:
         train_set, classes = read_npz(train, layout)
         test_set, test_classes = read_npz(test, layout)
@@ -164,11 +166,20 @@ class Arrays(ImageData):
                 f"{train_set.images.dtype} {shape}; write both alike."
             )
         memory = InMemory(
-            train_set, test_set, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std
+            train_set,
+            test_set,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+            labels=labels,
         )
-        super().__init__(memory, classes, image_size=(shape[1], shape[2]), mean=memory.mean, std=memory.std)
+        super().__init__(
+            memory, classes, image_size=(shape[1], shape[2]), mean=memory.mean, std=memory.std, labels=labels
+        )
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
 
 

@@ -81,6 +81,7 @@ class FashionMNIST(ImageData):
         seed: seed of order and augmentation.
         mean: one value, in units of [0, 1]; default is that of the 60,000 training images.
         std: one value, likewise.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Raises:
         FileNotFoundError: if a file is missing; says where to get it.
@@ -95,6 +96,7 @@ class FashionMNIST(ImageData):
         seed: int = 0,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
+        labels: bool = True,
     ) -> None:
         folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
         memory = InMemory(
@@ -105,10 +107,11 @@ class FashionMNIST(ImageData):
             seed=seed,
             mean=mean,
             std=std,
+            labels=labels,
         )
-        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.root = root
 
 
@@ -173,12 +176,22 @@ class FashionSubset(ImageData):
         seed: int = 0,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
+        labels: bool = True,
     ) -> None:
         train, test = read_fashion_subset()
-        memory = InMemory(train, test, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std)
-        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
+        memory = InMemory(
+            train,
+            test,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+            labels=labels,
+        )
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
 
 
 def read_fashion_subset() -> tuple[ImageSet, ImageSet]:
