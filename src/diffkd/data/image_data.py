@@ -90,6 +90,7 @@ class ImageData(LightningDataModule):
         self.classes = tuple(classes) if labels else ()
         if not labels:
             self.task = "representation"
+        self.has_probe = not labels
         self.num_classes = len(self.classes)
         self.in_channels = len(mean)
         self.image_size = image_size

@@ -153,6 +153,7 @@ class UnlabelledFolder(ImageData):
             queries=None if labelled is None else FolderDataset(labelled.queries, evaluation, white=white),
         )
         super().__init__(loaders, (), image_size=(image_size, image_size), mean=mean, std=std)
+        self.has_probe = labelled is not None
         # The argument is one side; the attribute holds both.
         self.save_hyperparameters("image_size", logger=False)
         self.root, self.files, self.val, self.val_share, self.probe = root, files, val, val_share, probe

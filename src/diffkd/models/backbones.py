@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffkd.files.fitting import fit_contents, load_weights
-from diffkd.files.weights import read_contents
+from diffkd.files.fitting import load_weights
 from diffkd.models.extras import require
 from diffkd.models.from_transformers import read_config, transformers_model, warn_of_random_weights
 from diffkd.models.load import build
@@ -65,18 +64,11 @@ def load_backbone(
             load_weights(model, weights, key=weights_key, convert=_vision_names)
         return model
     model = remove_head(_headed(name, in_channels, pretrained), partial(_headed, name, in_channels))
-    if weights is None:
-        return model
-    fit = fit_contents(model, weights, read_contents(weights), weights_key, library_names)
-    headed = _headed(name, in_channels, False)
-    head = headed.state_dict().keys() - model.state_dict().keys()
-    if not fit.unexpected or not head.issuperset(fit.unexpected):
-        fill(model, weights, key=weights_key)
-        return model
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*start from random weights")  # the classifier, which is taken out
-        fill(headed, weights, key=weights_key, wider=partial(_headed, name, in_channels, False, _CLASSES + 1))
-    return remove_head(headed, partial(_headed, name, in_channels))
+    if weights is not None:
+        with same_draws():
+            head = _headed(name, in_channels, False).state_dict().keys() - model.state_dict().keys()
+        fill(model, weights, key=weights_key, beside=head)
+    return model
 
 
 def remove_head(model: nn.Module, headed: Any) -> nn.Module:

@@ -61,7 +61,7 @@ class Classification:
         """Return the cross entropy with the labels."""
         return {TASK: F.cross_entropy(logits_of(output), step.targets, label_smoothing=self.label_smoothing)}
 
-    def meter(self, device: torch.device) -> "Accuracy":
+    def meter(self, device: torch.device, *, last: bool = False) -> "Accuracy":
         """Return the meter of accuracy and cross entropy."""
         return Accuracy(self.num_classes, device)
 

@@ -1,11 +1,13 @@
 """Building of what is trained: student, teacher, distiller and task from the options of a training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.task_of_data import build_task
@@ -23,6 +25,7 @@ from diffkd.training.optimization import takes_channels_last
 from diffkd.training.options import FitOptions
 from diffkd.training.start_checks import (
     check_classes,
+    check_learns,
     check_teacher_classes,
     check_teacher_head,
     check_type,
@@ -43,6 +46,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
     check_teacher_and_method(options.teacher, options.method, options.pairs)
     facts = facts_of(data)
     check_classes(facts)
+    check_learns(facts, options)
     notes: list[str] = []
     student = build_student(
         options.student,
@@ -62,6 +66,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
         student, facts, options.channels_last, options.accelerator
     )
     teaching, teacher, cached = [], None, None
+    embeds: list[Callable[[Any], Tensor]] = []
     if options.teacher is not None:
         teacher, view = build_teacher(
             options.teacher,
@@ -104,6 +109,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             balance=options.balance,
             teacher_options=replace(teacher_options, channels_last=True) if channels_last else teacher_options,
         )
+        embeds = [partial(distiller.teacher_embedding, source=index) for index in range(len(distiller.teachers))]
         check_teacher_head(distiller, teacher)
         if options.teacher_weights is not None:
             check_teacher_classes(distiller, options.teacher_weights, facts, options.teacher_options.classes)
@@ -117,6 +123,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
             label_smoothing=options.label_smoothing,
             segmentation=options.segmentation,
             models=[student, *teaching],
+            teachers=embeds,
         ),
         optimizer=options.optimizer,
         schedule=options.schedule,

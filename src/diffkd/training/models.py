@@ -13,8 +13,9 @@ from diffkd.data.seeding import mix_seed
 from diffkd.distill.balance import Balance
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.matching import Pair, wants_of
+from diffkd.distill.stages import read_embedding
 from diffkd.export.student_file import find_weights, read_card
-from diffkd.features.forward import evaluation_mode, run
+from diffkd.features.forward import evaluation_mode, on_device_of, run
 from diffkd.features.layers import list_layers
 from diffkd.features.layout import Layout
 from diffkd.features.memory_layout import try_channels_last
@@ -91,20 +92,24 @@ def build_student(
     )
     if notes is not None:
         notes.extend(_notes_of_student(name, student, data, weights, pretrained))
-    if pretrained and data.task != "segmentation":
+    if pretrained and data.task in ("classification", "detection"):
         wider = partial(_load_wider, name, data, data.in_channels, auxiliary, detection)
         _map_classes(student, class_names(student), data, wider)
     check_savable(student)
     if not student.training:
         student.train()  # functions may return a loaded model in evaluation mode, which the trainer would keep
     last = list_layers(student, padded_example(data, student))[-1]
-    if last.name != OUTPUT:
+    if last.name != OUTPUT and data.task != "representation":
         raise ValueError(
             f"student {name} returns several tensors, and its class scores as {last.name}, where the loss of the task "
             "does not look: let it return the scores first, or in a mapping as 'logits'"
         )
     output = last.shape
     expected, rank = f"(2, {data.num_classes})", 2
+    if data.task == "representation":
+        with evaluation_mode(student), torch.no_grad():
+            read_embedding(list_layers(student, data.example), run(student, on_device_of(student, data.example)))
+        return student
     if data.task == "segmentation":
         expected, rank = f"(2, {data.num_classes}, h, w)", 4
     if data.task != "detection" and (len(output) != rank or output[1] != data.num_classes):
@@ -183,9 +188,10 @@ def build_teacher(
     classes = card.get("num_classes")
     if classes is None and own_code:
         classes = data.num_classes
-    elif classes is None and path is not None:
+    elif classes is None and path is not None and data.task != "representation":
         classes = _classes_in(path, name, data, channels, detection, weights_key)
-    if card.get("task", data.task) != data.task:
+    plain = data.task == "representation" and card.get("task") == "classification"  # its classifier is left out
+    if card.get("task", data.task) != data.task and not plain:
         raise ValueError(f"teacher {path} is for {card['task']}, the data are for {data.task}; give another teacher")
     auxiliary = bool((card.get("segmentation") or {}).get("auxiliary"))
     teacher = load(
@@ -205,6 +211,8 @@ def build_teacher(
     report = report_of(teacher)
     found = [] if report is None or report.plain else [f"teacher: {report}"]
     names = options.classes or (() if card.get("classes") else class_names(teacher))
+    if data.task == "representation":
+        names = ()
     if names and _map_classes(teacher, names, data, partial(_load_wider, name, data, channels, auxiliary, detection)):
         found.append("its classes are brought into the order of the data")
     if notes is not None:
@@ -292,7 +300,7 @@ def _size(
     if options.image_size is not None:
         side = options.image_size
         return None if (side, side) == data.image_size else (side, side), "as --teacher_options.image_size says"
-    if data.task != "classification":
+    if data.task not in ("classification", "representation"):
         return None, ""  # for segmentation the scale of the objects matters, not the size of the crops
     trained = card.get("image_size")
     if trained:
@@ -396,6 +404,7 @@ def build_distiller(
         teacher_input=view,
         teacher_options=teacher_options.running,
         balance=balance,
+        representations=data.task == "representation",
     )
     check_needs(distiller, data)
     return distiller
