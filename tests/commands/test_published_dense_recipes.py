@@ -74,9 +74,9 @@ def test_mgd(preset, kind, levels, inherits):
 
 
 def test_pkd():
-    for preset, last in (("detection/pkd", "backbone[p6]"), (f"{FASTER}/pkd", "backbone[3]")):
+    for preset, last, weight in (("detection/pkd", "backbone[p6]", 10.0), (f"{FASTER}/pkd", "backbone[3]", 6.0)):
         name, options, levels, _ = values(preset)
-        assert (name, options["weight"], levels) == ("PKD", 6.0, [*FOUR[:3], last])
+        assert (name, options["weight"], levels) == ("PKD", weight, [*FOUR[:3], last])
 
 
 def test_pkd_is_one_minus_the_correlation():

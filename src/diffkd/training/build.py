@@ -56,6 +56,7 @@ def build_training(options: FitOptions, data: LightningDataModule) -> Training:
         notes=notes,
         pretrained=options.student_pretrained,
         pretrained_backbone=options.pretrained_backbone,
+        backbone_weights=options.backbone_weights,
         auxiliary=options.segmentation.auxiliary,
         detection=options.detection,
         seed=options.seed,

@@ -28,7 +28,7 @@ from diffkd.models import input_normalization
 from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.detectors.teacher import DetectorTeacher
 from diffkd.models.normalization import class_names, normalization_beside, own_size
-from diffkd.models.weights import class_entries, library_names, reorder_classes, same_draws
+from diffkd.models.weights import class_entries, fill_backbone, library_names, reorder_classes, same_draws
 from diffkd.tasks.data_facts import DataFacts, first_difference
 from diffkd.tasks.options import DEFAULT_DETECTION, DetectionOptions
 from diffkd.tasks.task_of_data import load, padded_example
@@ -54,6 +54,7 @@ def build_student(
     pretrained: bool,
     seed: int,
     pretrained_backbone: bool = False,
+    backbone_weights: str | None = None,
     auxiliary: bool = False,
     detection: DetectionOptions = DEFAULT_DETECTION,
     weights_key: str | None = None,
@@ -68,6 +69,7 @@ def build_student(
         pretrained: start from the published weights.
         seed: of the initial weights.
         pretrained_backbone: start the backbone alone from its published weights.
+        backbone_weights: start the backbone alone from a classifier's file, or the folder of a run that trained one.
         auxiliary: build a segmenter with an auxiliary head.
         detection: how a detector is built.
         weights_key: prefix of the weights' names in the file, if it holds several sets.
@@ -76,6 +78,10 @@ def build_student(
     Raises:
         ValueError: if the model cannot take the images or be saved, or its number of classes is not that of the data.
     """
+    if backbone_weights is not None:
+        _check_backbone_weights(backbone_weights, data, weights, pretrained or pretrained_backbone)
+        if detection.norm == "auto" and data.task == "detection" and not name.startswith("hf/"):
+            detection = replace(detection, norm="frozen")  # as for published weights
     torch.manual_seed(seed)
     student = load(
         name,
@@ -90,6 +96,10 @@ def build_student(
         weights_key=weights_key,
         new_head=True,
     )
+    if backbone_weights is not None:
+        filled = fill_backbone(student, name, find_weights(backbone_weights), key=weights_key)
+        if notes is not None:
+            notes.append(f"the student's backbone: {filled}")
     if notes is not None:
         notes.extend(_notes_of_student(name, student, data, weights, pretrained))
     if pretrained and data.task in ("classification", "detection"):
@@ -118,6 +128,15 @@ def build_student(
             f"return {expected}; let its function take num_classes, or give other data"
         )
     return student
+
+
+def _check_backbone_weights(file: str, data: DataFacts, weights: str | None, published: bool) -> None:
+    """Raise ValueError if a file for the backbone alone does not fit the task or the other options."""
+    if data.task == "classification":
+        raise ValueError(f"backbone_weights {file} are for detectors and segmenters; give a classifier student_weights")
+    if weights is not None or published:
+        other = f"student_weights {weights}" if weights is not None else "published weights"
+        raise ValueError(f"the backbone cannot start from both {file} and {other}: leave one of them out")
 
 
 def _notes_of_student(

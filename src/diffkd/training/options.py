@@ -37,14 +37,15 @@ class FitOptions:
         teacher_options: how it runs: BatchNorms folded, lower precision, channels last.
         teacher_cache: folder that caches its features for all epochs and students.
         teacher_cache_storage: dtype of the cached features.
-        teacher_views: with augmentation: number of epochs whose augmented images are repeated.
+        teacher_views: with augmentation: number of epochs of augmented images, then repeated.
         student_weights: file, or folder of a run, to start the student from.
         student_weights_key: as teacher_weights_key, for the student.
         student_pretrained: start the student from its published weights.
-        pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
+        pretrained_backbone: start a detector's or segmenter's backbone from published weights.
+        backbone_weights: likewise, from the file or run of a classifier.
         inherit_neck_and_head: start all of a detector but its backbone from the teacher's weights.
-        method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, diffkd.FitNet, or one of your own; or a
-            list of them, each with its own automatic pairs.
+        method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, or one of your own; or a list of them,
+            each with its own automatic pairs.
         pairs: which student layer learns from which teacher layer; "auto" pairs them automatically.
         task_weight: factor of the task's own loss, with the labels.
         method_weight: factor of all distillation losses.
@@ -56,7 +57,7 @@ class FitOptions:
         schedule: how the learning rate changes over the epochs.
         decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
         label_smoothing: share of the label that is spread over all classes, for classification.
-        detection: how detectors are built by name.
+        detection: how detectors are built.
         segmentation: windows of the evaluation, auxiliary head, for segmentation.
         ema: decay of an exponential moving average of the student, which is then evaluated and saved.
         gradient_clip: largest norm of the gradient.
@@ -71,8 +72,8 @@ class FitOptions:
         compile: compile the training step; reduce-overhead and max-autotune record CUDA graphs.
         accelerator: cpu, gpu, mps, or auto.
         devices: how many, or which; the batch size is per device.
-        num_nodes: number of machines, each with the same number of devices.
-        strategy: of training on several devices; auto is DDP, fsdp shards the parameters.
+        num_nodes: number of machines, with equal devices.
+        strategy: on several devices: auto is DDP, fsdp shards the parameters.
         progress: show the progress of the training.
 
     Raises:
@@ -94,6 +95,7 @@ class FitOptions:
     student_weights_key: str | None = None
     student_pretrained: bool = False
     pretrained_backbone: bool = False
+    backbone_weights: str | None = None
     inherit_neck_and_head: bool = False
     method: list[MethodFactory] | MethodFactory | None = None
     pairs: Literal["auto"] | list[Pair] = "auto"
