@@ -78,6 +78,8 @@ def build_student(
     Raises:
         ValueError: if the model cannot take the images or be saved, or its number of classes is not that of the data.
     """
+    if weights is not None and data.task in ("detection", "segmentation") and _is_backbone(weights):
+        weights, backbone_weights = None, weights
     if backbone_weights is not None:
         _check_backbone_weights(backbone_weights, data, weights, pretrained or pretrained_backbone)
         if detection.norm == "auto" and data.task == "detection" and not name.startswith("hf/"):
@@ -128,6 +130,11 @@ def build_student(
             f"return {expected}; let its function take num_classes, or give other data"
         )
     return student
+
+
+def _is_backbone(weights: str) -> bool:
+    """Whether the card of a file says that it holds a model without head, distilled without labels."""
+    return read_card(find_weights(weights)).get("task") == "representation"
 
 
 def _check_backbone_weights(file: str, data: DataFacts, weights: str | None, published: bool) -> None:
