@@ -25,6 +25,7 @@ from diffkd.files.fitting import fit_contents, report_of
 from diffkd.files.weights import check_savable, read_contents, unwrap
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
+from diffkd.models.backbones import with_positions_of
 from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.detectors.teacher import DetectorTeacher
 from diffkd.models.normalization import class_names, normalization_beside, own_size
@@ -232,7 +233,8 @@ def build_teacher(
         weights_key=weights_key,
         new_head=True,
     )
-    _check_head(name, teacher)
+    if data.task != "representation":
+        _check_head(name, teacher)
     teacher = unwrap(teacher)  # hooks do not work on a compiled model, and a frozen one needs no DDP wrapper
     report = report_of(teacher)
     found = [] if report is None or report.plain else [f"teacher: {report}"]
@@ -245,6 +247,8 @@ def build_teacher(
         notes.extend(found)
     if data.task == "detection":
         return teacher, None  # a detector normalises its images itself
+    if options.image_size is not None and data.task != "segmentation":
+        teacher = _at_size(teacher, data, (options.image_size, options.image_size))
     view, said = _view(name, teacher, path, card, data, options, published=pretrained or path is not None)
     if notes is not None:
         notes.append(said)
@@ -336,6 +340,12 @@ def _size(
     if made is None or made == tuple(data.image_size) or _takes(teacher, data):
         return None, ""
     return made, "the only size that it takes"
+
+
+def _at_size(teacher: nn.Module, data: DataFacts, size: tuple[int, int]) -> nn.Module:
+    """Return a teacher that takes images of a size, with resampled positions if it does not take them as it is."""
+    other = replace(data, image_size=size, example=torch.zeros(2, data.in_channels, *size))
+    return teacher if own_size(teacher) == size or _takes(teacher, other) else with_positions_of(teacher, size)
 
 
 def _takes(teacher: nn.Module, data: DataFacts) -> bool:
