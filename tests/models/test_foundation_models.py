@@ -77,8 +77,7 @@ def test_of_timm(name, prefix, normalization):
 
 
 def test_tokens_of_several_sizes_of_images_are_refused(tmp_path):
-    config(
-        "Siglip2", vision_config=MLP | {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ).save_pretrained(tmp_path)
+    vision = MLP | {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config("Siglip2", vision_config=vision).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="spatial_shapes, and here only images are: name a vision model"):
         load_backbone(f"hf/{tmp_path}")

@@ -137,6 +137,7 @@ class Distiller(nn.Module):
         balance: weight of the automatic pairs on features; pairs on logits and given pairs keep their weights.
         representations: whether the models return representations, not class scores: automatic pairing then pairs
             their last maps and their pooled outputs (:func:`~diffkd.distill.matching.pair_representations`).
+        teacher_weights: weight of the automatic pairs of each teacher; None: 1. A `balance` takes their place.
 
     Methods that need the teacher's classifier (SRRL) get its pooling and last linear layer.
 
@@ -173,6 +174,7 @@ class Distiller(nn.Module):
         teacher_options: TeacherOptions | Sequence[TeacherOptions] = AS_GIVEN,
         balance: Balance | None = None,
         representations: bool = False,
+        teacher_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
@@ -204,8 +206,18 @@ class Distiller(nn.Module):
             if pairs != "auto":
                 raise ValueError(f"pairs must be 'auto' or a list of Pair, got {pairs!r}")
             match = pair_representations if representations else pair_layers
+            weights = (
+                [1.0] * len(teachers)
+                if teacher_weights is None
+                else _each(list(teacher_weights), len(teachers), "teacher_weights")
+            )
             pairs = [
-                replace(pair, source=index, name=pair.name if len(teachers) == 1 else f"teacher{index}:{_name(pair)}")
+                replace(
+                    pair,
+                    source=index,
+                    weight=weights[index],
+                    name=pair.name if len(teachers) == 1 else f"teacher{index}:{_name(pair)}",
+                )
                 for index, source in enumerate(self._sources)
                 for one in methods
                 for pair in match(student_layers, source.layers, one)

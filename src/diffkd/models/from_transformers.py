@@ -46,7 +46,8 @@ def build_transformers(
     warn_of_random_weights(name, report)
     if pretrained:
         keep_constants(model, factory)
-    return model
+    plain: nn.Module = model
+    return plain
 
 
 def read_config(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> Any:

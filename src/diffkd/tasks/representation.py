@@ -236,7 +236,7 @@ def knn_classify(bank: Tensor, labels: Tensor, queries: Tensor, neighbours: int 
     bank, queries = F.normalize(bank), F.normalize(queries)
     classes, count = int(labels.max()) + 1, min(neighbours, len(bank))
     answers = []
-    for some in queries.split(max(1, _MOST_SIMILARITIES // len(bank))):
+    for some in torch.split(queries, max(1, _MOST_SIMILARITIES // len(bank))):
         nearest, found = (some @ bank.T).topk(count, dim=1)  # (m, k)
         votes = torch.zeros(len(some), classes, device=bank.device)
         # Relative to the nearest, so that the weights cannot overflow.
@@ -269,14 +269,14 @@ def linear_classify(bank: Tensor, labels: Tensor, queries: Tensor, l2: float = L
         x, truth = x.clone(), truth.clone()  # inference tensors cannot be saved for a backward pass
         weight = x.new_zeros(classes, x.shape[1]).requires_grad_()
         bias = x.new_zeros(classes).requires_grad_()
-        optimizer = torch.optim.LBFGS(
+        optimizer: Any = torch.optim.LBFGS(
             [weight, bias], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-12, line_search_fn="strong_wolfe"
         )
 
         def loss() -> float:
             optimizer.zero_grad()
             value = F.cross_entropy(F.linear(x, weight, bias), truth) + l2 / 2 * weight.square().sum()
-            value.backward()
+            torch.autograd.backward(value)
             return float(value.detach())
 
         optimizer.step(loss)

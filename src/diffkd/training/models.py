@@ -34,16 +34,16 @@ from diffkd.tasks.data_facts import DataFacts, first_difference
 from diffkd.tasks.options import DEFAULT_DETECTION, DetectionOptions
 from diffkd.tasks.task_of_data import load, padded_example
 from diffkd.teacher.options import AS_GIVEN, TeacherOptions
-from diffkd.teacher.view import DetectorView, TeacherInput, same_normalization, view_of_detectors
+from diffkd.teacher.view import TeacherInput, same_normalization, view_of_detectors
 from diffkd.training.start_checks import check_methods, check_needs
 
 
-def check_teacher_and_method(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
+def check_teacher_and_method(teacher: object, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
     """Raise ValueError if there is a method without a teacher, or a teacher without a method."""
     taught = method is not None or pairs != "auto"
-    if taught and teacher is None:
+    if taught and not teacher:
         raise ValueError("a method needs a teacher to learn from: give --teacher, or leave the method and pairs out")
-    if teacher is not None and not taught:
+    if teacher and not taught:
         raise ValueError("a teacher needs a method: give --method, such as diffkd.DiffKD, or leave the teacher out")
 
 
@@ -386,26 +386,28 @@ def inherit_neck_and_head(student: nn.Module, teacher: nn.Module) -> None:
 
 def build_distiller(
     student: nn.Module,
-    teacher: nn.Module,
-    teacher_input: TeacherInput | None,
+    teacher: nn.Module | Sequence[nn.Module],
+    teacher_input: TeacherInput | Sequence[TeacherInput | None] | None,
     *,
     data: DataFacts,
     pairs: Literal["auto"] | Sequence[Pair],
     method: MethodFactory | Sequence[MethodFactory] | None,
     seed: int,
-    teacher_options: TeacherOptions = AS_GIVEN,
+    teacher_options: TeacherOptions | Sequence[TeacherOptions] = AS_GIVEN,
     balance: Balance | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Distiller:
     """Build the distiller; the methods' initial weights depend on the seed alone.
 
     Of a detector as teacher only the backbone runs, on the images from the student's transform, and the heads only if
-    their outputs are distilled.
+    their outputs are distilled. Other tasks take lists of teachers, inputs, options, and weights of their pairs.
 
     Raises:
         ValueError: if a method does not support the data's task, or needs arguments that the task does not provide.
     """
     torch.manual_seed(mix_seed(seed, 1))
-    for side, model in (("student", student), ("teacher", teacher)):
+    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    for side, model in (("student", student), *(("teacher", one) for one in teachers)):
         if isinstance(unwrap(model), torch.jit.ScriptModule):
             raise ValueError(
                 f"the {side} is a program of torch.jit.script, whose layers cannot be watched: let its function return "
@@ -417,8 +419,13 @@ def build_distiller(
     factories = [unwrap_factory(one) for one in methods]
     own = [] if isinstance(pairs, str) else [pair.method for pair in pairs]
     check_methods([*factories, *own] if isinstance(pairs, str) or None in own else own, data)
-    view: TeacherInput | DetectorView | None = teacher_input
+    view: Any = teacher_input
+    model_of_teacher: Any = teachers[0] if len(teachers) == 1 else teachers
     if data.task == "detection":
+        if len(teachers) > 1:
+            raise ValueError(
+                f"{len(teachers)} teachers need images of one size, which a detector draws anew in every step: give one"
+            )
         if isinstance(pairs, str) and isinstance(student, TransformersDetector):
             _check_backbone(student)
         if not isinstance(pairs, str):
@@ -428,17 +435,20 @@ def build_distiller(
             if isinstance(pairs, str)
             else any(not name.startswith("backbone") for pair in pairs for name in pair.teacher_names)
         )
-        view = view_of_detectors(student, teacher, heads=wanted)
-        teacher = DetectorTeacher(teacher.eval(), heads=wanted)
-    example = padded_example(data, student, teacher)
+        view = view_of_detectors(student, teachers[0], heads=wanted)
+        model_of_teacher = DetectorTeacher(teachers[0].eval(), heads=wanted)
+        teachers = [model_of_teacher]
+    example = padded_example(data, student, *teachers)
+    options = [teacher_options] if isinstance(teacher_options, TeacherOptions) else teacher_options
     distiller = Distiller(
         student,
-        teacher,
+        model_of_teacher,
         pairs,
         example=example,
         method=factories,
         teacher_input=view,
-        teacher_options=teacher_options.running,
+        teacher_options=[one.running for one in options] if len(options) > 1 else options[0].running,
+        teacher_weights=weights,
         balance=balance,
         representations=data.task == "representation",
     )
