@@ -32,6 +32,7 @@ class DataFacts:
         max_size: for detection, the upper limit of the longer side.
         batch_size: training images in a batch; None: unknown.
         probe: for representations, whether labelled images come with the evaluation batches.
+        multi_label: whether an image may have several classes; labels are (B, K) zeros and ones then.
     """
 
     num_classes: int
@@ -49,6 +50,7 @@ class DataFacts:
     max_size: int = 1333
     batch_size: int | None = None
     probe: bool = False
+    multi_label: bool = False
 
 
 def facts_of(data: "LightningDataModule") -> DataFacts:
@@ -87,6 +89,7 @@ def facts_of(data: "LightningDataModule") -> DataFacts:
         max_size=int(getattr(data, "max_size", 1333)),
         batch_size=getattr(data, "batch_size", None),
         probe=bool(getattr(data, "has_probe", False)),
+        multi_label=bool(getattr(data, "multi_label", False)),
     )
 
 

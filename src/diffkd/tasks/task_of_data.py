@@ -45,7 +45,8 @@ def build_task(
         case "classification":
             from diffkd.tasks.classification import Classification
 
-            return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix, data.classes)
+            values = data.num_classes, label_smoothing, data.mixup, data.cutmix, data.classes
+            return Classification(*values, multi_label=data.multi_label)
         case "segmentation":
             from diffkd.tasks.segmentation import Segmentation
 

@@ -28,7 +28,7 @@ from diffkd.training.options import FitOptions
 
 def check_classes(data: DataFacts) -> None:
     """Raise ValueError if there is only one class: its probability is always 1, without gradient."""
-    if data.task in ("classification", "segmentation") and data.num_classes < 2:
+    if data.task in ("classification", "segmentation") and data.num_classes < 2 and not data.multi_label:
         raise ValueError(
             f"the data have {data.num_classes} class ({', '.join(data.classes)}), so that there is nothing to learn: "
             "give a second one, such as the background"
@@ -134,7 +134,14 @@ def check_needs(distiller: Distiller, data: DataFacts) -> None:
     for name, (_, theirs), method in zip(distiller.names, distiller.readers, distiller.methods, strict=True):
         needs = frozenset(getattr(method, "needs", ()))
         who = f"{type(method).__name__} of pair '{name}'"
-        if missing := sorted(needs - _GIVEN[data.task]):
+        given = _GIVEN[data.task] - ({"labels"} if data.multi_label else set())
+        if data.multi_label and theirs.shapes[0].role == "logits":
+            warnings.warn(
+                f"{who} compares a softmax over the classes, of which an image has several here: a method on features "
+                "alone, such as diffkd.FitNet or --method.features_only true, presumes no single class",
+                stacklevel=2,
+            )
+        if missing := sorted(needs - given):
             otherwise = "; on the class map itself it may need none" if data.task == "segmentation" else ""
             raise ValueError(
                 f"{who} needs {', '.join(missing)}, which data for {data.task} do not give{otherwise}: "

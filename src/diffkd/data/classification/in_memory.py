@@ -19,7 +19,7 @@ class ImageSet(NamedTuple):
 
     Args:
         images: (N, C, H, W) uint8, or finite floats.
-        labels: (N,) int64 in [0, number of classes).
+        labels: (N,) int64 in [0, number of classes), or (N, classes) zeros and ones.
     """
 
     images: Tensor
@@ -47,7 +47,12 @@ def check_image_set(data: ImageSet, num_classes: int, name: str) -> None:
         raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels; give one label per image.")
     if not images.numel():
         raise ValueError(f"{name}: no images, shape {tuple(images.shape)}; give at least one.")
-    outside = (labels < 0) | (labels >= num_classes)
+    if labels.ndim == 2 and (labels.shape[1] != num_classes or not ((labels == 0) | (labels == 1)).all()):
+        raise ValueError(
+            f"{name}: labels {tuple(labels.shape)} up to {int(labels.max())} are not zeros and ones of {num_classes} "
+            "classes: give a column for each, 1 where the image has it."
+        )
+    outside = (labels < 0) | (labels >= num_classes) if labels.ndim == 1 else torch.zeros(1, dtype=torch.bool)
     if outside.any():
         index = int(outside.nonzero()[0])
         raise ValueError(
