@@ -16,6 +16,7 @@ from torch import Tensor
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
 from diffkd.data.image_data import ImageData
+from diffkd.data.seeding import mix_seed
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
@@ -177,8 +178,11 @@ class FashionSubset(ImageData):
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
         labels: bool = True,
+        per_class: int | None = None,
     ) -> None:
         train, test = read_fashion_subset()
+        if per_class is not None:
+            train = _some_of_each(train, per_class, seed)
         memory = InMemory(
             train,
             test,
@@ -191,7 +195,17 @@ class FashionSubset(ImageData):
         )
         super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
         self.augmentation = augmentation
-        self.batch_size, self.seed, self.labels = batch_size, seed, labels
+        self.batch_size, self.seed, self.labels, self.per_class = batch_size, seed, labels, per_class
+
+
+def _some_of_each(data: ImageSet, count: int, seed: int) -> ImageSet:
+    most = int(data.labels.bincount().min())
+    if not 1 <= count <= most:
+        raise ValueError(f"per_class={count} is no number of images of each class: give 1 to {most}.")
+    generator = torch.Generator().manual_seed(mix_seed(seed, count))
+    order = torch.randperm(len(data.labels), generator=generator)
+    chosen = torch.cat([order[data.labels[order] == label][:count] for label in range(len(CLASSES))])
+    return ImageSet(data.images[chosen], data.labels[chosen])
 
 
 def read_fashion_subset() -> tuple[ImageSet, ImageSet]:
