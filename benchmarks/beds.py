@@ -51,19 +51,14 @@ class Bed:
         methods: presets of the confirming runs: the student alone first, the control before the last, which is the
             recommended one.
         options: of `diffkd fit`, for all runs.
-        cache: likewise, for those with a teacher: all epochs' images are augmented anew, and run through the teacher
-            once for all methods of a seed.
+        views: epochs whose augmented images run through the teacher once for all methods of a seed; 0: in every run.
     """
 
     title: str
     recipe: str
     methods: tuple[str, ...]
     options: tuple[str, ...] = ()
-    cache: tuple[str, ...] = ()
-
-
-def _cached(epochs: int) -> tuple[str, ...]:
-    return ("--teacher_cache=runs/beds/cache", f"--teacher_views={epochs}")
+    views: int = 0
 
 
 _CLASSIFICATION = ("alone", "kd", "dist", "diffkd", "fitnet-direct", "fitnet-direct-standardized", "diffkd-direct")
@@ -81,11 +76,11 @@ BEDS = {
         "CIFAR-100, 10,000 images, real teacher (b)",
         str(HERE / "beds/cifar100.yaml"),
         _CLASSIFICATION,
-        cache=_cached(5),
+        views=5,
     ),
     "bccd": Bed("BCCD, real backbone (c)", str(HERE / "beds/bccd.yaml"), _DETECTION),
     "scenes-detection": Bed("generated scenes, boxes (c)", "scenes/detection", _DETECTION),
-    "camvid": Bed("CamVid, real encoder (d)", str(HERE / "beds/camvid.yaml"), _SEGMENTATION, cache=_cached(4)),
+    "camvid": Bed("CamVid, real encoder (d)", str(HERE / "beds/camvid.yaml"), _SEGMENTATION, views=4),
     "scenes-segmentation": Bed("generated scenes, masks (d)", "scenes/segmentation", _SEGMENTATION),
 }
 
@@ -109,7 +104,12 @@ def train(bed: str, method: str, seed: int, share: float, options: Sequence[str]
     if preset.stem == "alone":
         words.append("--teacher=null")
     else:
-        words.extend(BEDS[bed].cache)
+        views = BEDS[bed].views
+        words += (
+            [f"--teacher_cache={folder / 'cache' / f'{bed}-{share}-{seed}'}", f"--teacher_views={views}"]
+            if views
+            else []
+        )
     out = folder / bed / f"{preset.stem}{f'-held-out-{share}' if share else ''}" / f"seed-{seed}"
 
     def run(**arguments: Any) -> Any:

@@ -4,7 +4,7 @@ from diffkd.data.classification.arrays import Arrays
 from diffkd.data.classification.augmentation import Augmentation, mix
 from diffkd.data.classification.cifar import Cifar
 from diffkd.data.classification.device_loader import DeviceLoader
-from diffkd.data.classification.fashion_mnist import FashionMNIST, FashionSubset
+from diffkd.data.classification.fashion_mnist import FashionMNIST, FashionPairs, FashionSubset
 from diffkd.data.classification.image_folder import ImageFolder
 from diffkd.data.detection.augmentation import BoxAugmentation
 from diffkd.data.detection.coco import CocoDetection
@@ -33,6 +33,7 @@ __all__ = [
     "DetectionScenes",
     "DeviceLoader",
     "FashionMNIST",
+    "FashionPairs",
     "FashionSubset",
     "ImageFolder",
     "MaskFolder",

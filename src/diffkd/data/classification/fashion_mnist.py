@@ -66,6 +66,7 @@ CLASSES = (
 MEAN = (0.28604,)
 STD = (0.35302,)
 CROP_AND_FLIP = Augmentation(crop_padding=2, flip=True)
+CROP = Augmentation(crop_padding=2)
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -206,6 +207,81 @@ def _some_of_each(data: ImageSet, count: int, seed: int) -> ImageSet:
     order = torch.randperm(len(data.labels), generator=generator)
     chosen = torch.cat([order[data.labels[order] == label][:count] for label in range(len(CLASSES))])
     return ImageSet(data.images[chosen], data.labels[chosen])
+
+
+class FashionPairs(ImageData):
+    """Serve pairs of garments side by side, whose class is the ordered pair of their classes: a hundred classes.
+
+    Composed of the packaged subset, or of the whole of Fashion-MNIST for training: a task with many classes that are
+    related, as those that people distil, and with as many training images as are asked for. The pairs are the same for
+    every `seed`; training pairs are made of training images, evaluation pairs of test images of the subset.
+
+    Args:
+        count: number of training pairs.
+        test_count: number of evaluation pairs.
+        batch_size: images per batch and process.
+        augmentation: augmentation of training images; without flips, which would turn a pair into another's mirror.
+        seed: seed of order and augmentation.
+        mean: one value, in units of [0, 1].
+        std: one value, likewise.
+        whole: compose training pairs of all 60,000 training images instead of the subset's 8,000.
+        root: with `whole`, folder of the files, as for :class:`FashionMNIST`.
+
+    Raises:
+        ValueError: if a count does not give each class a pair.
+        FileNotFoundError: with `whole`, if its files are missing; says where to get them.
+    """
+
+    def __init__(
+        self,
+        count: int = 6_000,
+        test_count: int = 2_000,
+        batch_size: int = 128,
+        augmentation: Augmentation = CROP,
+        seed: int = 0,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+        *,
+        whole: bool = False,
+        root: str | Path | None = None,
+    ) -> None:
+        if min(count, test_count) < len(CLASSES) ** 2:
+            raise ValueError(
+                f"count {count} and test_count {test_count} must be {len(CLASSES) ** 2} or more, a pair for each class"
+            )
+        folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
+        source = read_fashion_mnist(folders, "train") if whole else read_fashion_part("train")
+        memory = InMemory(
+            compose_pairs(source, count, seed=1),
+            compose_pairs(read_fashion_part("test"), test_count, seed=2),
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+        )
+        names = tuple(f"{left} and {right}" for left in CLASSES for right in CLASSES)
+        super().__init__(memory, names, image_size=(28, 56), mean=memory.mean, std=memory.std)
+        self.count, self.test_count, self.whole, self.root = count, test_count, whole, root
+        self.augmentation = augmentation
+        self.batch_size, self.seed = batch_size, seed
+
+
+def compose_pairs(single: ImageSet, count: int, *, seed: int) -> ImageSet:
+    """Return images in pairs side by side, (count, 1, 28, 56), with the labels 10 * left + right, equally frequent."""
+    draw = torch.Generator().manual_seed(seed)
+    classes = len(CLASSES)
+    labels = (torch.arange(count) % classes**2)[torch.randperm(count, generator=draw)]
+    members = [torch.nonzero(single.labels == one).flatten() for one in range(classes)]
+    halves = []
+    for side in (labels // classes, labels % classes):
+        drawn = torch.rand(count, generator=draw)
+        indices = torch.empty(count, dtype=torch.int64)
+        for one, own in enumerate(members):
+            here = side == one
+            indices[here] = own[(drawn[here] * len(own)).long()]
+        halves.append(single.images[indices])
+    return ImageSet(torch.cat(halves, dim=3), labels)
 
 
 def read_fashion_subset() -> tuple[ImageSet, ImageSet]:
