@@ -253,6 +253,7 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
 
     parameters = inspect.signature(function).parameters
     words, names = take_trust(words)
+    words = _with_all_teachers(words)
     resume = not {"--resume", "--resume=true"}.isdisjoint(words)
     gate = Gate(function, Trust([*names, *named_code(words)]), resume=resume)
     gate.check_words(words)
@@ -334,6 +335,23 @@ def _with_values(words: list[str], flags: set[str]) -> list[str]:
     spoken = ("true", "false", "yes", "no")
     pairs = zip(words, [*words[1:], ""], strict=False)
     return [f"{word}=true" if word in flags and after.lower() not in spoken else word for word, after in pairs]
+
+
+def _with_all_teachers(words: list[str]) -> list[str]:
+    """Replace `--teacher A --teacher B` by `--teacher=["A", "B"]`."""
+    found: list[str] = []
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if re.match(r"--teacher(=|$)", word):
+            _, equals, value = word.partition("=")
+            found.append(value if equals else next(rest, ""))
+        else:
+            kept.append(word)
+    if len(found) < 2:
+        return words
+    values = [json.loads(one) if one.startswith(("[", "{")) else one for one in found]
+    return [*kept, f"--teacher={json.dumps(values)}"]
 
 
 def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:

@@ -181,7 +181,7 @@ def find_method(method: str, recipe: str | None = None) -> Path:
     """Return the file with a method's values: a path, or the name of a file in the package.
 
     For a recipe, a plain name such as "dkd" is searched in "methods/cifar100/resnet56-resnet20" (the recipe's own
-    name), then in "methods/cifar100", in "methods/detection" or "methods/segmentation" if that is its task, and last in
+    name), then in "methods/cifar100", in the folder of its task ("methods/detection", ...) if that is its own, last in
     "methods".
 
     Raises:
@@ -204,12 +204,15 @@ def _preset_name(preset: Path) -> str:
 
 
 def _task_of(recipe: str) -> str:
-    """Return "detection" or "segmentation" if the data of a recipe are for that task, "" otherwise."""
+    """Return the task of a recipe's data if it is another than classification, "" otherwise."""
     values = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8")) or {}
     data = values.get("data") if isinstance(values, dict) else None
     name = str(data.get("class_path") if isinstance(data, dict) else data)
     if "Detection" in name:
         return "detection"
+    arguments = data.get("init_args") if isinstance(data, dict) else None
+    if name.endswith("UnlabelledFolder") or (isinstance(arguments, dict) and arguments.get("labels") is False):
+        return "representation"
     scenes = ("MaskFolder", "Cityscapes", "VocSegmentation", "Ade20k", "SegmentationScenes")
     return "segmentation" if name.endswith(scenes) else ""
 

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -10,12 +9,14 @@ from torch import Tensor
 
 from diffkd.commands.compare import compare, cores
 from diffkd.commands.demo_detection import detection_demo
+from diffkd.commands.demo_representation import representation_demo
 from diffkd.commands.demo_segmentation import segmentation_demo
 from diffkd.commands.plot import saved_training
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.reports.plots import draw_results, saliency
 from diffkd.reports.tables import Row
+from diffkd.tasks.data_facts import TaskName
 
 RECIPE = "demo"
 METHODS = ("alone", "kd", "dist", "diffkd", "diffkd-direct")
@@ -27,7 +28,7 @@ STUDENT = "cifar/compact_resnet8"
 def demo(
     out: Path = Path("diffkd-demo"),
     *,
-    task: Literal["classification", "detection", "segmentation"] = "classification",
+    task: TaskName = "classification",
     seeds: int | None = None,
     epochs: int | None = None,
     jobs: int | None = None,
@@ -40,8 +41,9 @@ def demo(
     Args:
         out: folder for the table (JSON, Markdown), the figure, the student of `SHOWN` and all runs.
         task: task of the demonstration.
-        seeds: runs of each method; None: 3 for classification, 1 for the others.
-        epochs: length of each run; None: 7 for classification, 6 for detection, 8 for segmentation.
+        seeds: runs of each method; None: 3 for classification and representation, 1 for the others.
+        epochs: length of each run; None: 7 for classification, 6 for detection, 8 for segmentation, 5 for
+            representation, where few labels are trained on afterwards.
         jobs: runs at the same time; None: one per core.
 
     Returns:
@@ -52,6 +54,8 @@ def demo(
         return detection_demo(out, 1 if seeds is None else seeds, epochs, jobs, console)
     if task == "segmentation":
         return segmentation_demo(out, 1 if seeds is None else seeds, 8 if epochs is None else epochs, jobs, console)
+    if task == "representation":
+        return representation_demo(out, 3 if seeds is None else seeds, 5 if epochs is None else epochs, jobs, console)
     seeds, epochs = 3 if seeds is None else seeds, 7 if epochs is None else epochs
     console.print(f"{task}: {TEACHER} teaches {STUDENT}, {len(METHODS)} methods, {seeds} seed(s) each, in {out}")
     jobs, options = cores() if jobs is None else jobs, [f"--epochs={epochs}"]

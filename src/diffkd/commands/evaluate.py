@@ -95,6 +95,11 @@ def evaluate(
     if card.get("task", facts.task) != facts.task:
         raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
     _check_names(path, card.get("classes") or facts.classes, facts.classes)
+    if facts.task == "representation" and not facts.probe:
+        raise ValueError(
+            f"{path} is a representation, which labelled images measure, and the data have none: give --data.probe "
+            "FOLDER"
+        )
     options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
     if program is None:
         built = load_saved(name, facts, path, card)

@@ -20,6 +20,7 @@ from diffkd.data.segmentation.mask_folder import MaskFolder
 from diffkd.data.segmentation.palette import palette
 from diffkd.data.segmentation.transform import SegmentationAugmentation
 from diffkd.data.segmentation.voc import VocSegmentation
+from diffkd.data.unlabelled import UnlabelledFolder
 
 __all__ = [
     "Ade20k",
@@ -38,6 +39,7 @@ __all__ = [
     "MaskFolder",
     "SegmentationAugmentation",
     "SegmentationScenes",
+    "UnlabelledFolder",
     "VocDetection",
     "VocSegmentation",
     "YoloDetection",

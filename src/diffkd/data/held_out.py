@@ -127,7 +127,9 @@ def _in_memory(loaders: InMemory, share: float, seed: int) -> InMemory:
     def part(indices: list[int]) -> ImageSet:
         return ImageSet(images[indices], labels[indices])
 
-    kept, held = stratified_split(labels.tolist(), share, seed)
+    # Images of several classes are drawn by the whole set of these.
+    strata = [tuple(row) for row in labels.tolist()] if labels.ndim == 2 else labels.tolist()
+    kept, held = stratified_split(strata, share, seed)
     changed = copy.copy(loaders)
     changed.train, changed.val = part(kept), part(held)
     return changed

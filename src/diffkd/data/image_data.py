@@ -59,6 +59,7 @@ class ImageData(LightningDataModule):
         mean: mean of the normalisation per channel, in units of [0, 1]; the default does not normalise, for detectors,
             which normalise their input themselves.
         std: standard deviation, likewise.
+        labels: False: the data are for representations, which are distilled without labels.
 
     If the constructor of a subclass passes `**options` to its base, its signature also lists the base's arguments. The
     record of a run, the `test` command and `help()` read that signature.
@@ -82,10 +83,14 @@ class ImageData(LightningDataModule):
         image_size: tuple[int, int],
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
+        labels: bool = True,
     ) -> None:
         super().__init__()
         self._loaders = loaders
-        self.classes = tuple(classes)
+        self.classes = tuple(classes) if labels else ()
+        if not labels:
+            self.task = "representation"
+        self.has_probe = not labels
         self.num_classes = len(self.classes)
         self.in_channels = len(mean)
         self.image_size = image_size

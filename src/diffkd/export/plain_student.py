@@ -8,6 +8,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from diffkd.distill.stages import read_embedding
+from diffkd.features.layers import list_layers
 from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.detectors.load import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.models.detectors.onnx_graph import DetectorGraph, QueryDetectorGraph
@@ -97,14 +99,18 @@ def plain_student(built: nn.Module, facts: DataFacts, *, normalize: bool = False
         graph = DetectorGraph(built).eval()
         example = torch.rand(1, *size, generator=draw)
         return PlainStudent(graph, _EachImage(built), _FOUND, example, ((),), graph.limit)
-    plain: nn.Module = AnySize(built) if facts.task == "segmentation" else _Logits(built)
+    if facts.task == "representation":
+        plain: nn.Module = _Embedding(built, torch.zeros(2, *size))
+    else:
+        plain = AnySize(built) if facts.task == "segmentation" else _Logits(built)
     if normalize:
         zeros, ones = (0.0,) * facts.in_channels, (1.0,) * facts.in_channels
         plain = nn.Sequential(TeacherInput(zeros, ones, facts.mean, facts.std), plain)
     whole = (("batch", "height", "width"),) if facts.task == "segmentation" else ()
     # Two images, since `torch.export` treats a batch size of one as a constant.
     example = torch.rand(2, *size, generator=draw)
-    return PlainStudent(plain.eval(), plain.eval(), ("logits",), example, (*whole, ("batch",), ()))
+    names = ("embedding",) if facts.task == "representation" else ("logits",)
+    return PlainStudent(plain.eval(), plain.eval(), names, example, (*whole, ("batch",), ()))
 
 
 def named_model(card: Mapping[str, Any], path: str | Path, trust: Sequence[str] = ()) -> str:
@@ -137,6 +143,18 @@ class _Logits(nn.Module):
 
 
 _FOUND = ("boxes", "scores", "labels")
+
+
+class _Embedding(nn.Module):
+    """A model without classifier that returns its embedding as a tensor."""
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self._layers = list_layers(model, example)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return read_embedding(self._layers, self.model(images))
 
 
 class _EachImage(nn.Module):

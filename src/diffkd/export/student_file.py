@@ -117,6 +117,7 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
         "mean": list(data.mean),
         "std": list(data.std),
         "classes": list(data.classes),
+        "multi_label": data.multi_label or None,
         "data": config.get("data"),
         "detection": config.get("detection") if data.task == "detection" else None,
         "segmentation": config.get("segmentation") if data.task == "segmentation" else None,

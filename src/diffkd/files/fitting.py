@@ -5,7 +5,7 @@ import re
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +128,7 @@ def load_weights(
     key: str | None = None,
     head: Callable[[], frozenset[str]] | None = None,
     convert: Convert | None = None,
+    beside: Collection[str] = (),
 ) -> Report:
     """Load a file of tensors into `model`, strictly: either all entries of the network are loaded, or none.
 
@@ -144,6 +145,7 @@ def load_weights(
             the file lacks them or has another number of classes. None: no entry may.
         convert: converts weights of another format of a library to the network's names; returns None for an unknown
             format.
+        beside: names in the file that the network may lack, such as those of a classifier.
 
     Returns:
         The report; `str` gives one line.
@@ -162,7 +164,9 @@ def load_weights(
     lenient = frozenset[str]() if head is None or not (fit.missing or fit.shapes) else head()
     missing = [name for name in fit.missing if not (name in lenient or _may_lack(name, fit, own))]
     shapes = [name for name in fit.shapes if name not in lenient]
-    unexpected = [name for name in fit.unexpected if not (_DERIVED.search(name) or _TRAINING_ONLY.match(name))]
+    unexpected = [
+        name for name in fit.unexpected if not (name in beside or _DERIVED.search(name) or _TRAINING_ONLY.match(name))
+    ]
     kinds = [
         f"{name} is of {value.dtype} there, {own[name].dtype} here"
         for name, value in fit.filled.items()

@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def fill(
     *,
     key: str | None = None,
     wider: Callable[[], nn.Module] | None = None,
+    beside: Collection[str] = (),
 ) -> Report:
     """Load a file of weights into a model, as :func:`~diffkd.files.fitting.load_weights` does.
 
@@ -37,6 +38,7 @@ def fill(
         key: prefix of the weights' names, if the file holds several sets.
         wider: builds the same model for one class more, to detect the layers that depend on the classes. These, and
             auxiliary heads, keep their weights if the file has none or others. None: the file must have them.
+        beside: names in the file that the model may lack.
 
     Raises:
         FileNotFoundError, ValueError: as `load_weights`.
@@ -52,7 +54,8 @@ def fill(
         with same_draws():
             return frozenset(auxiliary) | frozenset(class_entries(model, wider()))
 
-    return load_weights(model, weights, key=key, head=None if wider is None else head, convert=library_names)
+    heads = None if wider is None else head
+    return load_weights(model, weights, key=key, head=heads, convert=library_names, beside=beside)
 
 
 def fill_backbone(model: nn.Module, name: str, weights: str | Path, *, key: str | None = None) -> Report:

@@ -114,6 +114,18 @@ def code_of_model(name: Any) -> str | None:
     return None
 
 
+def model_names_in(value: Any) -> list[str]:
+    """Return the models named by the value of an option: a name, or a list of names or of values with a `name`.
+
+    >>> model_names_in(["timm/resnet18", {"name": "nets.py:large", "weights": "large.pth"}])
+    ['timm/resnet18', 'nets.py:large']
+    """
+    if isinstance(value, (list, tuple)):
+        return [name for one in value for name in model_names_in(one)]
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", value)
+    return [name] if isinstance(name, str) else []
+
+
 def named_code(words: Sequence[str]) -> list[str]:
     """Return the user's files and modules named on a command line."""
     found: list[str] = []
@@ -121,7 +133,7 @@ def named_code(words: Sequence[str]) -> list[str]:
         key, _, rest = option.partition(".")
         last = rest.rpartition(".")[2]
         if key in _MODELS:
-            found.extend(filter(None, [code_of_model(text)]))
+            found.extend(filter(None, map(code_of_model, [text, *model_names_in(_as_yaml(text))])))
         elif key in _TRACKERS:
             found.extend(code for _, code in _tracker_code(key, _as_yaml(text)))
         elif (key == "config" and not _exists(text)) or (key in _CALLED and (not rest or last in _CALLED)):
@@ -142,7 +154,8 @@ def given_value(words: Sequence[str], name: str) -> Any:
 
 def own_code(values: Mapping[str, Any]) -> list[str]:
     """Return the user's files and modules named in the values of a run."""
-    found = [source for name in _MODELS if (source := code_of_model(values.get(name)))]
+    models = (model for name in _MODELS for model in model_names_in(values.get(name)))
+    found = [source for model in models if (source := code_of_model(model))]
     found.extend(_code_in({key: value for key, value in values.items() if key in _CALLED}, False))
     found.extend(code for key in _TRACKERS for _, code in _tracker_code(key, values.get(key)))
     return [name for name in dict.fromkeys(found) if "__main__" not in name and "<" not in name]
@@ -221,8 +234,8 @@ class Gate:
             key = key.rstrip("+")
             if key in ("config", "trust"):
                 raise UsageError(f"{source}: {key!r} can be given on the command line alone: take it out of the file")
-            if key in _MODELS and isinstance(value, str):
-                self._models[key] = (value, source)
+            if key in _MODELS and model_names_in(value):
+                self._models[key] = (str(value), source)
             if key in _TRACKERS:
                 self._check_trackers(key, value)
                 continue
@@ -239,11 +252,12 @@ class Gate:
         Raises:
             UsageError: if one of them is custom code that is named only in a file.
         """
-        for option, name in values.items():
-            code = code_of_model(name)
-            if code is not None and not self.trust.includes(code):
-                self._source = self._models.get(option, ("", "a file"))[1]
-                raise UsageError(self._untrusted_message(name, option, code))
+        for option, value in values.items():
+            for name in model_names_in(value):
+                code = code_of_model(name)
+                if code is not None and not self.trust.includes(code):
+                    self._source = self._models.get(option, ("", "a file"))[1]
+                    raise UsageError(self._untrusted_message(name, option, code))
 
     def _check(self, value: Any, leaves: Leaves, where: str, option: str = "", around: tuple[int, ...] = ()) -> None:
         if id(value) in around:

@@ -86,7 +86,7 @@ def report(training: Training, batch: Any, console: Console) -> None:
     ramp = ALWAYS if training.distiller is None else training.method_ramp
     for beyond in never_reached(training.schedule, ramp, training.epochs):
         console.print(f"warning: {beyond}", style="bold red", markup=False, soft_wrap=True)
-    if training.teacher is None:
+    if training.teacher is None or training.task.name == "representation":
         return
     if isinstance(training.teacher, nn.Module):
         training.teacher.to(training.device).eval()  # a whole detector; the distiller has moved only a part of it
@@ -126,9 +126,8 @@ def report(training: Training, batch: Any, console: Console) -> None:
 
 def pairs_table(distiller: Distiller) -> Table:
     """Return the distiller's pairs as a table; long names wrap on a narrow terminal."""
-    names = (type(distiller.student).__name__, type(distiller.teacher).__name__)
     table = Table(
-        title=f"{names[0]} learns from {names[1]}",
+        title=distiller.title,
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -244,11 +243,13 @@ class TrainingProgress(Callback):
         names = [name for name in pl_module.task.headlines if name in measured]
         scores = "  ".join(f"{name} {100 * measured[name]:.2f} %" for name in names)
         means = pl_module.loss_log.means()  # over all ranks: a collective call
-        loss = sum(mean for name, mean in means.items() if name.split("/")[0] == TASK) if means else float("nan")
+        of_task = [mean for name, mean in means.items() if name.split("/")[0] == TASK]
+        every = [mean for name, mean in means.items() if not name.startswith(("gamma/", "weight/"))]
+        what, loss = ("task loss", sum(of_task)) if of_task else ("loss", sum(every))
         seconds = time.monotonic() - self._started
         width = len(str(trainer.max_epochs))
         self.console.print(
-            f"epoch {trainer.current_epoch + 1:{width}d}/{trainer.max_epochs}  task loss {loss:.4f}  {scores}  "
+            f"epoch {trainer.current_epoch + 1:{width}d}/{trainer.max_epochs}  {what} {loss:.4f}  {scores}  "
             f"{seconds:.1f} s",
             highlight=False,
             soft_wrap=True,
@@ -307,7 +308,7 @@ _IGNORED_WARNINGS = (
 def silence_lightning() -> Iterator[None]:
     """Silence Lightning's tips, device listings and warnings that do not apply, inside this context.
 
-    Neither does the thread that writes TensorBoard's log print a traceback: :class:`~diffkd.training.trackers.EventLog` reports what it raises.
+    Neither does the thread that writes TensorBoard's log print a traceback: `EventLog` reports what it raises.
     """
     usual_hook = threading.excepthook
 

@@ -1,6 +1,7 @@
 """The options of a training: everything that `diffkd fit` takes besides the data."""
 
-from dataclasses import KW_ONLY, dataclass
+import math
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,13 +25,38 @@ FOLDED = TeacherOptions(fold=True)
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """One of several teachers.
+
+    Args:
+        name: of the model.
+        weights: as teacher_weights.
+        weights_key: as teacher_weights_key.
+        pretrained: use its published weights; by default as teacher_pretrained.
+        options: how it runs, and what its images are; by default as teacher_options.
+        weight: factor of the losses of its automatic pairs.
+    """
+
+    name: str
+    weights: str | None = None
+    weights_key: str | None = None
+    pretrained: bool | None = None
+    options: TeacherOptions | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight={self.weight} of teacher {self.name} is no factor of a loss: give 0 or more")
+
+
+@dataclass(frozen=True)
 class FitOptions:
     """What is trained, and how the training runs.
 
     Args:
         student: model to train: cifar/resnet20, timm/..., torchvision/..., hf/..., hub:USER/NAME, own.module:function.
         out: folder of the run; must be new or empty, unless `resume`.
-        teacher: name of the model to learn from; left out with `method` and `pairs`: plain training.
+        teacher: name of the model to learn from, or a list of several; left out: plain training.
         teacher_weights: file of its weights, or the folder of its run, or of transformers.
         teacher_weights_key: prefix of the weights' names, if the file holds several sets.
         teacher_pretrained: use its published weights.
@@ -47,7 +73,7 @@ class FitOptions:
         method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, or one of your own; or a list of them,
             each with its own automatic pairs.
         pairs: which student layer learns from which teacher layer; "auto" pairs them automatically.
-        task_weight: factor of the task's own loss, with the labels.
+        task_weight: factor of the task's own loss.
         method_weight: factor of all distillation losses.
         method_ramp: when the distillation losses apply: start, warm-up and stop, in epochs.
         balance: gradient-based weight of the automatic pairs on features, such as {balance: 1.0} for the gradient norm
@@ -56,7 +82,7 @@ class FitOptions:
         optimizer: any optimiser, such as torch.optim.AdamW, with its own defaults.
         schedule: how the learning rate changes over the epochs.
         decay_all: weight decay on all parameters; false: not on biases and normalisation layers.
-        label_smoothing: share of the label that is spread over all classes, for classification.
+        label_smoothing: share of the label that is spread over all classes.
         detection: how detectors are built.
         segmentation: windows of the evaluation, auxiliary head, for segmentation.
         ema: decay of an exponential moving average of the student, which is then evaluated and saved.
@@ -86,7 +112,7 @@ class FitOptions:
     student: str
     out: str | Path
     _: KW_ONLY
-    teacher: str | None = None
+    teacher: list[str | Teacher] | str | None = None
     teacher_weights: str | None = None
     teacher_weights_key: str | None = None
     teacher_pretrained: bool = False
@@ -132,6 +158,32 @@ class FitOptions:
     callbacks: Any = None
     sample_every: int | None = None
     progress: bool | Literal["notebook"] = True
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """All teachers, each with its options.
+
+        Raises:
+            ValueError: if one file of weights is given for several.
+        """
+        given = [self.teacher] if isinstance(self.teacher, str) else self.teacher or []
+        if len(given) > 1 and self.teacher_weights is not None:
+            raise ValueError(
+                f"teacher_weights {self.teacher_weights} are of one teacher, and there are {len(given)}: give each its "
+                "own in the list, as {name: NAME, weights: FILE}"
+            )
+        found = []
+        for one in given:
+            teacher = Teacher(one, self.teacher_weights, self.teacher_weights_key) if isinstance(one, str) else one
+            published = self.teacher_pretrained and teacher.weights is None
+            found.append(
+                replace(
+                    teacher,
+                    pretrained=published if teacher.pretrained is None else teacher.pretrained,
+                    options=self.teacher_options if teacher.options is None else teacher.options,
+                )
+            )
+        return found
 
     def __post_init__(self) -> None:
         if self.gradient_clip is not None and not self.gradient_clip > 0:

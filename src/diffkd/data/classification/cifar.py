@@ -33,6 +33,7 @@ class Cifar(ImageData):
         download: fetch the official archive into `root` first, if it is not there.
         mean: three values, in units of [0, 1]; None uses the values of the training set.
         std: three values, likewise.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Raises:
         FileNotFoundError: if the data are missing or not the official ones; the message says how to get them.
@@ -48,6 +49,7 @@ class Cifar(ImageData):
         download: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        labels: bool = True,
     ) -> None:
         train, trains = train_or_val(
             lambda: _read(root, classes, True, download), lambda: _read(root, classes, False, False, alone=True)
@@ -62,12 +64,13 @@ class Cifar(ImageData):
             seed=seed,
             mean=mean or default_mean,
             std=std or default_std,
+            labels=labels,
         )
-        super().__init__(memory, train.classes, image_size=(32, 32), mean=memory.mean, std=memory.std)
+        super().__init__(memory, train.classes, image_size=(32, 32), mean=memory.mean, std=memory.std, labels=labels)
         # The argument is a number; the attribute holds the names.
         self.save_hyperparameters("classes", logger=False)
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.root, self.download = root, download
 
 

@@ -17,6 +17,7 @@ from diffkd.data.classification.arrays import check_unpacked
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
 from diffkd.data.image_data import ImageData, train_or_val
+from diffkd.data.seeding import mix_seed
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
@@ -84,6 +85,7 @@ class FashionMNIST(ImageData):
         seed: seed of order and augmentation.
         mean: one value, in units of [0, 1]; default is that of the 60,000 training images.
         std: one value, likewise.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Raises:
         FileNotFoundError: if a file is missing; says where to get it.
@@ -98,6 +100,7 @@ class FashionMNIST(ImageData):
         seed: int = 0,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
+        labels: bool = True,
     ) -> None:
         folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
         train, _ = train_or_val(
@@ -111,10 +114,11 @@ class FashionMNIST(ImageData):
             seed=seed,
             mean=mean,
             std=std,
+            labels=labels,
         )
-        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.root = root
 
 
@@ -179,12 +183,35 @@ class FashionSubset(ImageData):
         seed: int = 0,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
+        labels: bool = True,
+        per_class: int | None = None,
     ) -> None:
         train, test = read_fashion_subset()
-        memory = InMemory(train, test, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std)
-        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
+        if per_class is not None:
+            train = _some_of_each(train, per_class, seed)
+        memory = InMemory(
+            train,
+            test,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+            labels=labels,
+        )
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels, self.per_class = batch_size, seed, labels, per_class
+
+
+def _some_of_each(data: ImageSet, count: int, seed: int) -> ImageSet:
+    most = int(data.labels.bincount().min())
+    if not 1 <= count <= most:
+        raise ValueError(f"per_class={count} is no number of images of each class: give 1 to {most}.")
+    generator = torch.Generator().manual_seed(mix_seed(seed, count))
+    order = torch.randperm(len(data.labels), generator=generator)
+    chosen = torch.cat([order[data.labels[order] == label][:count] for label in range(len(CLASSES))])
+    return ImageSet(data.images[chosen], data.labels[chosen])
 
 
 class FashionPairs(ImageData):

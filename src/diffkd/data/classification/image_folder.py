@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from diffkd.data.images import (
     verify_images,
 )
 from diffkd.data.images import white_level as white_level_of
-from diffkd.data.loaders import SplitLoaders
+from diffkd.data.loaders import SplitLoaders, UnlabelledLoaders
 from diffkd.data.seeding import digest_of, mix_seed, split_by_class
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 
@@ -171,6 +172,7 @@ class ImageFolder(ImageData):
             same share of each class; None uses `val`.
         white_level: the value of 16-bit images that is mapped to white, 255; 4095 for 12 bits. None uses 65535, and
             warns if all images would be nearly black.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Attributes:
         skipped: one message per image left out.
@@ -198,6 +200,7 @@ class ImageFolder(ImageData):
         follow_links: bool = False,
         val_share: float | None = None,
         white_level: int | None = None,
+        labels: bool = True,
     ) -> None:
         if augmentation.crop_padding:
             raise ValueError(
@@ -231,7 +234,7 @@ class ImageFolder(ImageData):
         check_every_class(train if trains else None, val, classes)
         evaluation = eval_transform(image_size, crop_ratio, mean, std)
         training = train_transform(augmentation, image_size, min_crop_area, mean, std)
-        loaders = SplitLoaders(
+        loaders: SplitLoaders = (SplitLoaders if labels else UnlabelledLoaders)(
             FolderDataset(train, training, seed, white),
             FolderDataset(val, evaluation, white=white),
             partial(_example, FolderDataset(train, evaluation, white=white)),
@@ -239,11 +242,13 @@ class ImageFolder(ImageData):
             seed=seed,
             num_workers=num_workers,
         )
-        super().__init__(loaders, classes, image_size=(image_size, image_size), mean=mean, std=std)
+        if isinstance(loaders, UnlabelledLoaders):
+            loaders = replace(loaders, bank=FolderDataset(train, evaluation, white=white))
+        super().__init__(loaders, classes, image_size=(image_size, image_size), mean=mean, std=std, labels=labels)
         # The argument is one side; the attribute holds both.
         self.save_hyperparameters("image_size", logger=False)
         self.root = root
-        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
+        self.batch_size, self.augmentation, self.seed, self.labels = batch_size, augmentation, seed, labels
         self.min_crop_area, self.crop_ratio = min_crop_area, crop_ratio
         self.num_workers = num_workers
         self.on_bad_image, self.verify = on_bad_image, verify

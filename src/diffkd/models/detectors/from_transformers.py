@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.models.extras import require
-from diffkd.models.from_transformers import _first_line, _warn_of_random_weights, keep_constants
+from diffkd.models.from_transformers import _first_line, keep_constants, warn_of_random_weights
 
 # Models with a padding mask, so that images keep their aspect ratio; boxes are relative to the image without padding.
 _MASKED = ("detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer")
@@ -175,7 +175,7 @@ def build_transformers_detector(
                 output_loading_info=True,
                 dtype=torch.float32,
             )
-            _warn_of_random_weights(name, report)
+            warn_of_random_weights(name, report)
             if getattr(model.config, "use_pretrained_backbone", False):
                 model.config.use_pretrained_backbone = False  # which would fetch weights
             keep_constants(model, factory)
