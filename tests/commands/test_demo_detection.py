@@ -19,8 +19,8 @@ from diffkd.recipes import find_recipe
 def test_the_demo_trains_compares_and_draws(tmp_path, monkeypatch):
     """The whole way, on fewer scenes."""
     recipe = find_recipe(demo_detection.RECIPE).read_text()
-    shorter, count = re.subn(r"(train|val)_count: \d+", r"\1_count: 8", recipe)
-    assert count == 2
+    shorter, count = re.subn(r"(train_count|val_count|batch_size): \d+", r"\1: 5", recipe)
+    assert count == 3
     (tmp_path / "short.yaml").write_text(shorter)
     monkeypatch.setattr(demo_detection, "RECIPE", str(tmp_path / "short.yaml"))
     out = tmp_path / "out"

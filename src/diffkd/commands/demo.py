@@ -36,10 +36,10 @@ def demo(
     interrupted and called again, it continues.
 
     Args:
-        out: folder for the table (JSON, Markdown), the figure, the DiffKD student and all runs.
+        out: folder for the table (JSON, Markdown), the figure, a distilled student and all runs.
         task: task of the demonstration.
         seeds: runs of each method; None: 3 for classification, 1 for the others.
-        epochs: length of each run; None: 7 for classification, 6 for detection, 8 for segmentation.
+        epochs: length of each run; None: 7 for classification, the recipe's for the others.
         jobs: runs at the same time; None: one per core.
 
     Returns:
@@ -49,7 +49,7 @@ def demo(
     if task == "detection":
         return detection_demo(out, 1 if seeds is None else seeds, epochs, jobs, console)
     if task == "segmentation":
-        return segmentation_demo(out, 1 if seeds is None else seeds, 8 if epochs is None else epochs, jobs, console)
+        return segmentation_demo(out, 1 if seeds is None else seeds, epochs, jobs, console)
     seeds, epochs = 3 if seeds is None else seeds, 7 if epochs is None else epochs
     console.print(
         f"{task}: {TEACHER} teaches {STUDENT}, {len(DEFAULT_METHODS)} methods, {seeds} seed(s) each, in {out}"
