@@ -93,8 +93,8 @@ def test_pkd_is_one_minus_the_correlation():
 
 
 def test_a_detector_inherits_all_but_the_backbone():
-    def build(backbone, **options):
-        return load_detector(f"fcos/timm/{backbone}", num_classes=3, fpn_channels=64, norm="batch", **options)
+    def build(backbone, fpn_channels=64):
+        return load_detector(f"fcos/timm/{backbone}", num_classes=3, fpn_channels=fpn_channels, norm="batch")
 
     student, teacher = build("test_resnet"), build("test_resnet")
     body = {name: value.clone() for name, value in student.state_dict().items() if name.startswith("backbone.body.")}
@@ -104,9 +104,25 @@ def test_a_detector_inherits_all_but_the_backbone():
         assert torch.equal(value, body[name] if name in body else theirs[name])
     assert any(not torch.equal(value, theirs[name]) for name, value in body.items())
     with pytest.raises(ValueError, match=r"cannot inherit the teacher's neck and head, which differ in 'backbone\.fpn"):
-        inherit_neck_and_head(build("test_efficientnet"), teacher)
+        inherit_neck_and_head(build("test_resnet", fpn_channels=96), teacher)
     with pytest.raises(ValueError, match="cannot inherit"):
         inherit_neck_and_head(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+def test_a_backbone_of_other_widths_keeps_its_lateral_convolutions():
+    student, teacher = (
+        load_detector(f"fcos/timm/{backbone}", num_classes=3, fpn_channels=64, norm="batch")
+        for backbone in ("test_efficientnet", "test_resnet")
+    )
+    own = ("backbone.body.", "backbone.fpn.inner_blocks.")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    inherit_neck_and_head(student, teacher)
+    theirs = teacher.state_dict()
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name] if name.startswith(own) else theirs[name]), name
+    assert not torch.equal(
+        before["backbone.fpn.layer_blocks.0.0.weight"], theirs["backbone.fpn.layer_blocks.0.0.weight"]
+    )
 
 
 class Segmenter(nn.Module):

@@ -50,6 +50,8 @@ COSTS = "step_cost.json"
 _OPTIONAL_COLUMNS = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
 _MOST_RUNS = 10_000
 DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
+RECOMMENDED = "diffkd-direct"
+"""Name of the recommended preset, of which there is one for each task: the demonstrations show and keep its student."""
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,11 @@ def demo(
     interrupted and called again, it continues.
 
     Args:
-        out: folder for the table (JSON, Markdown), the figure, the student of `SHOWN` and all runs.
+        out: folder for the table (JSON, Markdown), the figure, a distilled student and all runs.
         task: task of the demonstration.
         seeds: runs of each method; None: 3 for classification and representation, 1 for the others.
-        epochs: length of each run; None: 7 for classification, 6 for detection, 8 for segmentation, 5 for
-            representation, where few labels are trained on afterwards.
+        epochs: length of each run; None: 7 for classification, 5 for representation, where few labels are trained on
+            afterwards, the recipe's for the others.
         jobs: runs at the same time; None: one per core.
 
     Returns:
@@ -53,7 +53,7 @@ def demo(
     if task == "detection":
         return detection_demo(out, 1 if seeds is None else seeds, epochs, jobs, console)
     if task == "segmentation":
-        return segmentation_demo(out, 1 if seeds is None else seeds, 8 if epochs is None else epochs, jobs, console)
+        return segmentation_demo(out, 1 if seeds is None else seeds, epochs, jobs, console)
     if task == "representation":
         return representation_demo(out, 3 if seeds is None else seeds, 5 if epochs is None else epochs, jobs, console)
     seeds, epochs = 3 if seeds is None else seeds, 7 if epochs is None else epochs

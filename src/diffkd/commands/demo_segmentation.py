@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from diffkd.commands.compare import compare, cores
+from diffkd.commands.compare import RECOMMENDED, compare, cores
 from diffkd.data import SegmentationScenes
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.files.weights import write_text
@@ -16,23 +16,24 @@ from diffkd.reports.predictions import draw_overlays
 from diffkd.reports.tables import Row, class_table_of
 
 RECIPE = "scenes/segmentation"
-METHODS = ("alone", "kd", "cwd", "diffkd")
+METHODS = ("alone", "kd", "cwd", "diffkd", RECOMMENDED)
 TEACHER_WEIGHTS = "scenes/teacher.safetensors"
-IMAGES = 5  # scenes in the figure
+IMAGES = 5
+"""Number of scenes in the figure."""
 
 
 def segmentation_demo(
-    out: Path, seeds: int, epochs: int, jobs: int | None, console: Console, *, recipe: str = RECIPE
+    out: Path, seeds: int, epochs: int | None, jobs: int | None, console: Console, *, recipe: str = RECIPE
 ) -> list[Row]:
-    """Train a small segmenter alone and with KD, CWD and DiffKD, compare, and draw the class maps.
+    """Train a small segmenter alone and with several methods on generated scenes, compare, and draw the class maps.
 
     Scenes are generated and the teacher comes with the package: nothing is downloaded. If interrupted and called again,
     it continues.
 
     Args:
-        out: folder for the tables, the figure, the DiffKD student and all runs.
+        out: folder for the tables, the figure `demo.png`, the student of the recommended preset and all runs.
         seeds: runs of each method.
-        epochs: length of each run.
+        epochs: length of each run; None: the recipe's.
         jobs: runs at the same time; None: one per core.
         console: console for progress messages.
         recipe: a recipe on scenes with the packaged teacher.
@@ -40,24 +41,30 @@ def segmentation_demo(
     Returns:
         A row per method.
     """
-    console.print(f"segmentation: {len(METHODS)} methods, {seeds} seed(s) each, on generated scenes, in {out}")
+    card = read_card(find_weights(TEACHER_WEIGHTS))
+    console.print(
+        f"segmentation: {card['model']} ({100 * card['metrics']['miou']:.1f} % mIoU) teaches a smaller segmenter, "
+        f"{len(METHODS)} methods, {seeds} seed(s) each, in {out}"
+    )
     methods = [f"segmentation/{method}" for method in METHODS]
-    options = [f"--epochs={epochs}"]
+    options = [] if epochs is None else [f"--epochs={epochs}"]
     rows = compare(recipe, out, methods=methods, seeds=seeds, jobs=cores() if jobs is None else jobs, options=options)
     write_text(out / "classes.md", class_table_of(out, METHODS, seeds))
-    run = out / "diffkd" / "seed-0"
     for suffix in (".safetensors", ".json"):
-        shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
+        shutil.copyfile(out / RECOMMENDED / "seed-0" / f"student{suffix}", out / f"student{suffix}")
     draw_class_maps(out, out / "demo.png")
     console.print(f"tables  {out / 'comparison.md'}, {out / 'classes.md'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
-        f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
+        f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}",
+        soft_wrap=True,
     )
     return rows
 
 
 def draw_class_maps(out: Path, picture: Path, count: int = IMAGES) -> Path:
-    """Draw evaluation scenes of a finished demonstration with the class maps of all students and the teacher.
+    """Draw evaluation scenes with the class maps of student alone, distilled student, teacher and ground truth.
+
+    Of the first batch, the scenes with the most classes are drawn.
 
     Args:
         out: folder of the demonstration.
@@ -69,13 +76,12 @@ def draw_class_maps(out: Path, picture: Path, count: int = IMAGES) -> Path:
     """
     weights = {
         "student alone": out / "alone" / "seed-0" / "student.safetensors",
-        "student, DiffKD": out / "diffkd" / "seed-0" / "student.safetensors",
+        f"student, {RECOMMENDED}": out / RECOMMENDED / "seed-0" / "student.safetensors",
         "teacher": find_weights(TEACHER_WEIGHTS),
     }
     card = read_card(weights["student alone"])
     data = SegmentationScenes(**(card["data"]["init_args"] | {"seed": card["seed"], "train_count": 2}))
     images, masks, _ = next(iter(data.val_dataloader()))
-    # Scenes with the most classes are shown.
     order = sorted(range(len(masks)), key=lambda index: -len(masks[index].unique()))[:count]
     images, masks = images[order], masks[order]
     maps = {title: _predict(file, images) for title, file in weights.items()} | {"truth": masks}

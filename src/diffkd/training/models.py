@@ -363,25 +363,30 @@ def inherit_neck_and_head(student: nn.Module, teacher: nn.Module) -> None:
     """Copy all weights except the backbone body's from the teacher to the student, in place.
 
     The inheriting strategy of detectors of one family (Kang, Zhang, Zhang, Sun, Zheng, *Instance-Conditional Knowledge
-    Distillation for Object Detection*, NeurIPS 2021), which FGD and MGD use.
+    Distillation for Object Detection*, NeurIPS 2021), which FGD and MGD use. The pyramid's lateral convolutions, which
+    take the body's maps, stay the student's own where its body has other widths.
 
     Raises:
-        ValueError: if these weights differ in name or shape.
+        ValueError: if other weights differ in name or shape.
     """
-    body = "backbone.body."
+    body, lateral = "backbone.body.", "backbone.fpn.inner_blocks."
     ours, theirs = (
         {name: value for name, value in model.state_dict().items() if not name.startswith(body)}
         for model in (student, teacher)
     )
     apart = [name for name in ours if name not in theirs or ours[name].shape != theirs[name].shape]
-    apart += [name for name in theirs if name not in ours]
+    own = tuple(
+        name.removesuffix("weight") for name in apart if name.startswith(lateral) and name in theirs
+    )  # with their biases
+    apart = [name for name in apart if not name.startswith(own)] + [name for name in theirs if name not in ours]
     if apart or not any(name.startswith(body) for name in student.state_dict()):
         raise ValueError(
             f"the student cannot inherit the teacher's neck and head, which differ in {apart[0] if apart else body!r}: "
             "leave inherit_neck_and_head out, or give detectors of one family with equal pyramids"
         )
     for name, value in theirs.items():
-        ours[name].copy_(value)
+        if not name.startswith(own):
+            ours[name].copy_(value)
 
 
 def build_distiller(

@@ -105,6 +105,21 @@ def test_a_flip_turns_image_and_boxes_alike():
     assert 5 <= turned <= 16  # of 21
 
 
+@pytest.mark.parametrize("module", [DetectionScenes, SegmentationScenes])
+def test_the_sizes_of_objects_are_chosen(module):
+    options = SceneOptions((48, 64), ("Bag", "Trouser"), min_scale=0.7, max_scale=0.8)
+    scenes = list(make_scenes(4, "val", 3, options))
+    seen = 0
+    for _, targets, indices in batches(module(**SMALL, min_scale=0.7, max_scale=0.8).val_dataloader()):
+        for target, index in zip(targets, indices.tolist(), strict=True):
+            if isinstance(target, dict):
+                assert torch.equal(target["boxes"], scenes[index].boxes)
+            else:
+                assert torch.equal(target, scenes[index].class_mask.long())
+            seen += 1
+    assert seen == 3
+
+
 def test_a_flip_turns_image_and_mask_alike():
     plain, flipping = (SegmentationScenes(**SMALL, flip=flip) for flip in (False, True))
     turned = 0

@@ -26,6 +26,8 @@ class DetectionScenes(ImageData):
         flip: mirror training scenes left to right with probability 1/2.
         min_objects: smallest number of objects drawn in a scene.
         max_objects: largest number of objects drawn; see `SceneOptions`.
+        min_scale: smallest side of an object's square, as a fraction of the scene's shorter side.
+        max_scale: largest side, likewise.
         min_size: shorter side of the detector's input, in pixels; None uses that of the scenes. The detector is built
             with this and `max_size`.
         max_size: limit of the longer side of the detector's input; None uses that of the scenes.
@@ -47,10 +49,12 @@ class DetectionScenes(ImageData):
         flip: bool = True,
         min_objects: int = 1,
         max_objects: int = 6,
+        min_scale: float = 0.1,
+        max_scale: float = 0.9,
         min_size: int | tuple[int, ...] | None = None,
         max_size: int | None = None,
     ) -> None:
-        options = SceneOptions(size, classes, min_objects, max_objects)
+        options = SceneOptions(size, classes, min_objects, max_objects, min_scale, max_scale)
         train = _scenes(seed, "train", train_count, options, BoxAugmentation(flip=flip))
         loaders = SplitLoaders(
             train,
@@ -65,6 +69,7 @@ class DetectionScenes(ImageData):
         self.train_count, self.val_count, self.size = train_count, val_count, options.size
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
         self.min_objects, self.max_objects = min_objects, max_objects
+        self.min_scale, self.max_scale = min_scale, max_scale
         self.min_size = min(self.size) if min_size is None else min_size
         self.max_size = max(self.size) if max_size is None else max_size
 

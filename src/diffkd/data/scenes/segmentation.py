@@ -29,6 +29,8 @@ class SegmentationScenes(ImageData):
         flip: mirror training scenes left to right with probability 1/2.
         min_objects: smallest number of objects drawn in a scene.
         max_objects: largest number of objects drawn; see `SceneOptions`.
+        min_scale: smallest side of an object's square, as a fraction of the scene's shorter side.
+        max_scale: largest side, likewise.
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
 
@@ -50,13 +52,15 @@ class SegmentationScenes(ImageData):
         flip: bool = True,
         min_objects: int = 1,
         max_objects: int = 6,
+        min_scale: float = 0.1,
+        max_scale: float = 0.9,
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         if classes is not None:
             # The names in `self.classes` are also valid arguments.
             classes = tuple(one for one in classes if one != BACKGROUND)
-        options = SceneOptions(size, classes, min_objects, max_objects)
+        options = SceneOptions(size, classes, min_objects, max_objects, min_scale, max_scale)
 
         def scenes(split: Split, count: int, flip: bool) -> MaskedImages:
             made = make_scenes(seed, split, count, options)
@@ -70,6 +74,7 @@ class SegmentationScenes(ImageData):
         self.train_count, self.val_count, self.size = train_count, val_count, options.size
         self.batch_size, self.seed, self.flip = batch_size, seed, flip
         self.min_objects, self.max_objects = min_objects, max_objects
+        self.min_scale, self.max_scale = min_scale, max_scale
 
 
 class MaskedImages(Dataset[tuple[Tensor, Tensor, int]]):

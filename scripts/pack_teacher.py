@@ -1,7 +1,8 @@
-"""Write a run's detector into the package in half precision, its card with what it measures after that.
+"""Write a run's student into the package as a teacher, in half precision; its card says what it measures after that.
 
 diffkd fit scenes/detection-teacher --out runs/scenes/detection-teacher
-python scripts/pack_detector.py runs/scenes/detection-teacher src/diffkd/assets/scenes/detection-teacher.safetensors
+python scripts/pack_teacher.py scenes/detection-teacher runs/scenes/detection-teacher \
+    src/diffkd/assets/scenes/detection-teacher.safetensors
 """
 
 import json
@@ -16,15 +17,17 @@ from diffkd.export.student_file import find_student, read_card
 from diffkd.files.weights import read_weights
 
 
-def main(run: str, target: Path) -> None:
-    """Halve the weights of `run`, write them to `target`, and measure them."""
+def main(recipe: str, run: str, target: Path) -> None:
+    """Halve the weights of `run`, which `recipe` has trained, write them to `target`, and measure them."""
     weights = {
         name: (value.half() if value.dtype == torch.float32 else value).contiguous()
         for name, value in read_weights(find_student(run)).items()
     }
+    if bad := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise SystemExit(f"{run}: {bad[0]} does not fit into float16: train it anew, or store it in full precision")
     target.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, target, metadata={"format": "pt"})
-    card = {**read_card(find_student(run)), "command": "diffkd fit scenes/detection-teacher", "stored": "float16"}
+    card = {**read_card(find_student(run)), "command": f"diffkd fit {recipe}", "stored": "float16"}
     beside = target.with_suffix(".json")
     beside.write_text(json.dumps(card, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     card["metrics"] = evaluate(str(target), accelerator="cpu")
@@ -32,4 +35,4 @@ def main(run: str, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
