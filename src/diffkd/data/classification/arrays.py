@@ -77,8 +77,8 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             file = np.load(stream, allow_pickle=False)
             keys = list(file) if isinstance(file, np.lib.npyio.NpzFile) else ["a single array"]
             wanted = [key for key in keys if key in ("images", "labels", "classes")]
-            if isinstance(file, np.lib.npyio.NpzFile):
-                check_unpacked(sum(entry.file_size for entry in file.zip.infolist()), path)
+            if isinstance(file, np.lib.npyio.NpzFile) and file.zip is not None:
+                check_unpacked(sum(int(entry.file_size) for entry in file.zip.infolist()), path)
             arrays: dict[str, np.ndarray[Any, Any]] = {key: file[key] for key in wanted}
         bare = [key for key in wanted if not isinstance(arrays[key], np.ndarray)]
         if bare:
