@@ -12,6 +12,7 @@ from diffkd.commands.compare import DEFAULT_METHODS, compare, cores
 from diffkd.commands.demo_detection import detection_demo
 from diffkd.commands.demo_segmentation import segmentation_demo
 from diffkd.commands.plot import saved_training
+from diffkd.commands.report import write_report_of
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.reports.plots import draw_results, saliency
@@ -67,6 +68,7 @@ def demo(
     }
     images, maps = _saliency_maps(run)
     draw_results(out / "demo.png", curves, images, maps)
+    write_report_of(out, tell=str)  # again, with the picture
     console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
         f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True

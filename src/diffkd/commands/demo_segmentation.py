@@ -8,6 +8,7 @@ from rich.console import Console
 from torch import Tensor
 
 from diffkd.commands.compare import compare, cores
+from diffkd.commands.report import write_report_of
 from diffkd.data import SegmentationScenes
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.files.weights import write_text
@@ -49,6 +50,7 @@ def segmentation_demo(
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
     draw_class_maps(out, out / "demo.png")
+    write_report_of(out, tell=str)  # again, with the picture
     console.print(f"tables  {out / 'comparison.md'}, {out / 'classes.md'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
         f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
