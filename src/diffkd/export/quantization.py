@@ -135,8 +135,8 @@ def write_openvino(source: Path, target: Path, example: Tensor | None = None) ->
             if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * max(1.0, float(expected.abs().max()))):
                 difference = float((found - expected).abs().max())
                 raise ValueError(
-                    f"OpenVINO's logits differ from the student's by {difference:.1e}; nothing was written: export it as "
-                    ".onnx"
+                    f"OpenVINO's logits differ from the student's by {difference:.1e}; nothing was written: "
+                    "export it as .onnx"
                 )
         openvino.save_model(model, str(target), compress_to_fp16=False)
     except RuntimeError as error:
