@@ -119,11 +119,12 @@ def test_openvino_gives_the_same_answers(tmp_path, teacher):
     assert out.with_suffix(".bin").is_file()
     assert read_card(out)["model"]
     images, _, _ = next(iter(FashionSubset(batch_size=4).val_dataloader()))
-    compiled = openvino.Core().compile_model(str(out), "CPU")
+    # On some processors it computes in bfloat16 unless it is told otherwise.
+    compiled = openvino.Core().compile_model(str(out), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = torch.from_numpy(np.asarray(compiled(images.numpy())[0]))
     student = load_student(teacher[0])
     with torch.no_grad():
-        assert torch.allclose(found, student.module(images), atol=1e-2)
+        assert torch.allclose(found, student.module(images), atol=1e-3)
     assert Predictor(student).classes == student.facts.classes
 
 

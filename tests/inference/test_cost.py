@@ -80,7 +80,8 @@ def test_a_name_is_profiled_and_written(tmp_path, capsys):
     ]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    assert "cifar/compact_resnet14" in out
+    assert "teacher" in out
+    assert "pytorch" in out
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["image_size"] == [3, 32, 32]
     models = found["models"]

@@ -7,11 +7,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from diffkd.commands.compare import compare, cores
+from diffkd.commands.compare import RECOMMENDED, compare, cores
 from diffkd.commands.demo_detection import detection_demo
 from diffkd.commands.demo_representation import representation_demo
 from diffkd.commands.demo_segmentation import segmentation_demo
 from diffkd.commands.plot import saved_training
+from diffkd.commands.report import write_report_of
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.reports.plots import draw_results, saliency
@@ -19,8 +20,7 @@ from diffkd.reports.tables import Row
 from diffkd.tasks.data_facts import TaskName
 
 RECIPE = "demo"
-METHODS = ("alone", "kd", "dist", "diffkd", "diffkd-direct")
-SHOWN = METHODS[-1]  # whose student is saved and drawn
+METHODS = ("alone", "kd", "dist", "diffkd", RECOMMENDED)
 TEACHER = "cifar/compact_resnet14"
 STUDENT = "cifar/compact_resnet8"
 
@@ -60,7 +60,7 @@ def demo(
     console.print(f"{task}: {TEACHER} teaches {STUDENT}, {len(METHODS)} methods, {seeds} seed(s) each, in {out}")
     jobs, options = cores() if jobs is None else jobs, [f"--epochs={epochs}"]
     rows = compare(RECIPE, out, methods=list(METHODS), seeds=seeds, jobs=jobs, options=options)
-    run = out / SHOWN / "seed-0"
+    run = out / RECOMMENDED / "seed-0"
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
     curves = {
@@ -72,9 +72,10 @@ def demo(
     }
     images, maps = _saliency_maps(run)
     draw_results(out / "demo.png", curves, images, maps)
+    write_report_of(out, tell=str)  # again, with the picture
     console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
-        f"The student of {SHOWN} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
+        f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
     )
     return rows
 

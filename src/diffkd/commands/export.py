@@ -129,7 +129,8 @@ def export(
                 graph = Path(folder) / "student.onnx"
             note += "; " + write_program(student, graph, json.dumps(card), opset=opset, tolerance=tolerance)
             if target.suffix == ".xml":
-                write_openvino(graph, target)
+                detects = card.get("task") == "detection"  # which finds nothing in noise
+                write_openvino(graph, target, None if detects else student.example[:1])
             elif quantize is not None:
                 images = _calibration_images(graph, card, calibration_images, trust) if quantize == "int8" else None
                 write_quantized(graph, target, quantize, images)

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from diffkd.files.weights import write_whole
@@ -108,21 +109,35 @@ def _keep_card(source: Path, target: Path) -> None:
         onnx.save(model, str(target))
 
 
-def write_openvino(source: Path, target: Path) -> None:
+def write_openvino(source: Path, target: Path, example: Tensor | None = None) -> None:
     """Write an ONNX graph in OpenVINO's format: `target`, which ends in .xml, and its weights, in .bin.
 
     Args:
         source: the .onnx file.
         target: the .xml file to write.
+        example: images (B, C, H, W), on which the logits of both must agree in float32; None: they are not compared.
 
     Raises:
         ModuleNotFoundError: if the extra for OpenVINO is not installed.
-        ValueError: if OpenVINO cannot convert the graph.
+        ValueError: if OpenVINO cannot convert the graph, or gives other logits; nothing is written then.
     """
     openvino = require("openvino", "openvino", f"exporting {target.name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         model = openvino.convert_model(str(source))
+        if example is not None:
+            # On some processors it computes in bfloat16 unless it is told otherwise.
+            compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            found = torch.from_numpy(compiled(example.numpy())[0])
+            runtime = require("onnxruntime", "onnx", f"checking {target.name}")
+            session = runtime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+            expected = torch.from_numpy(session.run(None, {"images": example.numpy()})[0])
+            if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * max(1.0, float(expected.abs().max()))):
+                difference = float((found - expected).abs().max())
+                raise ValueError(
+                    f"OpenVINO's logits differ from the student's by {difference:.1e}; nothing was written: "
+                    "export it as .onnx"
+                )
         openvino.save_model(model, str(target), compress_to_fp16=False)
     except RuntimeError as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
