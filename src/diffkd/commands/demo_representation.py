@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from diffkd.commands.compare import Run, compare, cores, train_all
-from diffkd.data import FashionSubset
+from diffkd.commands.evaluate import data_of
+from diffkd.export.student_file import read_card
 from diffkd.files.weights import write_text
 from diffkd.models import load_backbone
 from diffkd.recipes import find_recipe
@@ -18,7 +19,6 @@ from diffkd.reports.tables import Row
 from diffkd.tasks.representation import Representation
 
 RECIPE, FINE_TUNING = "representation/demo", "finetune/demo"
-STUDENT = "cifar/compact_resnet8"
 METHODS = ("cosine", "representation/fitnet-direct", "representation/diffkd-direct")
 # Labelled images of each class, of 800, the epochs and the batch size of their training.
 LABELS = {8: (40, 16), 80: (20, 64)}
@@ -93,7 +93,8 @@ def _table(out: Path, names: Sequence[str], seeds: int, labels: Sequence[int]) -
     results = {name: [_result(out / "pretrained" / name / f"seed-{seed}") for seed in range(seeds)] for name in names}
     first = results[names[0]][0]
     table: Table = {"teacher": {name: _spread([first[f"teacher_{name}"]]) for name in ("knn", "linear")}}
-    random = [_measured_at_random(seed) for seed in range(seeds)]
+    card = read_card(out / "pretrained" / names[0] / "seed-0" / "student.safetensors")
+    random = [_measured_at_random(card, seed) for seed in range(seeds)]
     for name, found in {SCRATCH: random, **results}.items():
         table[name] = {column: _spread([one[column] for one in found]) for column in ("knn", "linear")}
         for count in labels:
@@ -107,13 +108,13 @@ def _result(run: Path) -> dict[str, float]:
     return last
 
 
-def _measured_at_random(seed: int) -> dict[str, float]:
-    """Return k-NN and linear probe of the student as it starts."""
+def _measured_at_random(card: Mapping[str, Any], seed: int) -> dict[str, float]:
+    """Return k-NN and linear probe of the student of a card as it starts, on the data of that card."""
     torch.manual_seed(seed)
-    student = load_backbone(STUDENT, in_channels=1).eval()
+    student = load_backbone(card["model"], in_channels=card["in_channels"]).eval()
     meter = Representation(probe=True).meter(torch.device("cpu"), last=True)
     with torch.no_grad():
-        for batch in FashionSubset(labels=False).val_dataloader():
+        for batch in data_of(dict(card)).val_dataloader():
             meter.update(student, batch)
     return meter.compute()
 
