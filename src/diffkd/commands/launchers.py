@@ -1,5 +1,6 @@
 """Runs of a comparison or a study on a cluster: Ray's, or one of SLURM through submitit."""
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,14 +96,15 @@ def _by_ray(
     address = options.pop("address", None)
     paths = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=paths)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=paths)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConnectionError(
             f"the Ray cluster {address or 'of this machine'} could not be reached ({reason}): start it with `ray start "
             "--head`, and give the address that this prints as --launcher_options='{address: ...}'"
         ) from error
-    waiting, running = list(enumerate(calls)), {}
+    waiting = list(enumerate(calls))
+    running: dict[Any, int] = {}
     try:
         try:
             remote = ray.remote(**{"max_retries": _TRIES - 1, **options})(_call)
@@ -144,7 +146,8 @@ def _by_submitit(
     except (ValueError, NameError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"launcher_options: submitit does not take them ({reason}): correct them") from error
-    waiting, running = [(index, call, 1) for index, call in enumerate(calls)], {}
+    waiting = [(index, call, 1) for index, call in enumerate(calls)]
+    running: dict[Any, tuple[int, tuple[Any, ...], int]] = {}
     try:
         while waiting or running:
             while waiting and (jobs is None or len(running) < jobs):

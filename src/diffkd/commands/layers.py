@@ -40,7 +40,8 @@ def layers(
     Raises:
         ValueError: if a model is unknown, cannot take such images, or nothing can be paired.
     """
-    model, teacher = (_of_hub(name) if is_hub(name) else name for name in (model, teacher))
+    model = _of_hub(model) if is_hub(model) else model
+    teacher = _of_hub(teacher) if teacher is not None and is_hub(teacher) else teacher
     classes = 20 if num_classes is None and task != "classification" else num_classes
     student = load(
         model, facts_of_size(task, classes, in_channels, image_size), num_classes=classes, in_channels=in_channels

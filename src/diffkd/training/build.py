@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -165,7 +166,7 @@ def from_hub(options: FitOptions) -> FitOptions:
         if not isinstance(model, str) or code_of_model(model) is not None:
             what = f"is of somebody's own code, {model!r}" if model else "has no card that says which model it is"
             raise ValueError(f"{side} {name} {what}: give the model yourself, --{side} MODEL --{side}_weights {name}")
-        changes = {side: model, f"{side}_weights": str(file)}
+        changes: dict[str, Any] = {side: model, f"{side}_weights": str(file)}
         if side == "student" and card.get("detection") and options.detection == DEFAULT_DETECTION:
             options = replace(options, detection=DetectionOptions(**card["detection"]))
         options = replace(options, **changes)
