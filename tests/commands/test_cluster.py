@@ -70,7 +70,7 @@ def script(tmp_path, words, timeout=900, **environment):
 @pytest.mark.cluster
 def test_a_comparison_on_ray_survives_the_loss_of_a_node_and_ends_as_without(recipe, tmp_path):
     pytest.importorskip("ray")
-    options = [TRUST, "--epochs=150"]
+    options = [TRUST, "--epochs=60"]
     (tmp_path / "on_ray.py").write_text(ON_RAY)
     out = tmp_path / "ray"
     process = script(tmp_path, [str(tmp_path / "on_ray.py"), str(recipe), str(out), json.dumps(options)])

@@ -75,7 +75,8 @@ def demo(
     write_report_of(out, tell=str)  # again, with the picture
     console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
-        f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
+        f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}",
+        soft_wrap=True,
     )
     return rows
 
