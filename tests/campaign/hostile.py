@@ -850,7 +850,7 @@ def _images() -> Iterator[tuple[str, Case]]:
             Image.fromarray(mask).save(folder / split / "masks" / "a.png")
         _picture(folder / "train" / "images" / "evil.png")
         (folder / "train" / "masks" / "evil.png").write_bytes(make())
-        size = ("--data.num_classes=2", "--data.crop_size=[32,32]")
+        size = ("--data.num_classes=2", "--data.crop_size=[32,32]", "--data.batch_size=1")
         return _fit(folder, "MaskFolder", *size, *words)
 
     for name, make in pictures().items():
@@ -1012,7 +1012,7 @@ def _names() -> Iterator[tuple[str, Case]]:
             mask = np.zeros((32, 40), np.uint8)
             mask[:16] = 1
             Image.fromarray(mask).save(folder / split / "masks" / "a.png")
-        size = ("--data.classes=classes.txt", "--data.crop_size=[32,32]")
+        size = ("--data.classes=classes.txt", "--data.crop_size=[32,32]", "--data.batch_size=1")
         return _fit(folder, "MaskFolder", *size)
 
     yield "masks: names with escapes", functools.partial(classes, text=f"{ESCAPE}\n<b>\n$\\frac$")

@@ -73,6 +73,7 @@ def test_hostile_files(kind, server, tmp_path, record_property):
         most = max(most, done.peak[0] - done.peak[1])
         if wrong := problems(done, folder):
             failed[name] = [*wrong, done.err[-600:]]
+            print(f"\n{name}: {failed[name]}", flush=True)  # noqa: T201
         shutil.rmtree(folder)
     record_property(
         "campaign",

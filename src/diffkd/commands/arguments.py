@@ -13,9 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffkd.commands.usage_errors import check_unused_options, explain
+from diffkd.files.values import read_yaml, read_yaml_file
 from diffkd.recipes.trust import Gate, Trust, UsageError, given_value, named_code, take_trust
 
 # Words that make the parser discard the values of an earlier method or optimiser.
@@ -52,11 +51,11 @@ def _values(word: str, after: str) -> Iterator[tuple[str, Any]]:
     option, equals, value = word.partition("=")
     text = value if equals else after
     if option == "--config" and Path(text).is_file():
-        values = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        values = read_yaml_file(Path(text))
         yield from ((name, value) for name, value in values.items() if name in _RESET)
     elif option[2:] in _RESET:
-        with suppress(yaml.YAMLError):  # reported by the parser
-            yield option[2:], yaml.safe_load(text)
+        with suppress(ValueError):  # reported by the parser
+            yield option[2:], read_yaml(text)
 
 
 def _classes(value: Any) -> tuple[str, ...] | None:
@@ -290,13 +289,10 @@ def _faulty_pairs(parser: Any, words: list[str]) -> bool:
 
 def _check_file(file: Path) -> None:
     """Raise UsageError with the file's name, which the parser omits, if an existing file is not a mapping."""
-    import yaml
-
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = str(error).replace('in "<unicode string>", ', "")
-        raise UsageError(f"{file} cannot be read as YAML ({where}): correct it") from error
+        values = read_yaml_file(file) if file.is_file() else {}
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if not isinstance(values, dict):
         raise UsageError(
             f"{file} holds no values by name, such as `epochs: 3`: give a recipe, or the config.yaml of a run"

@@ -266,7 +266,10 @@ def _plain_warnings() -> Iterator[None]:
 
     warnings.formatwarning = plain
     try:
-        yield
+        with warnings.catch_warnings():
+            # What Pillow finds wrong in a file that it reads nonetheless; where it cannot, there is an error.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+            yield
     finally:
         warnings.formatwarning = usual
 

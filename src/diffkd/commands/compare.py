@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +28,7 @@ from diffkd.commands.report import write_report_of
 from diffkd.commands.step_cost import step_costs
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
+from diffkd.files.values import read_json_file, read_yaml_file
 from diffkd.files.weights import write_text
 from diffkd.recipes import find_recipe, recipe_names
 from diffkd.recipes.trust import UsageError, named_code
@@ -207,7 +207,7 @@ def _preset_name(preset: Path) -> str:
 
 def _task_of(recipe: str) -> str:
     """Return the task of a recipe's data if it is another than classification, "" otherwise."""
-    values = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8")) or {}
+    values = read_yaml_file(find_recipe(recipe)) or {}
     data = values.get("data") if isinstance(values, dict) else None
     name = str(data.get("class_path") if isinstance(data, dict) else data)
     if "Detection" in name:
@@ -220,7 +220,7 @@ def _task_of(recipe: str) -> str:
 
 
 def _sets_no_teacher(preset: Path) -> bool:
-    values = yaml.safe_load(preset.read_text(encoding="utf-8")) or {}
+    values = read_yaml_file(preset) or {}
     return isinstance(values, dict) and values.get("teacher", "kept") is None
 
 
@@ -240,7 +240,7 @@ def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) 
     """Measure the step cost of every method and write the file of costs, unless it already has all of them."""
     file = out / COSTS
     reference = next((method for method in REFERENCES[::-1] if method in commands), next(iter(commands), None))
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = read_json_file(file) if file.is_file() else {}
     if reference is None or (known.get("reference") == reference and set(commands) <= set(known["methods"])):
         return
     console.print(f"measuring a training step of {len(commands)} methods, side by side")
@@ -261,7 +261,7 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
         for seed in range(seeds):
             folder = out / method / f"seed-{seed}"
             if (folder / "result.json").is_file():
-                results.setdefault(method, {})[seed] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+                results.setdefault(method, {})[seed] = RunFolder(folder).read_result()
                 score = results[method][seed]["score"]
                 history = read_csv(folder / "metrics.csv")
                 curves.setdefault(method, []).append([100 * float(row[score]) for row in history])
@@ -269,7 +269,7 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
         return []
     first = next(iter(next(iter(results.values())).values()))
     score = first["score"]
-    costs = json.loads((out / COSTS).read_text(encoding="utf-8")) if (out / COSTS).is_file() else None
+    costs = read_json_file(out / COSTS) if (out / COSTS).is_file() else None
     rows = summarize(results, score, costs)
     facts = {"device": first["device"], "versions": first["versions"], "metric": score, "rows": as_json(rows)}
     if costs is not None:

@@ -163,6 +163,15 @@ def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bo
             raise missing from None
 
 
+def val_or_hint(val: Callable[[], _T]) -> _T:
+    """Read the evaluation images; if they are missing, the message names the option that does without them."""
+    try:
+        return val()
+    except FileNotFoundError as error:
+        text = str(error).rstrip(".")
+        raise FileNotFoundError(f"{text}, or set val_share=0.1 to hold some of the training images back.") from error
+
+
 def _whole_signature(cls: type) -> inspect.Signature:
     """Return the signature of a class, with `**options` replaced by the arguments of its base.
 

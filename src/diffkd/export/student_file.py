@@ -1,6 +1,5 @@
 """Files of a student and its card: all that is needed to rebuild it, preprocess its input and evaluate it."""
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.resources import files
@@ -11,6 +10,7 @@ import torch
 
 from diffkd.files.history import Row, measurements
 from diffkd.files.run_folder import RunFolder
+from diffkd.files.values import read_json_file
 from diffkd.files.weights import WHOLE_FILES
 from diffkd.models.hub import fetch_student, is_hub
 from diffkd.tasks.data_facts import DataFacts
@@ -88,10 +88,7 @@ def read_card(weights: str | Path) -> dict[str, Any]:
     path = card_file(weights)
     if not path.is_file() or path == Path(weights):
         return {}
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); delete it, or save the model again") from error
+    card = read_json_file(path)
     if not isinstance(card, dict):
         raise ValueError(f"{path} is no card of a model; delete it, or save the model again")
     return card

@@ -11,6 +11,7 @@ import yaml
 
 from diffkd.files.config import describe, differences
 from diffkd.files.lock import LOCK
+from diffkd.files.values import read_json_file, read_yaml_file
 from diffkd.files.weights import is_partial, remove_partial, write_text
 
 # Values that may change on resume without changing the training.
@@ -67,7 +68,7 @@ class RunFolder:
             raise FileExistsError(f"{self.path} is not empty and holds no run to resume; give another --out")
         if not resume:
             raise FileExistsError(f"{self.path} is not empty; add --resume to go on there, or give another --out")
-        stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
+        stored = self.read_config()
         if changed := changed_values(stored, config):
             raise ValueError(
                 f"{self.path} was started with other values: {'; '.join(changed)}; give the same ones, or another "
@@ -75,8 +76,33 @@ class RunFolder:
             )
         if not self.result.is_file():
             return None
-        result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
-        return result
+        return self.read_result()
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the recorded values.
+
+        Raises:
+            ValueError: if the file is damaged; the message names it.
+        """
+        content = read_yaml_file(self.config) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.config} holds no values by name: give the folder of a run")
+        return content
+
+    def read_result(self) -> dict[str, Any]:
+        """Return the result of the finished run.
+
+        Raises:
+            ValueError: if the file is damaged; the message names it.
+        """
+        content = read_json_file(self.result)
+        rows = [content.get(which) for which in ("last", "best")] if isinstance(content, dict) else []
+        wanted = [content.get("score") if isinstance(content, dict) else None, "epoch"]
+        numbers = [row.get(name) if isinstance(row, dict) else None for row in rows for name in wanted]
+        known = all(isinstance(one, int | float) for one in numbers)
+        if not rows or not isinstance(wanted[0], str) or not known:
+            raise ValueError(f"{self.result} is no result of a run: delete it, and add --resume to write it again")
+        return dict(content)
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Create the folder, remove what a killed run left half written, and record the run's values.

@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from diffkd.files.values import TooLargeError, read_yaml, read_yaml_file
 
 # Modules and base classes of the classes that these options name without their module.
 HOMES = {
@@ -399,20 +399,26 @@ def _exists(text: str) -> bool:
 
 
 def _content(file: str | Path) -> Any:
-    """Return the content of a config file, None if it is not one."""
-    with suppress(yaml.YAMLError, UnicodeDecodeError):
-        return _load(Path(file).expanduser().read_text(encoding="utf-8"))
-    return None
+    """Return the content of a config file, None if it is not one.
+
+    Raises:
+        UsageError: if it stands for too many values: the parser, which would read it next, has no bounds.
+    """
+    try:
+        return read_yaml_file(Path(file).expanduser())
+    except TooLargeError as error:
+        raise UsageError(str(error)) from error
+    except ValueError:
+        return None
 
 
 def _as_yaml(text: str) -> Any:
-    with suppress(yaml.YAMLError):
-        return _load(text)
-    return text
-
-
-def _load(text: str) -> Any:
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # as the parser loads it
+    try:
+        return read_yaml(text)
+    except TooLargeError as error:
+        raise UsageError(f"the value {text[:40]!r}... cannot be read as YAML ({error}): correct it") from error
+    except ValueError:
+        return text
 
 
 def _code_in(value: Any, called: bool) -> Iterator[str]:

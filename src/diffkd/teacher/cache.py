@@ -80,7 +80,7 @@ class TeacherCache:
             if not create:
                 raise FileNotFoundError(f"there is no teacher cache in {self.folder}")
             self._create(card)
-        self._files = _check(self.folder, json.loads(path.read_text(encoding="utf-8")), card)
+        self._files = _check(self.folder, _stored(path), card)
         self._maps = {name: self._map(name) for name in self.shapes}
         self.valid = torch.zeros(views * samples, dtype=torch.uint8)
         self._own = self.valid.clone()
@@ -225,6 +225,16 @@ def _allocate(path: Path, size: int) -> None:
         block = bytes(2**20)  # actual zeros: a sparse file could let the disk run full later
         for start in range(0, size, len(block)):
             file.write(block[: size - start])
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); delete {path.parent}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("layers", {}), dict):
+        raise ValueError(f"{path} describes no teacher cache; delete {path.parent}")
+    return content
 
 
 def _check(folder: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str, str]:

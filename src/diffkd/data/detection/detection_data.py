@@ -16,7 +16,7 @@ from diffkd.data.detection.annotated_files import AnnotatedFiles
 from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection.dataset import DetectionDataset, collate_detection
 from diffkd.data.folders import FolderSamples, absent_classes, allow_outside_links, format_names
-from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val
+from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val, val_or_hint
 from diffkd.data.images import BAD_IMAGE_HINT, OnBadImage, check_on_bad_image, check_readable, upright_size
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
@@ -96,7 +96,7 @@ class DetectionData(ImageData):
         with allow_outside_links(follow_links):
             train, trains = train_or_val(partial(read, "train", None, skip), partial(read, "val", None, skip))
             if trains:
-                val = read("val", train, skip) if val_share is None else None
+                val = val_or_hint(partial(read, "val", train, skip)) if val_share is None else None
                 test = read("test", train, skip)
             else:
                 val = train = _of_evaluated_classes(train)
