@@ -159,8 +159,9 @@ def _box_of_runs(mask: Mapping[str, Any]) -> tuple[float, float, float, float] |
     runs = _decoded_runs(counts) if isinstance(counts, str) else counts
     sides = size if isinstance(size, list) and len(size) == 2 and all(map(_is_side, size)) else [0, 0]
     height, width = sides
-    whole = isinstance(runs, list) and all(isinstance(one, int) and one >= 0 for one in runs)
-    if not whole or not height or sum(runs) != height * width:
+    if not isinstance(runs, list) or not all(isinstance(one, int) and one >= 0 for one in runs):
+        return None
+    if not height or sum(runs) != height * width:
         return None
     start, columns, rows = 0, list[int](), list[int]()
     for index, length in enumerate(runs):
