@@ -180,7 +180,7 @@ def test_classification_is_measured_alike_by_test_and_predict(tmp_path):
         out = tmp_path / f"predicted-{source.name}"
         words = ["predict", str(source), str(tmp_path / "data"), f"--out={out}", "--format=csv", "--progress=false"]
         assert cli.main(words) == 0
-        rows = list(csv.DictReader((out / "predictions.csv").open()))
+        rows = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
         right = [row["file"].split("/")[0] == row["class1"] for row in rows]
         assert len(rows) == 12
         assert sum(right) / len(right) == pytest.approx(measured["top1"])
@@ -200,7 +200,7 @@ def test_pseudo_labels_are_trained_on(pictures, tmp_path, task, capsys):
     root = tmp_path / "out" / "pseudo_labels"
     student = {
         "classification": ["--student=cifar/compact_resnet8", "--data.image_size=28"],
-        "detection": ["--student=fcos/timm/test_resnet", "--detection.fpn_channels=16", "--data.min_size=64"],
+        "detection": ["--student=fcos/timm/test_resnet", "--detection.fpn_channels=64", "--data.min_size=64"],
         "segmentation": ["--student=torchvision/lraspp_mobilenet_v3_large", "--data.crop_size=[64,64]"],
     }[task]
     found = table(out)
