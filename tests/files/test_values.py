@@ -40,6 +40,13 @@ def test_no_yaml_is_a_value_error(text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["epochs: 3\nlr: 1\nepochs: 4", "a: {b: 1, b: 2}", "- {1: a, 1: b}"])
+def test_a_key_that_is_there_twice_is_refused(text):
+    """Of which the last would be taken without a word."""
+    with pytest.raises(ValueError, match=r"it holds '(epochs|b|1)' twice, the second time in line \d"):
+        read_yaml(text)
+
+
 def test_usual_values_are_read_with_their_aliases_and_merges():
     base = "base: &base {lr: 0.1, steps: [1, 2]}\nmine: {<<: *base, lr: 0.2}\nsame: *base"
     assert read_yaml(base) == {
@@ -47,6 +54,8 @@ def test_usual_values_are_read_with_their_aliases_and_merges():
         "mine": {"lr": 0.2, "steps": [1, 2]},
         "same": {"lr": 0.1, "steps": [1, 2]},
     }
+    nested = "base: &base {lr: 1}\ndeep: {mine: &mine {<<: *base, lr: 2}}\nlast: {<<: *mine}"
+    assert read_yaml(nested)["last"] == read_yaml(nested)["deep"]["mine"] == {"lr": 2}
     assert read_yaml("a: &a [*a]")["a"]  # a list that holds itself counts once
     assert len(read_yaml(f"names: [{','.join(map(str, range(30_000)))}]")["names"]) == 30_000
 

@@ -20,11 +20,11 @@ def read_yaml(text: str) -> Any:
     """Return the content of a YAML text as numbers, strings, lists and mappings.
 
     Raises:
-        ValueError: if it is no YAML; the message is the reason, without a file.
+        ValueError: if it is no YAML, or a mapping has a key twice; the message is the reason, without a file.
         TooLargeError: if it is nested too deeply, or holds more than 100,000 values, those counted that aliases repeat.
     """
     try:
-        content = yaml.load(text, Loader=_Loader)
+        content = _loaded(text)
         count = _count(content, {})
     except RecursionError as error:
         raise TooLargeError("its values are nested too deeply") from error
@@ -62,6 +62,37 @@ def read_json_file(path: Path) -> Any:
         raise TooLargeError(f"{path} is no JSON that can be read (it is nested too deeply): write it again") from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}): fetch or write it again") from error
+
+
+def _loaded(text: str) -> Any:
+    """Return the content of a YAML text; a key that is there twice is an error, where a loader would take the last."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _check_keys(node, set())
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_keys(node: Any, known: set[int]) -> None:
+    if id(node) in known:
+        return
+    known.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for one in node.value:
+            _check_keys(one, known)
+    elif isinstance(node, yaml.MappingNode):
+        names = set()
+        for key, value in node.value:
+            name = (key.tag, key.value)
+            if isinstance(key, yaml.ScalarNode) and name in names and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(
+                    f"it holds {key.value[:80]!r} twice, the second time in line {key.start_mark.line + 1}"
+                )
+            if isinstance(key, yaml.ScalarNode):
+                names.add(name)
+            _check_keys(value, known)
 
 
 def _count(value: Any, known: dict[int, int]) -> int:
