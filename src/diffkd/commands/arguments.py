@@ -334,7 +334,7 @@ def _with_values(words: list[str], flags: set[str]) -> list[str]:
 
 
 def _with_all_teachers(words: list[str]) -> list[str]:
-    """Replace `--teacher A --teacher B` by `--teacher=["A", "B"]`."""
+    """Replace `--teacher A --teacher B` by `--teacher=["A", "B"]`; `--teacher null` takes back those before it."""
     found: list[str] = []
     kept: list[str] = []
     rest = iter(words)
@@ -346,6 +346,10 @@ def _with_all_teachers(words: list[str]) -> list[str]:
             kept.append(word)
     if len(found) < 2:
         return words
+    if "null" in found:
+        found = found[len(found) - found[::-1].index("null") :] or ["null"]
+        if len(found) == 1:
+            return [*kept, f"--teacher={found[0]}"]
     values = [json.loads(one) if one.startswith(("[", "{")) else one for one in found]
     return [*kept, f"--teacher={json.dumps(values)}"]
 
