@@ -154,7 +154,7 @@ def test_code_runs_only_if_it_is_named(tmp_path):
 def test_what_is_missing_or_wrong_is_named(tmp_path, monkeypatch):
     model = load_model("cifar/compact_resnet8", num_classes=3)
     source = saved(model, tmp_path, "cifar/compact_resnet8")
-    with pytest.raises(ValueError, match=r"\.safetensors, \.onnx, \.pt2; got"):
+    with pytest.raises(ValueError, match=r"\.safetensors, \.onnx, \.pt2, \.xml; got"):
         export(source, tmp_path / "c.pth")
     with pytest.raises(ValueError, match="at least 18"):
         export(source, tmp_path / "c.onnx", opset=11)

@@ -177,7 +177,7 @@ class Distiller(nn.Module):
         teacher_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        teachers: list[Any] = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]
         if not teachers:
             raise ValueError("there is no teacher in the list: give one or more")
         for one in teachers:

@@ -103,7 +103,7 @@ def changed(array, index, value):
         ({"labels": None}, r"no key 'labels', only \['images'\]"),
         ({"labels": LABELS[:5]}, "12 images but 5 labels"),
         ({"labels": LABELS.astype(float)}, "labels are float64"),
-        ({"labels": np.eye(12, dtype=int)}, r"labels are int64 \(12, 12\)"),
+        ({"labels": np.zeros((12, 1, 1), dtype=int)}, r"labels are int64 \(12, 1, 1\)"),
         ({"labels": changed(LABELS, 7, -1)}, "label -1 at index 7 is out of range for 4 classes"),
         ({"labels": changed(LABELS, 3, 9), "classes": np.array(list("abcd"))}, "label 9 at index 3 is out of range"),
         ({"images": changed(IMAGES.astype(np.float32), 5, np.nan)}, r"image 5 holds NaN or infinity \(1 such"),

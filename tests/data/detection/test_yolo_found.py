@@ -199,9 +199,9 @@ def test_what_cvat_exports(tmp_path):
 def test_aliases_of_yaml_do_not_grow(root):
     levels = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 30))
     (root / "data.yaml").write_text(f"l0: &l0 [a]\n{levels}names: *l29\n")
-    with pytest.raises(ValueError, match="names is") as raised:
+    with pytest.raises(ValueError, match="its aliases stand for more than") as raised:
         module(root)
-    assert len(str(raised.value)) < 100_000
+    assert len(str(raised.value)) < 1_000
 
 
 def test_links_may_lead_out_where_it_is_allowed(root, tmp_path_factory):
