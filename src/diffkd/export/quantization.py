@@ -51,8 +51,9 @@ def quantize(source: Path, target: Path, kind: Quantization, images: Iterable[Te
         raise
     except Exception as error:  # its own and onnx's exceptions have no common base
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        mend = "take --quantize int8-dynamic, which needs no images, or " if kind == "int8" else ""
         raise ValueError(
-            f"{source.name} cannot be converted to {kind} ({reason}): export it without quantize"
+            f"{source.name} cannot be converted to {kind} ({reason}): {mend}export it without quantize"
         ) from error
     _keep_card(source, target)
 

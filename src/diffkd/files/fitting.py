@@ -238,7 +238,9 @@ def load_backbone(
     body = unwrap(body)
     contents = read_contents(path)
     own = body.state_dict()
-    fit = fit_contents(body, path, contents, key, convert)
+    fit = fit_contents(body, path, contents, key)
+    if convert is not None and (fit.shapes or any(not _may_lack(name, fit, own) for name in fit.missing)):
+        fit = fit_contents(body, path, contents, key, convert)
     missing = [name for name in fit.missing if not _may_lack(name, fit, own)]
     if missing or fit.shapes:
         described = [f"missing {name}" for name in missing[:3]]

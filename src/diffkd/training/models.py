@@ -79,12 +79,14 @@ def build_student(
     Raises:
         ValueError: if the model cannot take the images or be saved, or its number of classes is not that of the data.
     """
-    if weights is not None and data.task in ("detection", "segmentation") and _is_backbone(weights):
-        weights, backbone_weights = None, weights
     if backbone_weights is not None:
         _check_backbone_weights(backbone_weights, data, weights, pretrained or pretrained_backbone)
-        if detection.norm == "auto" and data.task == "detection" and not name.startswith("hf/"):
-            detection = replace(detection, norm="frozen")  # as for published weights
+    if weights is not None and data.task in ("detection", "segmentation") and _is_backbone(weights):
+        _check_backbone_weights(weights, data, None, pretrained or pretrained_backbone)
+        weights, backbone_weights = None, weights
+    own_norm = backbone_weights is not None and data.task == "detection" and not name.startswith("hf/")
+    if own_norm and detection.norm == "auto":
+        detection = replace(detection, norm="frozen")  # as for published weights
     torch.manual_seed(seed)
     student = load(
         name,
