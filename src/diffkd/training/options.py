@@ -42,7 +42,7 @@ class FitOptions:
         student_weights_key: as teacher_weights_key, for the student.
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start only the backbone of a detector or segmenter from published weights.
-        inherit_neck_and_head: start all of a detector but its backbone from the teacher's weights.
+        inherit_neck_and_head: start all of a detector or segmenter but its backbone from the teacher's weights.
         method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, diffkd.FitNet, or one of your own; or a
             list of them, each with its own automatic pairs.
         pairs: which student layer learns from which teacher layer; "auto" pairs them automatically.
