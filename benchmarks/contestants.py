@@ -1,6 +1,7 @@
 """Who takes part: a training step each of the student alone, KD, FitNet, DiffKD, and DiffKD written plainly.
 
-"checkpointed" is DiffKD that keeps no activations of its denoising steps, "unet" one whose denoiser is a U-Net.
+"checkpointed" is DiffKD that keeps no activations of its denoising steps, "unet" one whose denoiser is a U-Net;
+"direct" is the preset diffkd-direct, "fitnet-direct" fitnet-direct-standardized: both compare the logits as they are.
 """
 
 from collections.abc import Callable
@@ -10,18 +11,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 
+import diffkd
 from benchmarks.cases import Case
 from benchmarks.plain_transcription import PlainDiffKD
 from benchmarks.unet_denoiser import unet
 from diffkd import KD, DiffKD, Distiller, FitNet, Pair, TeacherOptions
+from diffkd.commands.compare import find_method
 from diffkd.features.memory_layout import try_channels_last
 from diffkd.training.optimization import build_optimizer
 
 FEATURE_ALONE = ("fitnet", "diffkd", "checkpointed", "plain", "unet")
-WITH_NETWORKS = ("alone", "kd", *FEATURE_ALONE)
-ON_REQUEST = ("unet",)  # takes as long as all others together
+PRESETS = {"direct": "diffkd-direct", "fitnet-direct": "fitnet-direct-standardized"}
+WITH_NETWORKS = ("alone", "kd", *FEATURE_ALONE, *PRESETS)
+ON_REQUEST = ("unet", *PRESETS)  # a U-Net takes as long as all others together
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,12 @@ def _network_step(case: Case, contestant: str, settings: Settings) -> Step:
         model = student
     else:
         teacher = case.teacher().to(settings.device)
-        feature = Pair(case.layer, method=_method(contestant, case))
-        output = Pair("output", method=_method(contestant, replace(case, ae_channels=None)))
+        on_feature, on_output = (
+            _preset(contestant)
+            if contestant in PRESETS
+            else (_method(contestant, case), _method(contestant, replace(case, ae_channels=None)))
+        )
+        feature, output = Pair(case.layer, method=on_feature), Pair("output", method=on_output)
         pairs = {"kd": [Pair("output", method=KD)], "fitnet": [feature]}.get(contestant, [feature, output])
         options = TeacherOptions(fold=as_fit, channels_last=channels_last)
         model = Distiller(student, teacher, pairs, example=images[:2].float(), teacher_options=options)
@@ -150,6 +159,16 @@ def _method(contestant: str, case: Case) -> Callable[..., nn.Module]:
     if contestant == "plain":
         return partial(PlainDiffKD, ae_channels=case.ae_channels, inference_steps=case.steps)
     return FitNet
+
+
+def _preset(contestant: str) -> list[Callable[..., nn.Module]]:
+    """Return the methods of a preset, that on the feature and that on the logits."""
+    values = yaml.safe_load(find_method(PRESETS[contestant]).read_text(encoding="utf-8"))
+    entries = [one if isinstance(one, dict) else {"class_path": one} for one in values["method"]]
+    return [
+        partial(getattr(diffkd, entry["class_path"].removeprefix("diffkd.")), **entry.get("init_args", {}))
+        for entry in entries
+    ]
 
 
 def _placed(tensor: Tensor, settings: Settings) -> Tensor:

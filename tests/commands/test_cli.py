@@ -159,7 +159,7 @@ def test_help_of_every_command(command, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"usage: diffkd {command}")
     assert "known subclasses" not in text
-    assert len(text) < 16_000
+    assert len(text) < 18_000  # a list of the known subclasses would double it
 
 
 def test_help_lists_the_commands(capsys):

@@ -1,5 +1,6 @@
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from rich.console import Console
 from tiny_recipe import MODELS, TRUST, write_recipe
 
 from diffkd.commands.arguments import fit_with
-from diffkd.commands.compare import compare, find_method, report, rich_table
+from diffkd.commands.compare import _start_worker, compare, find_method, report, rich_table
 from diffkd.commands.step_cost import step_costs
 from diffkd.recipes.trust import UsageError
 from diffkd.reports.tables import summarize
@@ -175,3 +176,46 @@ def test_the_table_on_a_terminal_cuts_no_number(width: int) -> None:
     assert "…" not in shown
     assert "72.00 ± 2.00" in shown
     assert ("best epoch" in shown) == (width >= 120)
+
+
+def test_a_run_whose_process_is_killed_is_said_in_one_line(tmp_path: Path, recipe: Path) -> None:
+    models = tmp_path / "killed.py"
+    models.write_text("import os\ndef model(num_classes, in_channels):\n    os.kill(os.getpid(), 9)\n")
+    options = [f"--student={models}:model"]
+    with pytest.raises(RuntimeError, match=r"process of a run was killed.*the same command goes on with it"):
+        compare(str(recipe), tmp_path / "out", methods=["alone"], seeds=1, cost=False, options=options)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
+def test_runs_stop_when_the_comparison_is_killed(tmp_path: Path) -> None:
+    """They would go on unseen, and hold the folders that the next comparison needs."""
+    mark = tmp_path / "pid"
+
+    def work() -> None:
+        _start_worker(1)
+        mark.write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def parent() -> None:
+        multiprocessing.get_context("fork").Process(target=work).start()
+        time.sleep(60)
+
+    started = multiprocessing.get_context("fork").Process(target=parent)
+    started.start()
+    while not (mark.is_file() and mark.read_text()):
+        time.sleep(0.05)
+    worker = int(mark.read_text())
+    started.kill()
+    started.join()
+    ends = time.monotonic() + 30
+    while _is_alive(worker) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not _is_alive(worker)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait for its parent to notice."""
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False

@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from diffkd.commands import demo as demonstration
-from diffkd.commands.compare import DEFAULT_METHODS
 from diffkd.commands.evaluate import evaluate
 from diffkd.recipes import find_recipe
 
@@ -26,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_method_is_trained_and_in_the_table(folder: Path) -> None:
     table = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    assert [row["method"] for row in table["rows"]] == list(DEFAULT_METHODS)
+    assert [row["method"] for row in table["rows"]] == list(demonstration.METHODS)
     assert all(10 < row["last"] <= 100 for row in table["rows"])
     assert len({row["parameters"] for row in table["rows"]}) == 1
     for suffix in ("md", "tex"):

@@ -74,9 +74,9 @@ def test_mgd(preset, kind, levels, inherits):
 
 
 def test_pkd():
-    for preset, last in (("detection/pkd", "backbone[p6]"), (f"{FASTER}/pkd", "backbone[3]")):
+    for preset, last, weight in (("detection/pkd", "backbone[p6]", 10.0), (f"{FASTER}/pkd", "backbone[3]", 6.0)):
         name, options, levels, _ = values(preset)
-        assert (name, options["weight"], levels) == ("PKD", 6.0, [*FOUR[:3], last])
+        assert (name, options["weight"], levels) == ("PKD", weight, [*FOUR[:3], last])
 
 
 def test_pkd_is_one_minus_the_correlation():
@@ -226,6 +226,54 @@ def test_maskd_on_class_maps():
     overlap = (coefficients.sum() - 2 * 8) / (2 * 8 * 7)
     scores = F.interpolate(t * masks.mean(1, keepdim=True) * 8, labels.shape[1:], mode="bilinear", align_corners=True)
     torch.testing.assert_close(found["tokens"], F.cross_entropy(scores, labels) + overlap, rtol=1e-9, atol=0)
+
+
+def test_maskds_tokens_are_trained_in_a_run_of_their_own_at_the_published_rate():
+    given = setting("segmentation/maskd-tokens")
+    optimizer = given["optimizer"].keywords
+    assert (optimizer["lr"], optimizer["weight_decay"], given["max_steps"], given["task_weight"]) == (
+        0.1,
+        1e-3,
+        10_000,
+        0,
+    )
+    losses, distiller, *_ = segmenters("segmentation/maskd-tokens")
+    assert {name.rpartition("/")[2]: float(loss.detach()) > 0 for name, loss in losses.items()} == {
+        "kd": False,
+        "tokens": True,
+    }
+    assert distiller.methods[0].token_steps == 0
+
+
+def test_dist_on_both_heads_of_torchvisions_models():
+    preset = setting("segmentation/dist-auxiliary")
+    assert preset["segmentation"].auxiliary
+    assert {pair.student: pair.weight for pair in preset["pairs"]} == {"classifier.4": 1.0, "aux_classifier.4": 0.4}
+    torch.manual_seed(0)
+    student, teacher = (
+        load_segmenter("torchvision/fcn_resnet50", num_classes=5, auxiliary=True).eval() for _ in range(2)
+    )
+    images = torch.randn(2, 3, 64, 64)
+    pairs = [type(pair)(**{**vars(pair), "method": unwrap_factory(pair.method)}) for pair in preset["pairs"]]
+    distiller = Distiller(student, teacher, pairs, example=images).eval()
+    with torch.no_grad():
+        ours, losses = distiller(images)
+        theirs = teacher(images)
+    # The heads' maps are an eighth of the size; both are resized alike afterwards, so their own maps are compared.
+    assert set(losses) == {"classifier.4/kd", "aux_classifier.4/kd"}
+    assert set(ours) == set(theirs) == {"out", "aux"}
+    seen = distiller.observe(images)
+    for name, factor in (("classifier.4", 1.0), ("aux_classifier.4", 0.4)):
+        s, t = (
+            x.double().permute(0, 2, 3, 1).reshape(-1, 5).softmax(1) for x in (seen[name].student, seen[name].teacher)
+        )
+        expected = factor * (1 - correlation(s, t).mean() + 1 - correlation(s.T, t.T).mean())
+        torch.testing.assert_close(losses[f"{name}/kd"].double(), expected, rtol=1e-4, atol=0)
+
+
+def correlation(a, b):
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
 def test_cirkd_stands_beside_kd():

@@ -181,6 +181,15 @@ def test_fitnet():
     check(found, ((F.conv2d(ours[2], projection.weight, projection.bias) - theirs[2]) ** 2).mean())
 
 
+def test_cosine():
+    """AM-RADIO's feature loss: 1 - cosine at every position of the last map, weight 1."""
+    _, found, distiller, images, *_ = effective("cosine", *resnets())
+    (_, ours, _), (_, theirs, _) = both(distiller, images)
+    projection = distiller.methods[0].student_projection
+    z = F.conv2d(ours[2], projection.weight, projection.bias)
+    check(found, (1 - (z * theirs[2]).sum(1) / (z.norm(dim=1) * theirs[2].norm(dim=1))).mean())
+
+
 def test_the_hint_of_the_benchmarks():
     """RepDistiller: hint layer 2, which is the second stage; conv + BatchNorm + ReLU; weight 100."""
     _, found, distiller, images, *_ = effective("cifar100/fitnet", *resnets())
@@ -431,7 +440,8 @@ def test_every_preset_of_classification_is_covered(request):
     if len(request.session.items) < 20:
         pytest.skip("only the whole file covers all presets")
     elsewhere = {"methods/alone", "methods/diffkd", "methods/diffkd-dist"}  # held by the tests of DiffKD
-    dense = ("methods/detection/", "methods/segmentation/", "methods/coco/")
+    # Those of representations are no paper's, but for their method; held by test_representation_presets.py.
+    dense = ("methods/detection/", "methods/segmentation/", "methods/coco/", "methods/representation/")
     presets = {name for name in recipe_names() if name.startswith("methods/") and not name.startswith(dense)}
     elsewhere |= {name for name in presets if "-direct" in name}  # which no paper has; held by test_direct_presets.py
     assert presets - elsewhere == COVERED

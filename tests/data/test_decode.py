@@ -1,3 +1,5 @@
+import subprocess
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -151,3 +153,16 @@ def turned():
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
+
+
+def test_programs_that_draw_are_not_run(tmp_path, monkeypatch):
+    """Pillow would start an interpreter of PostScript, whatever the name of the file."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **options: started.append(args))
+    monkeypatch.setattr("PIL.EpsImagePlugin.has_ghostscript", lambda: True)
+    path = tmp_path / "picture.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (read_rgb, upright_size):
+        with pytest.raises(ValueError, match=r"picture\.jpg cannot be read .*a program that draws, which is not run"):
+            read(path)
+    assert started == []

@@ -1,8 +1,9 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from diffkd.data.folders import scan_folder
+from diffkd.data.folders import image_files, scan_folder
 
 
 @pytest.fixture
@@ -131,3 +132,13 @@ def test_links_inside_the_root_are_followed_to_files_only(root):
 def test_the_root_itself_may_be_a_link(root, tmp_path):
     (tmp_path / "link").symlink_to(root)
     assert len(scan_folder(tmp_path / "link").train.paths) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_pipe_is_no_image(tmp_path):
+    """Reading it would wait for ever."""
+    (tmp_path / "a.png").touch()
+    assert len(image_files(tmp_path, tmp_path.resolve())) == 1
+    os.mkfifo(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png: a pipe, socket or device, and no image"):
+        image_files(tmp_path, tmp_path.resolve())

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 from PIL import Image
 
 from diffkd.data import Arrays, DetectionScenes, ImageFolder, MaskFolder, SegmentationScenes, hold_out
+from diffkd.data.held_out import stratified_split
 
 
 def samples(loader):
@@ -96,3 +97,20 @@ def test_a_share_that_leaves_nothing_is_refused(image_files, share, message):
 def test_other_data_modules_are_refused():
     with pytest.raises(ValueError, match="LightningDataModule does not show its training images"):
         hold_out(LightningDataModule())
+
+
+@pytest.mark.parametrize(("classes", "each", "share"), [(100, 2, 0.2), (40, 3, 0.1), (10, 2, 0.25), (7, 4, 0.1)])
+def test_many_classes_of_few_images_give_one_in_turn(classes, each, share):
+    labels = [index % classes for index in range(classes * each)]
+    kept, held = stratified_split(labels, share, seed=0)
+    assert abs(len(held) - share * len(labels)) <= 1
+    assert sorted([*kept, *held]) == list(range(len(labels)))
+    assert len({labels[index] for index in held}) == len(held)  # of different classes
+    assert {labels[index] for index in kept} == set(labels)
+
+
+def test_classes_of_one_image_keep_it():
+    labels = [*range(20), *[20] * 20]
+    kept, held = stratified_split(labels, 0.1, seed=1)
+    assert [labels[index] for index in held] == [20, 20]
+    assert len(kept) == 38

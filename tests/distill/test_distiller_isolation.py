@@ -117,9 +117,9 @@ class TestStudentIsUntouched:
         for model in (distiller.student, average, average.module):
             model(IMAGES)
             assert recorder.outputs == {}
-        assert distiller._teacher_recorder.outputs == {}
+        assert distiller._sources[0].recorder.outputs == {}
         distiller.teacher(IMAGES)
-        assert distiller._teacher_recorder.outputs == {}
+        assert distiller._sources[0].recorder.outputs == {}
 
     def test_hooks_come_off(self):
         distiller = distil()

@@ -42,3 +42,10 @@ def test_an_unwritable_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         history(0.5).write_csv(tmp_path / "file" / "metrics.csv")
+
+
+@pytest.mark.parametrize("content", [b"epoch,top1\n1,good", b"epoch,top1\n1,0.5,3,4", b"\xff\xfe"])
+def test_a_damaged_table_names_its_file(tmp_path, content):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.csv is no table of numbers"):
+        read_csv(tmp_path / "metrics.csv")

@@ -44,9 +44,11 @@ def test_what_does_not_change_the_training_may_differ(run):
 
 
 def test_a_finished_run_returns_its_result(run):
-    run.finish({"last": {"top1": 0.5}})
-    assert run.check(CONFIG, resume=True) == {"last": {"top1": 0.5}}
-    assert json.loads(run.result.read_text()) == {"last": {"top1": 0.5}}
+    row = {"epoch": 1, "top1": 0.5}
+    result = {"score": "top1", "last": row, "best": row}
+    run.finish(result)
+    assert run.check(CONFIG, resume=True) == result
+    assert json.loads(run.result.read_text()) == result
 
 
 def test_somebodys_files_are_left_alone(tmp_path):
@@ -105,3 +107,28 @@ def test_an_option_that_came_later_had_its_default():
     assert changed_values(
         {"data": {"class_path": "no.Such", "init_args": {}}}, {"data": {"class_path": "no.Such"}}
     ) == ["data.init_args is {} there, None here"]
+
+
+def test_files_that_were_half_written_when_a_run_was_killed_are_no_obstacle_and_go(tmp_path):
+    folder = RunFolder(tmp_path)
+    partial = [tmp_path / ".config.yaml.abcd1234.partial", tmp_path / "checkpoints" / ".last.ckpt.abcd1234.partial"]
+    folder.checkpoint.parent.mkdir()
+    for path in partial:
+        path.write_text("")
+    assert folder.check(CONFIG, resume=False) is None
+    folder.start(CONFIG)
+    assert not any(path.exists() for path in partial)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"score": "top1", "last": {}, "best": {}}', '{"score": 1}'])
+def test_a_damaged_result_is_named(run, content):
+    run.result.write_text(content)
+    with pytest.raises(ValueError, match=r"result\.json is no"):
+        run.check(CONFIG, resume=True)
+
+
+@pytest.mark.parametrize("content", ["[", "- 1", "a: &a [*a, *a"])
+def test_a_damaged_config_is_named(run, content):
+    run.config.write_text(content)
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        run.check(CONFIG, resume=True)

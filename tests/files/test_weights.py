@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from diffkd import load_weights, read_weights, save_student
-from diffkd.files.weights import unwrap, write_whole
+from diffkd.files.weights import is_partial, remove_partial, unwrap, write_whole
 
 
 def equal_states(a, b):
@@ -228,6 +228,28 @@ class TestWritingWhole:
         with pytest.raises(KeyboardInterrupt):
             write_whole(tmp_path / "file", write)
         assert list(tmp_path.iterdir()) == []
+
+    def test_what_a_killed_process_was_writing_is_found_and_removed(self, tmp_path):
+        (tmp_path / "deep").mkdir()
+        seen = []
+
+        def write(file):
+            seen.append(file)
+            (tmp_path / "deep" / file.name).write_text("half of an earlier one")
+
+        write_whole(tmp_path / "file", write)
+        assert is_partial(seen[0])
+        assert not is_partial(tmp_path / "file")
+        (tmp_path / ".hidden").touch()
+        remove_partial(tmp_path)
+        assert sorted(path.name for path in tmp_path.rglob("*")) == [".hidden", "deep", "file"]
+
+    def test_writers_that_do_not_say_what_is_wrong_are_told_of_with_the_free_space(self, tmp_path):
+        def write(file):
+            raise RuntimeError("enforce fail at inline_container.cc")
+
+        with pytest.raises(OSError, match=r"inline_container.cc; [\d,.]+ MiB are free there\)"):
+            write_whole(tmp_path / "file", write)
 
     def test_a_full_disk(self, tmp_path):
         """A limit on the size of files stands in for a disk that is full."""

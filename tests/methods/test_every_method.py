@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffkd import DIST, FMKT, KD, NORM, OFAKD, PKD, WTTM, FeatureShape, FitNet, Hint, methods
 from diffkd.methods.at import AT
 from diffkd.methods.cirkd import CIRKD
+from diffkd.methods.cosine import Cosine
 from diffkd.methods.crd import CRD
 from diffkd.methods.cwd import CWD
 from diffkd.methods.dkd import DKD
@@ -78,6 +79,8 @@ CASES = [
     Case(KD, (7, 7), options={"standardize": True}),
     Case(DIST, (7, 7), VECTOR),
     Case(DIST, (7, 7), options={"standardize": True}),
+    Case(Cosine),
+    Case(Cosine, sizes=VECTOR),
     Case(FitNet),
     Case(FitNet, sizes=VECTOR),
     Case(FitNet, options={"standardize": True}),

@@ -10,7 +10,7 @@ def test_projects_and_compares_maps():
     student, teacher = (torch.randn(2, channels, 4, 4, dtype=torch.float64) for channels in (5, 7))
     projected = F.conv2d(student, *method.student_projection.parameters())
     torch.testing.assert_close(method(student, teacher), {"kd": 2 * F.mse_loss(projected, teacher)})
-    assert FitNet.wants == {"feature"}
+    assert FitNet.wants == {"feature", "embedding"}
 
 
 def test_projects_and_compares_vectors():

@@ -114,3 +114,52 @@ def test_cross_entropy_resizes_and_ignores():
     expected = F.cross_entropy(resized[1].flatten(1).T[1:], labels[1].flatten()[1:])
     torch.testing.assert_close(cross_entropy(logits, partly), expected)
     assert cross_entropy(logits, torch.full_like(labels, 255)) == 0
+
+
+def trained(folder, **options):
+    """A checkpoint as a run leaves it, with the tokens of two pairs, and the first of them."""
+    first, second = build(**options), build(**options)
+    state = {
+        f"model.methods.{i}.{name}": value
+        for i, one in enumerate((first, second))
+        for name, value in one.state_dict().items()
+    }
+    (folder / "checkpoints").mkdir()
+    torch.save({"state_dict": state, "epoch": 3}, folder / "checkpoints" / "last.ckpt")
+    return first, second
+
+
+@pytest.mark.parametrize("weighting", [True, False])
+def test_tokens_of_a_run_of_their_own_stay_as_they_are(tmp_path, weighting):
+    _, second = trained(tmp_path, weighting=weighting)
+    options = {"tokens": 3, "weighting": weighting, "tokens_from": tmp_path, "tokens_key": "methods.1"}
+    method = MasKD(FeatureShape(4, SIZE), FeatureShape(4, SIZE), **options).double()
+    assert method.needs == ()
+    student = torch.randn(2, 4, *SIZE, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 4, *SIZE, dtype=torch.float64)
+    found = method(student, teacher)
+    reference = second(student, teacher, labels=torch.tensor([0, 1]), teacher_head=lambda t: t.mean(dim=(2, 3)))
+    assert set(found) == {"kd"}
+    torch.testing.assert_close(found["kd"], reference["kd"], rtol=1e-6, atol=0)  # the file is read into float32
+    assert found["kd"] > 0
+    trainable = {name for name, one in method.named_parameters() if one.requires_grad}
+    assert not any(name.startswith(("tokens", "weighting")) for name in trainable)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"several pairs, .*model.methods.0.*model.methods.1.*: give one as tokens_key"),
+        ({"tokens_key": "methods.7"}, "under 'methods.7'"),
+        ({"tokens": 5, "tokens_key": "methods.0"}, "5 tokens of 4 channels.* holds none"),
+    ],
+)
+def test_files_without_the_tokens_that_are_wanted_are_refused(tmp_path, options, message):
+    trained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        MasKD(FeatureShape(4, SIZE), FeatureShape(4, SIZE), **{"tokens": 3, "tokens_from": tmp_path, **options})
+
+
+def test_a_missing_file_of_tokens_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        MasKD(FeatureShape(4, SIZE), FeatureShape(4, SIZE), tokens_from=tmp_path / "nowhere.ckpt")

@@ -79,6 +79,20 @@ def test_older_names_of_torchvision(tmp_path, build, older):
     assert same(second, first)
 
 
+@pytest.mark.parametrize("prefix", ["", "state_dict.model."])
+def test_older_names_of_smp(tmp_path, prefix):
+    """DeepLabV3's decoder was a Sequential; smp renames its entries itself when they are loaded."""
+    first, second = (load_segmenter("smp/deeplabv3/resnet18", num_classes=3) for _ in range(2))
+    older = {"decoder.aspp.": "decoder.0.", "decoder.conv.": "decoder.1.", "decoder.bn.": "decoder.2."}
+    state = {}
+    for name, value in first.state_dict().items():
+        renamed = next((name.replace(*pair, 1) for pair in older.items() if name.startswith(pair[0])), name)
+        state[prefix.partition(".")[2] + renamed] = value
+    assert any(".0.convs" in name for name in state)
+    filled(second, {"state_dict": state} if prefix else state, tmp_path)
+    assert same(second, first)
+
+
 def test_auxiliary_heads_that_are_not_wanted_are_left_out(tmp_path):
     build = torchvision_models.segmentation.fcn_resnet50
     options = {"weights": None, "weights_backbone": None, "num_classes": 3}

@@ -188,3 +188,23 @@ def test_differences_name_the_path():
         "a.c is 2 there, 3 here",
         "a.d is None there, 4 here",
     ]
+
+
+def test_what_a_killed_process_was_creating_goes_after_an_hour(tmp_path):
+    """Its space is allocated, and may be all that the next one needs."""
+    old, new, other = (tmp_path / name for name in (".it.abcd1234", ".it.efgh5678", ".its.abcd1234"))
+    for folder in (old, new, other):
+        folder.mkdir()
+        (folder / "layer-0.bin").write_bytes(bytes(100))
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    cache(tmp_path / "it")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".it.efgh5678", ".its.abcd1234", "it"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"layers": 3}', "[" * 100_000])
+def test_a_damaged_description_is_named(tmp_path, content):
+    cache(tmp_path / "it")
+    (tmp_path / "it" / "cache.json").write_text(content)
+    with pytest.raises(ValueError, match=r"cache\.json .*; delete .*it"):
+        cache(tmp_path / "it")

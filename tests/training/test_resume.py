@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from functools import partial
 
@@ -122,3 +123,28 @@ def test_the_seed_decides(tmp_path, image_files, model_file):
         train(arrays(image_files), tmp_path / name, model_file, seed=seed, method=METHODS["diffkd"], epochs=1)
     assert same_weights(tmp_path / "one" / "student.safetensors", tmp_path / "two" / "student.safetensors")
     assert not same_weights(tmp_path / "one" / "student.safetensors", tmp_path / "three" / "student.safetensors")
+
+
+def test_a_folder_that_is_removed_is_written_again(tmp_path, image_files, model_file, whole):
+    """With all that the run knows, so that it ends as it would have, and can be resumed."""
+    options = {"method": METHODS["plain"], "ema": None}
+    run = tmp_path / "run"
+    data = arrays(image_files, 8, lambda: shutil.rmtree(run))
+    with (
+        pytest.warns(UserWarning, match="run was removed while the training wrote into it: it is written again"),
+        pytest.warns(UserWarning, match="tensorboard cannot be written"),
+    ):
+        train(data, run, model_file, save_every_steps=2, **options)
+    assert same_weights(whole("plain", None) / "student.safetensors", run / "student.safetensors")
+    assert without_seconds(whole("plain", None) / "metrics.csv") == without_seconds(run / "metrics.csv")
+    assert (run / "config.yaml").is_file()
+
+
+def test_a_log_of_tensorboard_that_cannot_be_written_ends_nothing(tmp_path, image_files, model_file):
+    (tmp_path / "tensorboard").write_text("in the way of the folder")
+    with pytest.warns(
+        UserWarning, match="tensorboard cannot be written .*: the training goes on without this log"
+    ) as said:
+        train(arrays(image_files), tmp_path, model_file, epochs=1, resume=True)
+    assert len(said) == 1
+    assert (tmp_path / "result.json").is_file()

@@ -13,9 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffkd.commands.usage_errors import check_unused_options, explain
+from diffkd.files.values import read_yaml, read_yaml_file
 from diffkd.recipes.trust import Gate, Trust, UsageError, given_value, named_code, take_trust
 
 # Words that make the parser discard the values of an earlier method or optimiser.
@@ -52,11 +51,11 @@ def _values(word: str, after: str) -> Iterator[tuple[str, Any]]:
     option, equals, value = word.partition("=")
     text = value if equals else after
     if option == "--config" and Path(text).is_file():
-        values = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        values = read_yaml_file(Path(text))
         yield from ((name, value) for name, value in values.items() if name in _RESET)
     elif option[2:] in _RESET:
-        with suppress(yaml.YAMLError):  # reported by the parser
-            yield option[2:], yaml.safe_load(text)
+        with suppress(ValueError):  # reported by the parser
+            yield option[2:], read_yaml(text)
 
 
 def _classes(value: Any) -> tuple[str, ...] | None:
@@ -192,7 +191,9 @@ def call(
     parser = _parser(function, command, skip={*(skip or ()), *(fixed or ())}, configurable=configurable)
     if {"-h", "--help"} & set(words):
         # The parser lists all known subclasses of Module, several pages.
-        print(re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", parser.format_help()), end="")  # noqa: T201
+        text = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", parser.format_help())
+        text = re.sub(r"( CONFIG)\s+Path to a configuration file\.", r"\1  a file of these", text)
+        print(re.sub(r"\s+\(type:\s+Optional\[Any\],\s+default:\s+null\)", "", text), end="")  # noqa: T201
         return None
     values = _parsed(parser, function, words)
     arguments = parser.instantiate(values).as_dict()
@@ -251,6 +252,7 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
 
     parameters = inspect.signature(function).parameters
     words, names = take_trust(words)
+    words = _with_all_teachers(words)
     resume = not {"--resume", "--resume=true"}.isdisjoint(words)
     gate = Gate(function, Trust([*names, *named_code(words)]), resume=resume)
     gate.check_words(words)
@@ -287,13 +289,10 @@ def _faulty_pairs(parser: Any, words: list[str]) -> bool:
 
 def _check_file(file: Path) -> None:
     """Raise UsageError with the file's name, which the parser omits, if an existing file is not a mapping."""
-    import yaml
-
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = str(error).replace('in "<unicode string>", ', "")
-        raise UsageError(f"{file} cannot be read as YAML ({where}): correct it") from error
+        values = read_yaml_file(file) if file.is_file() else {}
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if not isinstance(values, dict):
         raise UsageError(
             f"{file} holds no values by name, such as `epochs: 3`: give a recipe, or the config.yaml of a run"
@@ -334,15 +333,39 @@ def _with_values(words: list[str], flags: set[str]) -> list[str]:
     return [f"{word}=true" if word in flags and after.lower() not in spoken else word for word, after in pairs]
 
 
+def _with_all_teachers(words: list[str]) -> list[str]:
+    """Replace `--teacher A --teacher B` by `--teacher=["A", "B"]`; `--teacher null` takes back those before it."""
+    found: list[str] = []
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if re.match(r"--teacher(=|$)", word):
+            _, equals, value = word.partition("=")
+            found.append(value if equals else next(rest, ""))
+        else:
+            kept.append(word)
+    if len(found) < 2:
+        return words
+    if "null" in found:
+        found = found[len(found) - found[::-1].index("null") :] or ["null"]
+        if len(found) == 1:
+            return [*kept, f"--teacher={found[0]}"]
+    values = [json.loads(one) if one.startswith(("[", "{")) else one for one in found]
+    return [*kept, f"--teacher={json.dumps(values)}"]
+
+
 def _with_lists(words: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     """Replace `--methods kd dist` by `--methods=["kd", "dist"]`, for arguments that are lists of plain values.
 
     A single word becomes a list only if the argument must be a list: `--devices 2` means two devices, not device 2.
     """
     lists = {
-        f"--{name}" for name, one in parameters.items() if str(one.annotation).startswith(("list[str]", "list[int]"))
-    }
+        f"--{name}"
+        for name, one in parameters.items()
+        if str(one.annotation).startswith(("list[str]", "list[int]", "list[typing.L"))
+    } | ({"--logger", "--callbacks"} & {f"--{name}" for name in parameters})
     plain = {f"--{name}" for name, one in parameters.items() if {"int", "str"} & set(str(one.annotation).split(" | "))}
+    plain |= {"--logger", "--callbacks"}
     joined: list[str] = []
     position = 0
     while position < len(words):

@@ -8,8 +8,10 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from diffkd.commands.arguments import call, fit_with
 from diffkd.recipes.trust import UsageError
@@ -94,12 +96,16 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
         "demo": _demo,
         "fit": _fit,
         "test": _test,
+        "predict": _predict,
+        "profile": _profile,
         "layers": _layers,
         "inspect": _inspect,
         "export": _export,
+        "push": _push,
         "compare": _compare,
         "tune": _tune,
         "plot": _plot,
+        "report": _report,
         "recipes": _recipes,
     }
 
@@ -113,7 +119,22 @@ def _demo(words: list[str]) -> None:
 
 def _fit(words: list[str]) -> None:
     """Train a student, alone or with a teacher: diffkd fit [RECIPE] --out FOLDER [OPTIONS]."""
-    fit_with(words)
+    fit_with(words, use=partial(_fit_and_report, words))
+
+
+def _fit_and_report(words: list[str], **arguments: Any) -> Any:
+    """Train, and write the page of the finished run."""
+    from diffkd.commands.report import write_report_of
+    from diffkd.recipes.trust import named_code, take_trust
+    from diffkd.tasks.distributed import is_first_process
+    from diffkd.training.fit import fit
+
+    result = fit(**arguments)
+    if is_first_process(arguments["devices"], arguments["num_nodes"]):
+        tell = partial(print, file=sys.stderr) if arguments["progress"] else str
+        trust = [*take_trust(words)[1], *named_code(words)]
+        write_report_of(Path(arguments["out"]).expanduser(), trust=list(dict.fromkeys(trust)), tell=tell)
+    return result
 
 
 def _compare(words: list[str]) -> None:
@@ -136,10 +157,10 @@ def _tune(words: list[str]) -> None:
 def _test(words: list[str]) -> None:
     """Measure a trained student: diffkd test RUN_OR_FILE [OPTIONS]."""
     import diffkd.data  # noqa: F401
-    from diffkd.commands.evaluate import evaluate
+    from diffkd.commands.evaluate import classes_of, evaluate
     from diffkd.data.image_data import allow_missing_training_images
 
-    with allow_missing_training_images():
+    with allow_missing_training_images(classes_of(words[0]) if words else ()):
         call(evaluate, _with_data_of_card(words), "test", positional="student")
 
 
@@ -163,6 +184,23 @@ def _with_data_of_card(words: list[str]) -> list[str]:
     return [*words[: changes[0]], f"--data={json.dumps(described)}", *words[changes[0] :]]
 
 
+def _predict(words: list[str]) -> None:
+    """Run a student on images: diffkd predict STUDENT IMAGES --out FOLDER [OPTIONS]."""
+    from diffkd.commands.predict import predict
+
+    count = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    if count > 1:
+        words = [words[0], f"--images={json.dumps(words[1:count])}", *words[count:]]
+    call(predict, words, "predict", positional="student")
+
+
+def _profile(words: list[str]) -> None:
+    """Measure what a student costs: diffkd profile STUDENT [--teacher TEACHER] [OPTIONS]."""
+    from diffkd.commands.profile import profile
+
+    call(profile, words, "profile", positional="student")
+
+
 def _layers(words: list[str]) -> None:
     """List the layers of a model, and with --teacher the pairs of two: diffkd layers MODEL [OPTIONS]."""
     from diffkd.commands.layers import layers
@@ -184,11 +222,27 @@ def _export(words: list[str]) -> None:
     call(export, words, "export", positional="source")
 
 
+def _push(words: list[str]) -> None:
+    """Send a student to the Hugging Face Hub: diffkd push RUN_OR_FILE USER/NAME [OPTIONS]."""
+    from diffkd.commands.push import push
+
+    if len(words) > 1 and not words[1].startswith("-"):
+        words = [words[0], f"--repository={words[1]}", *words[2:]]
+    call(push, words, "push", positional="student")
+
+
 def _plot(words: list[str]) -> None:
     """Draw the course of a run, and what student, denoiser and teacher see: diffkd plot RUN [OPTIONS]."""
     from diffkd.commands.plot import plot
 
     call(plot, words, "plot", positional="run")
+
+
+def _report(words: list[str]) -> None:
+    """Write one page about a run or a comparison: diffkd report RUN_OR_COMPARISON [OPTIONS]."""
+    from diffkd.commands.report import report
+
+    call(report, words, "report", positional="source")
 
 
 def _recipes(words: list[str]) -> None:
@@ -207,12 +261,15 @@ def _plain_warnings() -> Iterator[None]:
         message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
     ) -> str:
         if package in Path(filename).parents:
-            return f"diffkd: warning: {message}\n"
+            return f"diffkd: warning: {_printable(str(message))}\n"
         return usual(message, category, filename, lineno, line)
 
     warnings.formatwarning = plain
     try:
-        yield
+        with warnings.catch_warnings():
+            # What Pillow finds wrong in a file that it reads nonetheless; where it cannot, there is an error.
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+            yield
     finally:
         warnings.formatwarning = usual
 
@@ -226,8 +283,17 @@ def _reason(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"diffkd: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    print(f"diffkd: {_printable(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201
     return code
+
+
+def _printable(text: str) -> str:
+    """Replace control characters, which names in files from elsewhere may hold for the terminal, except line ends.
+
+    >>> _printable("a\x1b[31mb")
+    'a?[31mb'
+    """
+    return "".join(one if one.isprintable() or one == "\n" else "?" for one in text)
 
 
 if __name__ == "__main__":

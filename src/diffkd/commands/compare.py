@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +18,17 @@ from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from diffkd.commands.arguments import fit_with, values_of_fit
+from diffkd.commands.launchers import LauncherName, check_launcher, on_cluster
+from diffkd.commands.report import write_report_of
 from diffkd.commands.step_cost import step_costs
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
+from diffkd.files.values import read_json_file, read_yaml_file
 from diffkd.files.weights import write_text
 from diffkd.recipes import find_recipe, recipe_names
 from diffkd.recipes.trust import UsageError, named_code
@@ -65,8 +69,10 @@ def compare(
     *,
     methods: list[str] | None = None,
     seeds: int = 3,
-    jobs: int = 1,
+    jobs: int | None = None,
     devices: list[int] | None = None,
+    launcher: LauncherName = "processes",
+    launcher_options: dict[str, Any] | None = None,
     cost: bool = True,
     json: bool = False,
     markdown: bool = False,
@@ -77,8 +83,8 @@ def compare(
     """Train a recipe with several methods, each from several seeds, and write one table.
 
     Every run is a separate `diffkd fit` in `out/METHOD/seed-N`. If called again, it skips finished runs, resumes
-    interrupted ones, and rewrites the table: `comparison.json`, `.md`, `.tex` and `.png` in `out`, and
-    `measurements.json` and `.md` with all other measurements.
+    interrupted ones, and rewrites the table: `comparison.json`, `.md`, `.tex` and `.png` in `out`, the page
+    `report.html`, and `measurements.json` and `.md` with all other measurements.
 
     Args:
         recipe: file, or name of a recipe in the package.
@@ -88,8 +94,13 @@ def compare(
             pair of networks, data or task, if there are any (:func:`find_method`). If the recipe's method has the same
             class, its other options are kept.
         seeds: number of seeds, from 0.
-        jobs: runs at the same time. On a CPU they share the cores equally.
+        jobs: runs at the same time; None: 1, or all that a cluster has room for. On a CPU they share the cores equally.
         devices: GPUs to distribute the runs over, such as [0, 1]; None: the first, or the CPU.
+        launcher: where the runs are started: as processes of this machine, on a cluster of Ray, or on one of SLURM by
+            submitit. A run whose node is lost goes on elsewhere from its checkpoint; `out` must lie on storage that all
+            nodes share.
+        launcher_options: for Ray {address: ..., num_cpus: 4, num_gpus: 1}, for submitit {slurm_partition: ...,
+            timeout_min: 600, gpus_per_node: 1} and its other parameters.
         cost: measure the relative cost of a training step of each method after all runs.
         json: print the table as JSON.
         markdown: print it as Markdown.
@@ -105,12 +116,16 @@ def compare(
         ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
             other values; nothing is trained then.
         UsageError: if options are not valid for `diffkd fit` or for a method; nothing is trained then.
+        ImportError: if the launcher's library is not installed.
         RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
     """
     out = out.expanduser()
     methods = list(DEFAULT_METHODS) if methods is None else methods
     names = [Path(method).stem for method in methods]
-    if not methods or len(set(names)) < len(names) or seeds < 1 or jobs < 1:
+    check_launcher(launcher, launcher_options)
+    if launcher != "processes" and devices:
+        raise ValueError("devices are GPUs of this machine: give a cluster's by --launcher_options, and leave them out")
+    if not methods or len(set(names)) < len(names) or seeds < 1 or (jobs is not None and jobs < 1):
         raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
     if len(methods) * seeds > _MOST_RUNS:
         raise ValueError(
@@ -144,12 +159,16 @@ def compare(
             RunFolder(run.folder).check(values, resume=True)
     for name, preset in presets.items():
         console.print(f"{name}: {_preset_name(preset)}", markup=False, highlight=False, soft_wrap=True)
-    failed = train_all(commands, jobs, console)
+    if launcher == "processes":
+        failed = train_all(commands, jobs or 1, console)
+    else:
+        failed = _train_on_cluster(commands, out, console, launcher=launcher, jobs=jobs, options=launcher_options)
     if cost:
         write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
     rows = report(out, names, seeds)
     if rows:
         console.print(rich_table(rows, console.width))
+        write_report_of(out, tell=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
     for wanted, text in ((json, _json_text(rows)), (markdown, as_markdown(rows)), (latex, as_latex(rows))):
         if wanted:
             print(text, end="")  # noqa: T201
@@ -164,7 +183,7 @@ def find_method(method: str, recipe: str | None = None) -> Path:
     """Return the file with a method's values: a path, or the name of a file in the package.
 
     For a recipe, a plain name such as "dkd" is searched in "methods/cifar100/resnet56-resnet20" (the recipe's own
-    name), then in "methods/cifar100", in "methods/detection" or "methods/segmentation" if that is its task, and last in
+    name), then in "methods/cifar100", in the folder of its task ("methods/detection", ...) if that is its own, last in
     "methods".
 
     Raises:
@@ -187,18 +206,21 @@ def _preset_name(preset: Path) -> str:
 
 
 def _task_of(recipe: str) -> str:
-    """Return "detection" or "segmentation" if the data of a recipe are for that task, "" otherwise."""
-    values = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8")) or {}
+    """Return the task of a recipe's data if it is another than classification, "" otherwise."""
+    values = read_yaml_file(find_recipe(recipe)) or {}
     data = values.get("data") if isinstance(values, dict) else None
     name = str(data.get("class_path") if isinstance(data, dict) else data)
     if "Detection" in name:
         return "detection"
+    arguments = data.get("init_args") if isinstance(data, dict) else None
+    if name.endswith("UnlabelledFolder") or (isinstance(arguments, dict) and arguments.get("labels") is False):
+        return "representation"
     scenes = ("MaskFolder", "Cityscapes", "VocSegmentation", "Ade20k", "SegmentationScenes")
     return "segmentation" if name.endswith(scenes) else ""
 
 
 def _sets_no_teacher(preset: Path) -> bool:
-    values = yaml.safe_load(preset.read_text(encoding="utf-8")) or {}
+    values = read_yaml_file(preset) or {}
     return isinstance(values, dict) and values.get("teacher", "kept") is None
 
 
@@ -218,7 +240,7 @@ def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) 
     """Measure the step cost of every method and write the file of costs, unless it already has all of them."""
     file = out / COSTS
     reference = next((method for method in REFERENCES[::-1] if method in commands), next(iter(commands), None))
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = read_json_file(file) if file.is_file() else {}
     if reference is None or (known.get("reference") == reference and set(commands) <= set(known["methods"])):
         return
     console.print(f"measuring a training step of {len(commands)} methods, side by side")
@@ -239,7 +261,7 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
         for seed in range(seeds):
             folder = out / method / f"seed-{seed}"
             if (folder / "result.json").is_file():
-                results.setdefault(method, {})[seed] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+                results.setdefault(method, {})[seed] = RunFolder(folder).read_result()
                 score = results[method][seed]["score"]
                 history = read_csv(folder / "metrics.csv")
                 curves.setdefault(method, []).append([100 * float(row[score]) for row in history])
@@ -247,7 +269,7 @@ def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:
         return []
     first = next(iter(next(iter(results.values())).values()))
     score = first["score"]
-    costs = json.loads((out / COSTS).read_text(encoding="utf-8")) if (out / COSTS).is_file() else None
+    costs = read_json_file(out / COSTS) if (out / COSTS).is_file() else None
     rows = summarize(results, score, costs)
     facts = {"device": first["device"], "versions": first["versions"], "metric": score, "rows": as_json(rows)}
     if costs is not None:
@@ -299,14 +321,52 @@ def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) ->
                 console.print(
                     f"{done}/{len(futures)}  {run.method} seed {run.seed} {outcome}", markup=False, soft_wrap=True
                 )
-        except BaseException:
+        except BaseException as error:
             for child in multiprocessing.active_children():
                 child.terminate()  # a run saves a checkpoint on SIGTERM
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise RuntimeError(
+                    "the process of a run was killed, as the system does where memory runs out; the others have saved "
+                    "their checkpoints, and the same command goes on with it: give fewer --jobs if it happens again"
+                ) from error
             raise
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+    return failed
+
+
+def _train_on_cluster(
+    commands: Mapping[Run, list[str]],
+    out: Path,
+    console: Console,
+    *,
+    launcher: LauncherName,
+    jobs: int | None,
+    options: Mapping[str, Any] | None,
+) -> list[Run]:
+    """Train each run on a cluster, and return the runs that failed."""
+    runs, failed, started = list(commands), [], time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    calls = [(run, words) for run, words in commands.items()]
+    previous = {signum: signal.signal(signum, _stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ended = on_cluster(_train, calls, out, launcher=launcher, jobs=jobs, options=options)
+        for done, (index, outcome) in enumerate(ended, 1):
+            run, reason = runs[index], " ".join(str(outcome).split())
+            if isinstance(outcome, Exception):  # which did not come from the training, and is in no log yet
+                reason = reason or type(outcome).__name__
+                run.folder.parent.mkdir(parents=True, exist_ok=True)
+                with run.folder.with_suffix(".log").open("a", encoding="utf-8") as log:
+                    log.write(f"{outcome}\n")
+            if reason:
+                failed.append(run)
+            said = f"failed: {reason}" if reason else f"done  {(time.monotonic() - started) / 60:.1f} min"
+            console.print(f"{done}/{len(runs)}  {run.method} seed {run.seed} {said}", markup=False, soft_wrap=True)
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
     return failed
 
 
@@ -315,9 +375,20 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _start_worker(threads: int) -> None:
-    """Set the number of threads, and ignore Ctrl-C, which also reaches workers: the parent process stops them."""
+    """Set the number of threads, and ignore Ctrl-C, which also reaches workers: the parent process stops them.
+
+    If the parent process is killed, so that it cannot, the worker stops by itself, with a checkpoint.
+    """
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_stop_after_parent, daemon=True).start()
+
+
+def _stop_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def cores() -> int:

@@ -2,22 +2,25 @@
 
 import shutil
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from diffkd.commands.compare import DEFAULT_METHODS, compare, cores
+from diffkd.commands.compare import RECOMMENDED, compare, cores
 from diffkd.commands.demo_detection import detection_demo
+from diffkd.commands.demo_representation import representation_demo
 from diffkd.commands.demo_segmentation import segmentation_demo
 from diffkd.commands.plot import saved_training
+from diffkd.commands.report import write_report_of
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
 from diffkd.reports.plots import draw_results, saliency
 from diffkd.reports.tables import Row
+from diffkd.tasks.data_facts import TaskName
 
 RECIPE = "demo"
+METHODS = ("alone", "kd", "dist", "diffkd", RECOMMENDED)
 TEACHER = "cifar/compact_resnet14"
 STUDENT = "cifar/compact_resnet8"
 
@@ -25,7 +28,7 @@ STUDENT = "cifar/compact_resnet8"
 def demo(
     out: Path = Path("diffkd-demo"),
     *,
-    task: Literal["classification", "detection", "segmentation"] = "classification",
+    task: TaskName = "classification",
     seeds: int | None = None,
     epochs: int | None = None,
     jobs: int | None = None,
@@ -38,8 +41,9 @@ def demo(
     Args:
         out: folder for the table (JSON, Markdown), the figure, a distilled student and all runs.
         task: task of the demonstration.
-        seeds: runs of each method; None: 3 for classification, 1 for the others.
-        epochs: length of each run; None: 7 for classification, the recipe's for the others.
+        seeds: runs of each method; None: 3 for classification and representation, 1 for the others.
+        epochs: length of each run; None: 7 for classification, 5 for representation, where few labels are trained on
+            afterwards, the recipe's for the others.
         jobs: runs at the same time; None: one per core.
 
     Returns:
@@ -50,12 +54,13 @@ def demo(
         return detection_demo(out, 1 if seeds is None else seeds, epochs, jobs, console)
     if task == "segmentation":
         return segmentation_demo(out, 1 if seeds is None else seeds, epochs, jobs, console)
+    if task == "representation":
+        return representation_demo(out, 3 if seeds is None else seeds, 5 if epochs is None else epochs, jobs, console)
     seeds, epochs = 3 if seeds is None else seeds, 7 if epochs is None else epochs
-    console.print(
-        f"{task}: {TEACHER} teaches {STUDENT}, {len(DEFAULT_METHODS)} methods, {seeds} seed(s) each, in {out}"
-    )
-    rows = compare(RECIPE, out, seeds=seeds, jobs=cores() if jobs is None else jobs, options=[f"--epochs={epochs}"])
-    run = out / "diffkd" / "seed-0"
+    console.print(f"{task}: {TEACHER} teaches {STUDENT}, {len(METHODS)} methods, {seeds} seed(s) each, in {out}")
+    jobs, options = cores() if jobs is None else jobs, [f"--epochs={epochs}"]
+    rows = compare(RECIPE, out, methods=list(METHODS), seeds=seeds, jobs=jobs, options=options)
+    run = out / RECOMMENDED / "seed-0"
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(run / f"student{suffix}", out / f"student{suffix}")
     curves = {
@@ -63,13 +68,15 @@ def demo(
             [100 * row["top1"] for row in read_csv(out / method / f"seed-{seed}" / "metrics.csv")]
             for seed in range(seeds)
         ]
-        for method in DEFAULT_METHODS
+        for method in METHODS
     }
     images, maps = _saliency_maps(run)
     draw_results(out / "demo.png", curves, images, maps)
+    write_report_of(out, tell=str)  # again, with the picture
     console.print(f"table   {out / 'comparison.json'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
-        f"The student of DiffKD is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}", soft_wrap=True
+        f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}",
+        soft_wrap=True,
     )
     return rows
 

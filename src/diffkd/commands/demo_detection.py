@@ -11,6 +11,7 @@ from torchvision.ops import box_iou, nms
 
 from diffkd.commands.compare import RECOMMENDED, compare, cores
 from diffkd.commands.evaluate import data_of
+from diffkd.commands.report import write_report_of
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.reports.predictions import Boxes, draw_boxes
 from diffkd.reports.tables import Row
@@ -54,6 +55,7 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(out / RECOMMENDED / "seed-0" / f"student{suffix}", out / f"student{suffix}")
     picture = draw_detections(out)
+    write_report_of(out, tell=str)  # again, with the picture
     console.print(f"table   {out / 'comparison.json'}\npicture {picture}", soft_wrap=True)
     console.print(
         f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}",

@@ -8,6 +8,7 @@ from rich.console import Console
 from torch import Tensor
 
 from diffkd.commands.compare import RECOMMENDED, compare, cores
+from diffkd.commands.report import write_report_of
 from diffkd.data import SegmentationScenes
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.files.weights import write_text
@@ -53,6 +54,7 @@ def segmentation_demo(
     for suffix in (".safetensors", ".json"):
         shutil.copyfile(out / RECOMMENDED / "seed-0" / f"student{suffix}", out / f"student{suffix}")
     draw_class_maps(out, out / "demo.png")
+    write_report_of(out, tell=str)  # again, with the picture
     console.print(f"tables  {out / 'comparison.md'}, {out / 'classes.md'}\npicture {out / 'demo.png'}", soft_wrap=True)
     console.print(
         f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}",

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 from torch import nn
 
+from diffkd.data.image_data import allow_missing_training_images
 from diffkd.data.splits import choose_split
 from diffkd.export.plain_student import named_model
-from diffkd.export.student_file import Which, find_student, read_card
+from diffkd.export.student_file import PROGRAMS, Which, find_student, read_card
+from diffkd.inference.students import load_program
 from diffkd.recipes.trust import Trust, trust_words
 from diffkd.tasks.data_facts import DataFacts, facts_of, first_difference
 from diffkd.tasks.options import SegmentationOptions
@@ -40,11 +43,14 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a student on the test split of its data, or on the evaluation split if there is no test split.
 
+    Training images are not needed; evaluation images may be of some of the student's classes only.
+
     Arguments that are not given are read from the card beside the weights. A card may name models of the known
     libraries and data of this package; other code runs only if it is named or trusted on this call.
 
     Args:
-        student: folder of a run, or file of weights.
+        student: folder of a run, file of weights, or an exported .onnx or .pt2. Load a .pt2, which is a program, only
+            if you trust it.
         model: name of the model, as for fit.
         data: data to evaluate on; on the command line, `--data.NAME VALUE` without `--data` changes one value of the
             card's data.
@@ -65,19 +71,21 @@ def evaluate(
         ValueError: if the weights do not fit the model, the data have their classes in another order, or a required
             value is given neither by the arguments nor by the card.
     """
-    path = find_student(student, which)
-    card = read_card(path)
+    program = load_program(Path(student)) if Path(student).suffix in PROGRAMS else None
+    path = find_student(student, which) if program is None else program.path
+    card = read_card(path) if program is None else dict(program.card)
     if path.suffix == ".ckpt" and (model is None or data is None):
         raise ValueError(
             f"{path} holds a whole training: take the student out of it with `diffkd export {path} --out "
             "student.safetensors`, and test that"
         )
     if data is None:
-        data = data_of(card, trust or ())
-        if split != "val":
-            data = _with_test_masks(card, data)
+        with allow_missing_training_images(card.get("classes") or ()):
+            data = data_of(card, trust or ())
+            if split != "val":
+                data = _with_test_masks(card, data)
     facts = facts_of(data)
-    name = model or named_model(card, path, trust or ())
+    name = str(card.get("model")) if program is not None else model or named_model(card, path, trust or ())
     classes, channels = card.get("num_classes", facts.num_classes), card.get("in_channels", facts.in_channels)
     if (classes, channels) != (facts.num_classes, facts.in_channels):
         raise ValueError(
@@ -87,11 +95,22 @@ def evaluate(
     if card.get("task", facts.task) != facts.task:
         raise ValueError(f"{path} is for {card['task']}, the data are for {facts.task}; give other --data")
     _check_names(path, card.get("classes") or facts.classes, facts.classes)
+    if facts.task == "representation" and not facts.probe:
+        raise ValueError(
+            f"{path} is a representation, which labelled images measure, and the data have none: give --data.probe "
+            "FOLDER"
+        )
     options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
-    built = load_saved(name, facts, path, card)
-    use_channels_last(built, facts, card.get("channels_last"), accelerator)
+    if program is None:
+        built = load_saved(name, facts, path, card)
+        use_channels_last(built, facts, card.get("channels_last"), accelerator)
+        normalization = tuple(card.get("mean", facts.mean)), tuple(card.get("std", facts.std))
+        size = f"{sum(p.numel() for p in built.parameters()):,} parameters"
+    else:
+        built, normalization = program.module, (program.mean, program.std)
+        size = f"{path.stat().st_size / 2**20:.2f} MiB in {program.runtime}"
     training = Training(
-        _renormalised(built, card, facts),
+        _renormalised(built, normalization, facts),
         build_task(facts, segmentation=options if segmentation is None else segmentation),
         optimizer=DEFAULT_OPTIMIZER,
         schedule=DEFAULT_SCHEDULE,
@@ -101,7 +120,7 @@ def evaluate(
         trainer = Trainer(
             accelerator=accelerator,
             devices=1,
-            precision=precision or card.get("precision", "32-true"),  # type: ignore[arg-type]  # checked by the trainer
+            precision=precision or ("32-true" if program is not None else card.get("precision", "32-true")),  # type: ignore[arg-type]  # checked by the trainer
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -114,7 +133,7 @@ def evaluate(
     measured = training.measured
     console = Console(quiet=not progress)
     console.print(
-        f"{path}: {name}, {sum(p.numel() for p in built.parameters()):,} parameters, measured on {name_of_split}",
+        f"{path}: {name}, {size}, measured on {name_of_split}",
         highlight=False,
         soft_wrap=True,
     )
@@ -129,6 +148,13 @@ def evaluate(
         )
         console.print(f"{metric:{width}}  {_format_metric(metric, value)}{note}", highlight=False, soft_wrap=True)
     return measured
+
+
+def classes_of(student: str) -> tuple[str, ...]:
+    """Return the names of a saved student's classes, () if there is no such student or it does not say."""
+    with suppress(OSError, ValueError):
+        return tuple(map(str, read_card(find_student(student)).get("classes") or ()))
+    return ()
 
 
 def _check_names(path: Path, learned: Sequence[str], given: Sequence[str]) -> None:
@@ -207,9 +233,11 @@ def described_data(card: dict[str, Any], trust: Sequence[str] = ()) -> tuple[typ
     return kind, arguments
 
 
-def _renormalised(model: nn.Module, card: dict[str, Any], facts: DataFacts) -> nn.Module:
-    """Wrap the model so that its input is normalised as in its training, whatever the data's normalisation."""
-    mean, std = tuple(card.get("mean", facts.mean)), tuple(card.get("std", facts.std))
+def _renormalised(
+    model: nn.Module, normalization: tuple[tuple[float, ...], tuple[float, ...]], facts: DataFacts
+) -> nn.Module:
+    """Wrap the model so that its input has its mean and standard deviation, whatever the data's normalisation."""
+    mean, std = normalization
     if facts.task == "detection" or (mean, std) == (facts.mean, facts.std):
         return model
     return nn.Sequential(TeacherInput(facts.mean, facts.std, mean, std), model)

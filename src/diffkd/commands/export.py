@@ -1,7 +1,8 @@
 """`diffkd export`: save the plain student of a run or a checkpoint, as weights or as a program."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,15 +10,21 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffkd.export.plain_student import rebuild
+from diffkd.commands.evaluate import data_of, evaluate
+from diffkd.data.image_data import allow_missing_training_images
+from diffkd.export.plain_student import facts_of_card, rebuild
 from diffkd.export.program_file import write_program
+from diffkd.export.quantization import Quantization, write_openvino
+from diffkd.export.quantization import quantize as write_quantized
 from diffkd.export.student_file import PROGRAMS, Which, card_file, find_student, read_card
 from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import read_weights, write_text, write_whole
+from diffkd.inference.students import load_program
 from diffkd.official import split_checkpoint
+from diffkd.teacher.view import TeacherInput
 from diffkd.training.checkpointing import read_checkpoint
 
-_SUFFIXES = (".safetensors", *PROGRAMS)
+_SUFFIXES = (".safetensors", *PROGRAMS, ".xml")
 
 
 def export(
@@ -30,6 +37,9 @@ def export(
     normalize: bool = False,
     opset: int | None = None,
     tolerance: float = 1e-4,
+    quantize: Quantization | None = None,
+    calibration_images: int = 128,
+    measure: bool | None = None,
     trust: list[str] | None = None,
 ) -> Path:
     """Save the plain student of a run or of a checkpoint, with its card beside it.
@@ -41,11 +51,14 @@ def export(
       training. The batch size is dynamic, and for segmenters the image size; the printed line names axes that a model
       does not allow to change;
     - for torchvision's RetinaNet, FCOS and Faster R-CNN `boxes`, `scores` and `labels` of one image (1, 3, H, W) in [0,
-      1] of a fixed size. Detectors of transformers and other libraries can be saved only as .safetensors.
+      1] of a fixed size; for detectors of transformers of a batch of such images, as many as the model has queries.
+      Detectors of other libraries can be saved only as .safetensors.
+
+    As .xml, the graph is converted to OpenVINO's format, with its weights in a .bin beside it.
 
     Args:
         source: folder of a run, a last.ckpt, a student's file, or a checkpoint of the DiffKD authors' code.
-        out: file to write, ends in .safetensors, .onnx or .pt2; None: student.safetensors here.
+        out: file to write, ends in .safetensors, .onnx, .pt2 or .xml; None: student.safetensors here.
         which: for a run, the student of the last or of the best epoch; for an unfinished run, that of the last
             checkpoint or of the best epoch so far.
         model: for .onnx and .pt2, name of the model; needed if the card names none, or names your own code.
@@ -54,6 +67,9 @@ def export(
         opset: ONNX opset, from 18 on; None: PyTorch's default.
         tolerance: for these, largest difference to the student, relative to its largest logit; for detectors, in scores
             and as a share of the image size.
+        quantize: for .onnx: fp16, int8 (with ranges of activations measured on evaluation images) or int8-dynamic.
+        calibration_images: number of evaluation images for int8.
+        measure: measure the quantised student on the evaluation images; None: if the data are there.
         trust: files and modules of your own whose code the card may name; may be repeated.
 
     Returns:
@@ -69,6 +85,10 @@ def export(
     target = Path("student.safetensors" if out is None else out)
     if target.suffix not in _SUFFIXES:
         raise ValueError(f"a student is exported as {', '.join(_SUFFIXES)}; got --out {target}")
+    if quantize is not None and target.suffix != ".onnx":
+        raise ValueError(f"quantize {quantize} is for .onnx, got --out {target}: leave it out, or give an .onnx")
+    if calibration_images < 1:
+        raise ValueError(f"calibration_images must be at least 1, got {calibration_images}")
     if opset is not None and (opset < 18 or target.suffix != ".onnx"):
         raise ValueError(f"opset {opset} is for .onnx, and must be at least 18; leave --opset out")
     run = RunFolder(source)
@@ -101,10 +121,64 @@ def export(
             "image_size": list(student.example.shape[2:]),
             "normalizes": normalize or card.get("task") == "detection",
         }
-        note += "; " + write_program(student, target, json.dumps(card), opset=opset, tolerance=tolerance)
+        if quantize is not None:
+            card["quantized"] = quantize
+        with TemporaryDirectory() as folder:
+            graph = target
+            if quantize is not None or target.suffix == ".xml":
+                graph = Path(folder) / "student.onnx"
+            note += "; " + write_program(student, graph, json.dumps(card), opset=opset, tolerance=tolerance)
+            if target.suffix == ".xml":
+                detects = card.get("task") == "detection"  # which finds nothing in noise
+                write_openvino(graph, target, None if detects else student.example[:1])
+            elif quantize is not None:
+                images = _calibration_images(graph, card, calibration_images, trust) if quantize == "int8" else None
+                write_quantized(graph, target, quantize, images)
+                before, after = graph.stat().st_size, target.stat().st_size
+                note += f"; {quantize}: {after / 2**20:.2f} MiB of {before / 2**20:.2f}"
     write_text(card_file(target), json.dumps(card, indent=2, sort_keys=True) + "\n")
     print(f"{target}: {note}")  # noqa: T201
+    if measure or (measure is None and quantize is not None):
+        _measure(target, required=bool(measure), trust=trust)
     return target
+
+
+def _calibration_images(
+    graph: Path, card: Mapping[str, Any], count: int, trust: Sequence[str] | None
+) -> Iterator[Tensor]:
+    """Yield batches of one evaluation image, as the graph takes them.
+
+    Raises:
+        ValueError: if the card names no data, or they are not there.
+    """
+    student = load_program(graph)
+    try:
+        with allow_missing_training_images(card.get("classes") or ()):
+            data = data_of(dict(card), trust or ())
+        data.setup("validate")
+        loader = data.val_dataloader()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"int8 measures the ranges of activations on evaluation images, and there are none ({error}): bring the "
+            "data back, or take --quantize int8-dynamic, which needs none"
+        ) from error
+    facts = facts_of_card(card, graph)
+    given = tuple(getattr(data, "mean", facts.mean)), tuple(getattr(data, "std", facts.std))
+    convert = TeacherInput(*given, student.mean, student.std) if facts.task != "detection" else None
+    images = (image for batch in loader for image in batch[0])
+    for image in islice(images, count):
+        one = image[None].float().cpu()
+        yield one if convert is None else convert(one)
+
+
+def _measure(target: Path, *, required: bool, trust: Sequence[str] | None) -> None:
+    """Print the measurements of an exported student; without its data nothing, unless they are required."""
+    try:
+        evaluate(str(target), trust=list(trust or ()), accelerator="cpu")
+    except (OSError, ValueError) as error:
+        if required:
+            raise
+        print(f"not measured ({error}): `diffkd test {target} --data ...` does it")  # noqa: T201
 
 
 def _from_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

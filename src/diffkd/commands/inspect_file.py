@@ -1,20 +1,20 @@
 """`diffkd inspect`: show the content of a file of weights, a run or an annotation file, and how it would be read."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import yaml
 from torch import Tensor
 
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.files.fitting import fit_contents
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
+from diffkd.files.values import read_json_file, read_yaml_file
 from diffkd.files.weights import Contents, choose_key, is_averaged, read_contents, without_wrappers
+from diffkd.models.hub import is_hub
 from diffkd.models.weights import library_names
 from diffkd.tasks.data_facts import TaskName
 
@@ -36,7 +36,7 @@ def inspect(
     No code in the file is run, and the file is not changed.
 
     Args:
-        file: weights of any trainer or library, a run folder, COCO JSON, VOC XML, or YOLO's data.yaml.
+        file: weights of any trainer or library, a run folder, hub:USER/NAME, COCO JSON, VOC XML, or YOLO's data.yaml.
         model: for weights, name of the model to load them into, as for fit; reports what would be loaded.
         task: task of that model.
         num_classes: number of classes of that model; None: the model's default.
@@ -47,7 +47,7 @@ def inspect(
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged or of an unknown format.
     """
-    path = Path(file)
+    path = find_weights(file) if is_hub(file) else Path(file)
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path} to inspect: correct the path")
     if path.is_dir() and RunFolder(path).config.is_file():
@@ -136,12 +136,7 @@ def _names(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _run(run: RunFolder) -> Iterator[str]:
-    try:
-        config = yaml.safe_load(run.config.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{run.config} cannot be read as YAML: correct it, or give another folder") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{run.config} holds no values by name: give the folder of a run")
+    config = run.read_config()
     state = (
         "finished" if run.result.is_file() else "interrupted" if run.checkpoint.is_file() else "without a checkpoint"
     )
@@ -153,7 +148,7 @@ def _run(run: RunFolder) -> Iterator[str]:
         rows = read_csv(run.metrics)
         yield f"  {len(rows)} epochs measured"
     if run.result.is_file():
-        result = json.loads(run.result.read_text(encoding="utf-8"))
+        result = run.read_result()
         score = result["score"]
         for which in ("last", "best"):
             yield f"  {which} epoch ({int(result[which]['epoch'])}): {score} {100 * result[which][score]:.2f} %"
@@ -164,10 +159,7 @@ def _run(run: RunFolder) -> Iterator[str]:
 
 
 def _json(path: Path) -> Iterator[str]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({str(error)[:80]}): fetch it again") from error
+    content = read_json_file(path)
     if isinstance(content, dict) and {"model", "num_classes"} <= content.keys():
         yield f"{path}: the card of a student; its weights are {path.with_suffix('.safetensors').name}"
         return
@@ -217,10 +209,7 @@ def _voc(path: Path) -> Iterator[str]:
 
 
 def _yolo(path: Path) -> Iterator[str]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: correct it") from error
+    content = read_yaml_file(path)
     if not isinstance(content, dict) or "names" not in content:
         raise ValueError(f"{path} is no data.yaml of YOLO, which has names: give that, or the folder of a run")
     names = content["names"]

@@ -6,9 +6,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from diffkd.export.plain_student import named_model
+from diffkd.export.student_file import read_card
 from diffkd.features.activations import PRE
 from diffkd.features.layers import list_layers
 from diffkd.methods import MethodFactory
+from diffkd.models.hub import fetch_student, is_hub
 from diffkd.tasks.data_facts import DataFacts, TaskName
 from diffkd.tasks.task_of_data import load, padded_example
 
@@ -37,11 +40,13 @@ def layers(
     Raises:
         ValueError: if a model is unknown, cannot take such images, or nothing can be paired.
     """
+    model = _of_hub(model) if is_hub(model) else model
+    teacher = _of_hub(teacher) if teacher is not None and is_hub(teacher) else teacher
     classes = 20 if num_classes is None and task != "classification" else num_classes
     student = load(
         model, facts_of_size(task, classes, in_channels, image_size), num_classes=classes, in_channels=in_channels
     )
-    side = _usual_size(model, student) if image_size is None else image_size
+    side = usual_size(model, student) if image_size is None else image_size
     facts = facts_of_size(task, classes, in_channels, side)
     console = Console()
     if teacher is not None:
@@ -67,6 +72,12 @@ def layers(
     console.print(table)
 
 
+def _of_hub(name: str) -> str:
+    """Return the name of the model that a student of the Hub is."""
+    file = fetch_student(name)
+    return named_model(read_card(file), file)
+
+
 def facts_of_size(task: TaskName, classes: int | None, channels: int, side: int | None) -> DataFacts:
     """Return the `DataFacts` of data with that task and size."""
     count, size = classes or 1, 224 if side is None else side
@@ -85,7 +96,8 @@ def facts_of_size(task: TaskName, classes: int | None, channels: int, side: int 
     )
 
 
-def _usual_size(name: str, model: nn.Module) -> int:
+def usual_size(name: str, model: nn.Module) -> int:
+    """Return the side of the images, in pixels, that a model of that name usually takes."""
     published = getattr(model, "pretrained_cfg", None)
     if isinstance(published, dict) and "input_size" in published:
         return int(published["input_size"][-1])

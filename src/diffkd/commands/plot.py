@@ -67,17 +67,36 @@ def plot(
         console.print(str(path), highlight=False, soft_wrap=True)
 
     note(draw_curves(out / "course.png", read_csv(folder.metrics), training.task.headlines[0]))
-    if training.distiller is None:
-        return drawn
+    for path in plot_training(training, data, out, images=images, gammas=gammas):
+        note(path)
+    return drawn
+
+
+def plot_training(
+    training: Training, data: LightningDataModule, out: Path, *, images: int = 6, gammas: int = 1000
+) -> list[Path]:
+    """Draw features and predictions of student, teacher and methods on evaluation images; none without a teacher.
+
+    Args:
+        training: from :func:`saved_training`; it is moved to the accelerator, if there is one.
+        data: its data.
+        out: folder for the figures.
+        images: number of images to show.
+        gammas: number of images for the histograms of gamma.
+
+    Returns:
+        The files, as of :func:`plot`.
+    """
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     training.to(device or "cpu").eval()
+    if training.distiller is None:
+        return []
     data.setup("validate")
     batches = iter(data.val_dataloader())
     first = next(batches)
-    for path in _draw_pairs(training, first, _chosen(first, images), getattr(data, "classes", ()), out):
-        note(path)
+    drawn = _draw_pairs(training, first, _chosen(first, images), getattr(data, "classes", ()), out)
     if found := _gammas(training, itertools.chain([first], batches), gammas):
-        note(draw_gammas(out / "gamma.png", found))
+        drawn.append(draw_gammas(out / "gamma.png", found))
     return drawn
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from diffkd.commands.arguments import fit_with, values_of_fit
 from diffkd.commands.compare import cores, find_method
+from diffkd.commands.launchers import LauncherName, check_launcher, on_cluster
 from diffkd.data import hold_out
 from diffkd.files.config import differences
 from diffkd.files.weights import write_text
@@ -77,6 +78,8 @@ def tune(
     what: What = "weights",
     trials: int = 30,
     jobs: int = 1,
+    launcher: LauncherName = "processes",
+    launcher_options: dict[str, Any] | None = None,
     seeds: int = 1,
     share: float = 0.2,
     prune: bool = True,
@@ -102,6 +105,9 @@ def tune(
             their value, "options" all switches and choices, "all" both.
         trials: number of trials, including those of earlier calls.
         jobs: processes at the same time. On a CPU they share the cores equally.
+        launcher: where these are started: on this machine, or on a cluster of Ray or, by submitit, of SLURM. `out` must
+            then lie on storage that all nodes share and that locks files.
+        launcher_options: as for `diffkd compare`.
         seeds: trainings of each trial, whose mean is the score; seeds count up from the recipe's seed.
         share: share of the training data to hold out.
         prune: stop bad trials early.
@@ -119,6 +125,7 @@ def tune(
     """
     if find_spec("optuna") is None:
         raise ImportError("`diffkd tune` needs optuna: pip install 'diffkd[tune]'")
+    check_launcher(launcher, launcher_options)
     if trials < 1 or jobs < 1 or seeds < 1 or not 0 < share < 1:
         raise ValueError(
             f"give at least one trial, job and seed, and a share in (0, 1); got {trials}, {jobs}, {seeds} and {share}"
@@ -152,7 +159,12 @@ def tune(
         own = {name: axis.stored(value_at(values, name)) for name, axis in axes.items()}
         study.enqueue_trial({name: value for name, value in own.items() if value is not None})
     work: tuple[Any, ...] = (str(out), task["values"], axes, trials, seeds, share, prune, trusted)
-    if jobs == 1:
+    if launcher != "processes":
+        calls = [(*work, job) for job in range(jobs)]
+        ended = on_cluster(_search, calls, out, launcher=launcher, jobs=jobs, options=launcher_options)
+        if failed := [outcome for _, outcome in ended if isinstance(outcome, Exception)]:
+            raise RuntimeError(f"{len(failed)} of {jobs} workers of the study failed: {failed[0]}")
+    elif jobs == 1:
         _search(*work)
     else:
         _search_side_by_side(jobs, work)

@@ -4,7 +4,7 @@ from diffkd.data.classification.arrays import Arrays
 from diffkd.data.classification.augmentation import Augmentation, mix
 from diffkd.data.classification.cifar import Cifar
 from diffkd.data.classification.device_loader import DeviceLoader
-from diffkd.data.classification.fashion_mnist import FashionMNIST, FashionSubset
+from diffkd.data.classification.fashion_mnist import FashionMNIST, FashionPairs, FashionSubset
 from diffkd.data.classification.image_folder import ImageFolder
 from diffkd.data.detection.augmentation import BoxAugmentation
 from diffkd.data.detection.coco import CocoDetection
@@ -20,6 +20,7 @@ from diffkd.data.segmentation.mask_folder import MaskFolder
 from diffkd.data.segmentation.palette import palette
 from diffkd.data.segmentation.transform import SegmentationAugmentation
 from diffkd.data.segmentation.voc import VocSegmentation
+from diffkd.data.unlabelled import UnlabelledFolder
 
 __all__ = [
     "Ade20k",
@@ -32,11 +33,13 @@ __all__ = [
     "DetectionScenes",
     "DeviceLoader",
     "FashionMNIST",
+    "FashionPairs",
     "FashionSubset",
     "ImageFolder",
     "MaskFolder",
     "SegmentationAugmentation",
     "SegmentationScenes",
+    "UnlabelledFolder",
     "VocDetection",
     "VocSegmentation",
     "YoloDetection",

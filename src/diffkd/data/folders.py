@@ -78,7 +78,13 @@ def evaluation_split(root: Path, folder: str = "{split}") -> str:
     return next((name for name in EVALUATION_SPLITS if (root / folder.replace("{split}", name)).is_dir()), "val")
 
 
-def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool = True) -> FolderScan:
+def scan_folder(
+    root: str | os.PathLike[str],
+    *,
+    train: bool = True,
+    val: bool = True,
+    known: Sequence[str] = (),
+) -> FolderScan:
     """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
 
     Files are found by extension at any depth below a class folder; hidden files are ignored; other kinds of files and
@@ -86,8 +92,10 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
 
     Args:
         root: the folder.
-        train: whether to scan training images; if False, the evaluation images are used in their place.
+        train: whether to scan training images; if False, the evaluation images are used in their place, which may lack
+            classes, and may be in class folders of the root itself.
         val: whether to scan evaluation images.
+        known: names of all classes, for evaluation images of some of them; () if they are unknown.
 
     Returns:
         The class names, which are the sorted names of the folders in `train`, and the samples of both splits.
@@ -99,6 +107,9 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
     """
     top = Path(root)
     evaluated = top / evaluation_split(top)
+    if not train and not evaluated.is_dir() and top.is_dir():
+        inside = {path.name for path in top.iterdir() if path.is_dir() and not path.name.startswith(".")}
+        evaluated = top if inside and inside <= set(known) else evaluated
     learned = top / "train" if train else evaluated
     splits = tuple(dict.fromkeys((learned, evaluated) if val else (learned,)))
     for folder in splits:
@@ -109,6 +120,7 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
                 + ("." if folder == learned else ", or set val_share=0.1 to hold some of train back.")
             )
     classes = _class_names(learned)
+    classes = tuple(known) if set(classes) <= set(known) else classes
     unknown = sorted(set(_class_names(evaluated)) - set(classes)) if val else []
     if unknown:
         raise ValueError(
@@ -119,9 +131,9 @@ def scan_folder(root: str | os.PathLike[str], *, train: bool = True, val: bool =
     held = _samples(evaluated, classes, real, others) if val else FolderSamples([], [])
     scan = FolderScan(classes, _samples(learned, classes, real, others), held)
     empty = absent_classes(scan.train.labels, classes)
-    if empty:
+    if empty and train:
         raise ValueError(f"{learned}: no images of class(es) {format_names(empty)}, {_contents(learned / empty[0])}")
-    if val and not scan.val.paths:
+    if (val and not scan.val.paths) or not scan.train.paths:
         raise ValueError(f"{evaluated}: no images, {_contents(evaluated)}")
     for split in splits:
         loose = sorted(path.name for path in split.iterdir() if _is_image(path.name) and path.is_file())
@@ -191,6 +203,8 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
                 paths.extend(image_files(entry.path, root, others))
                 continue
             if _is_image(entry.name):
+                if not entry.is_symlink() and not entry.is_file(follow_symlinks=False):
+                    raise ValueError(f"{entry.path}: a pipe, socket or device, and no image; remove it.")
                 paths.append(entry.path)
             elif others is not None:
                 others[_extension(entry.name) or entry.name] += 1

@@ -60,7 +60,8 @@ def stratified_split(strata: Sequence[Hashable], share: float, seed: int) -> tup
         seed: seed of the draw.
 
     Returns:
-        The indices kept and the indices held out, each sorted. A stratum of one sample is kept.
+        The indices kept and the indices held out, each sorted. A stratum of one sample is kept. Where the share of
+        every stratum rounds to none, as of many classes of few samples, they give one in turn until it is reached.
 
     Raises:
         ValueError: if one of the two is empty.
@@ -74,9 +75,16 @@ def stratified_split(strata: Sequence[Hashable], share: float, seed: int) -> tup
         groups.setdefault(stratum, []).append(index)
     generator = torch.Generator().manual_seed(mix_seed(seed, len(strata)))
     held: set[int] = set()
+    small = max(round(share * len(members)) for members in groups.values()) == 0 if groups else False
+    owed = 0.0
     for _, members in sorted(groups.items(), key=lambda item: str(item[0])):
         order = torch.randperm(len(members), generator=generator).tolist()
-        held |= {members[index] for index in order[: round(share * len(members))]}
+        count = round(share * len(members))
+        if small:
+            owed += share * len(members)
+            count = int(owed >= 1 and len(members) > 1)
+            owed -= count
+        held |= {members[index] for index in order[:count]}
     kept = [index for index in range(len(strata)) if index not in held]
     if not kept or not held:
         raise ValueError(
@@ -119,7 +127,9 @@ def _in_memory(loaders: InMemory, share: float, seed: int) -> InMemory:
     def part(indices: list[int]) -> ImageSet:
         return ImageSet(images[indices], labels[indices])
 
-    kept, held = stratified_split(labels.tolist(), share, seed)
+    # Images of several classes are drawn by the whole set of these.
+    strata = [tuple(row) for row in labels.tolist()] if labels.ndim == 2 else labels.tolist()
+    kept, held = stratified_split(strata, share, seed)
     changed = copy.copy(loaders)
     changed.train, changed.val = part(kept), part(held)
     return changed

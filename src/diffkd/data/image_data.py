@@ -59,6 +59,7 @@ class ImageData(LightningDataModule):
         mean: mean of the normalisation per channel, in units of [0, 1]; the default does not normalise, for detectors,
             which normalise their input themselves.
         std: standard deviation, likewise.
+        labels: False: the data are for representations, which are distilled without labels.
 
     If the constructor of a subclass passes `**options` to its base, its signature also lists the base's arguments. The
     record of a run, the `test` command and `help()` read that signature.
@@ -82,10 +83,14 @@ class ImageData(LightningDataModule):
         image_size: tuple[int, int],
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
+        labels: bool = True,
     ) -> None:
         super().__init__()
         self._loaders = loaders
-        self.classes = tuple(classes)
+        self.classes = tuple(classes) if labels else ()
+        if not labels:
+            self.task = "representation"
+        self.has_probe = not labels
         self.num_classes = len(self.classes)
         self.in_channels = len(mean)
         self.image_size = image_size
@@ -112,17 +117,29 @@ class ImageData(LightningDataModule):
         return self._loaders.example()
 
 
-_TRAINING_IMAGES_OPTIONAL = ContextVar("measures_alone", default=False)
+# The classes of the student that is evaluated; None while something is trained.
+_EVALUATED_CLASSES: ContextVar[tuple[str, ...] | None] = ContextVar("evaluated_classes", default=None)
 
 
 @contextmanager
-def allow_missing_training_images() -> Iterator[None]:
-    """Within this context, data modules without training images use the evaluation images in their place."""
-    token = _TRAINING_IMAGES_OPTIONAL.set(True)
+def allow_missing_training_images(classes: Sequence[str] = ()) -> Iterator[None]:
+    """Within this context, data modules without training images use the evaluation images in their place.
+
+    Args:
+        classes: names of the classes of the student that is evaluated, in its order, since evaluation images may be of
+            some of them only; () if they are unknown.
+    """
+    token = _EVALUATED_CLASSES.set(tuple(map(str, classes)))
     try:
         yield
     finally:
-        _TRAINING_IMAGES_OPTIONAL.reset(token)
+        _EVALUATED_CLASSES.reset(token)
+
+
+def evaluated_classes(found: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes of the student that is evaluated, if they include all that were found; else those found."""
+    known = _EVALUATED_CLASSES.get() or ()
+    return known if set(found) <= set(known) else tuple(found)
 
 
 def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bool]:
@@ -138,12 +155,21 @@ def train_or_val(train: Callable[[], _T], val: Callable[[], _T]) -> tuple[_T, bo
     try:
         return train(), True
     except FileNotFoundError as missing:
-        if not _TRAINING_IMAGES_OPTIONAL.get():
+        if _EVALUATED_CLASSES.get() is None:
             raise
         try:
             return val(), False
         except FileNotFoundError:
             raise missing from None
+
+
+def val_or_hint(val: Callable[[], _T]) -> _T:
+    """Read the evaluation images; if they are missing, the message names the option that does without them."""
+    try:
+        return val()
+    except FileNotFoundError as error:
+        text = str(error).rstrip(".")
+        raise FileNotFoundError(f"{text}, or set val_share=0.1 to hold some of the training images back.") from error
 
 
 def _whole_signature(cls: type) -> inspect.Signature:

@@ -80,13 +80,23 @@ def with_open_image(file: str | os.PathLike[str] | bytes, use: Callable[[Image.I
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            return use(image)
+            return use(_checked(image))
     except ValueError as error:
         if "MAX_TEXT_" not in str(error):
             raise
     content = file if isinstance(file, bytes) else Path(file).read_bytes()
     with Image.open(io.BytesIO(b"".join(_without_texts(content)))) as image:
-        return use(image)
+        return use(_checked(image))
+
+
+# Formats of programs, for which Pillow starts an interpreter, whatever the name of the file.
+_PROGRAMS = ("EPS", "WMF", "EMF")
+
+
+def _checked(image: Image.Image) -> Image.Image:
+    if image.format in _PROGRAMS:
+        raise ValueError(f"it is {image.format}, a program that draws, which is not run; save it as PNG")
+    return image
 
 
 def _without_texts(png: bytes) -> Iterator[bytes]:
@@ -283,16 +293,19 @@ def check_readable(samples: FolderSamples) -> None:
         )
 
 
-def check_every_class(train: FolderSamples, val: FolderSamples, classes: Sequence[str]) -> None:
-    """Warn of classes without evaluation images; raise ValueError if one has no training image or `val` is empty."""
-    empty = absent_classes(train.labels, classes)
+def check_every_class(train: FolderSamples | None, val: FolderSamples, classes: Sequence[str]) -> None:
+    """Warn of classes without evaluation images; raise ValueError if one has no training image or `val` is empty.
+
+    Nothing is checked of training images, and of which classes are evaluated, if `train` is None.
+    """
+    empty = [] if train is None else absent_classes(train.labels, classes)
     if empty:
         raise ValueError(
             f"train: no readable image of class(es) {format_names(empty)} is left; add some or remove them."
         )
     if not val.paths:
         raise ValueError("val: no readable image is left; add some.")
-    unmeasured = absent_classes(val.labels, classes)
+    unmeasured = [] if train is None else absent_classes(val.labels, classes)
     if unmeasured:
         rank_zero_warn(
             f"val: no image of class(es) {format_names(unmeasured)}, of which accuracy will say nothing; add some, or "

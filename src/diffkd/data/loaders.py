@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from diffkd.data.image_data import placement
+from diffkd.data.image_data import Loader, placement
 from diffkd.data.sampler import EpochSampler, SizeBatches, drops_last
 
 
@@ -251,3 +251,69 @@ class SplitLoaders:
             collate=self.collate,
             sizes=sizes,
         )
+
+
+HELD_OUT, BANK, QUERIES = 0, 1, 2
+"""The kinds: images by which agreement with the teacher is measured (with labels, they are queries too); labelled
+images among which nearest neighbours are searched and by which a linear probe is trained; labelled images to classify.
+"""
+
+
+class InTurn:
+    """Iterate over several loaders one after the other.
+
+    Args:
+        parts: for each loader its kind, and the loader.
+
+    Yields:
+        images, labels (-1: none) and indices as the loader does, and the kind.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Loader]]) -> None:
+        self.parts = list(parts)
+        self.batch_sampler = None
+
+    @property
+    def sampler(self) -> EpochSampler:
+        """The order of the first loader."""
+        return self.parts[0][1].sampler
+
+    @property
+    def digest(self) -> str | None:
+        """The digest of the first loader."""
+        return self.parts[0][1].digest
+
+    def __len__(self) -> int:
+        """Return the number of batches of all loaders."""
+        return sum(len(loader) for _, loader in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any, Any, int]]:
+        """Yield the batches of each loader in turn."""
+        for kind, loader in self.parts:
+            for images, labels, indices in loader:
+                yield images, labels, indices, kind
+
+
+@dataclass(frozen=True)
+class UnlabelledLoaders(SplitLoaders):
+    """Loaders over unlabelled images, whose evaluation batches include those of a labelled probe.
+
+    Args:
+        bank: labelled images by which the queries are classified; None: there is no probe.
+        queries: labelled images to classify; None: the evaluation images have labels.
+    """
+
+    bank: KeyedDataset | None = None
+    queries: KeyedDataset | None = None
+
+    def val_loader(self, trainer: Trainer | None) -> Any:
+        """Return the held-out images, then bank and queries of the probe, each image exactly once over all ranks."""
+        parts: list[tuple[int, Loader]] = [(HELD_OUT, super().val_loader(trainer))]
+        for part, dataset in ((BANK, self.bank), (QUERIES, self.queries)):
+            if dataset is not None:
+                parts.append((part, self._loader(dataset, trainer, self.val_batch_size or self.batch_size)))
+        return InTurn(parts)
+
+    def test_loader(self, trainer: Trainer | None) -> Any:
+        """Return the same as `val_loader`."""
+        return self.val_loader(trainer)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -11,8 +11,17 @@ from torch.optim import Optimizer
 
 from diffkd.distill.balance import Balance, Balancer, Measurable
 from diffkd.distill.checks import GradientFlow, check_models
-from diffkd.distill.matching import Pair, as_text, attribute_of, pair_layers, pair_rows, unique_names
+from diffkd.distill.matching import (
+    Pair,
+    as_text,
+    attribute_of,
+    pair_layers,
+    pair_representations,
+    pair_rows,
+    unique_names,
+)
 from diffkd.distill.observation import Observation, as_constant, read_pair, select_arguments
+from diffkd.distill.stages import read_embedding
 from diffkd.features.activations import before_activation
 from diffkd.features.forward import first_parameter, on_device_of, run
 from diffkd.features.layers import Layer, activations_of, find_layer, list_layers
@@ -25,6 +34,8 @@ from diffkd.methods import DiffKD, MethodFactory
 from diffkd.teacher.classifier import pooled_classifier
 from diffkd.teacher.options import AS_GIVEN, TeacherOptions, prepare_teacher
 from diffkd.teacher.view import StudentView
+
+TeacherView = Callable[[Any], Any] | StudentView | None
 
 
 def build_method(method: nn.Module | MethodFactory, student: Reader, teacher: Reader) -> nn.Module:
@@ -64,8 +75,47 @@ def _norm_before(teacher: nn.Module, layers: Sequence[Layer], name: str) -> nn.M
     return teacher.get_submodule(found.norm) if found is not None and found.norm else None
 
 
+@dataclass
+class _Source:
+    """A teacher, its input, and the recorder of its layers.
+
+    Attributes:
+        model: the frozen teacher, or the changed copy of it that runs.
+        given: the teacher as given.
+        input: as `teacher_input` of the distiller.
+        options: how it runs.
+        layers: its layers, for the example.
+        example: its input for the example.
+        prefix: of the names of its features, "" for the first teacher.
+    """
+
+    model: nn.Module
+    given: nn.Module
+    input: Callable[[Any], Any] | StudentView | None
+    options: TeacherOptions
+    layers: list[Layer]
+    example: Any
+    prefix: str
+    recorder: Recorder = field(default_factory=lambda: Recorder(()))
+
+    def inputs(self, inputs: Any, calls: Mapping[str, Call]) -> Any:
+        """Return its input from the student's, and from the recorded calls of the student's layers."""
+        if isinstance(self.input, StudentView):
+            return self.input(inputs, calls)
+        return inputs if self.input is None else self.input(inputs)
+
+
+def _each(value: Any, count: int, what: str) -> list[Any]:
+    """Return `value` for each of `count` teachers, or the values of a list for each."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{what} has {len(value)} values for {count} teacher(s): give one for each, or one for all")
+    return list(value)
+
+
 class Distiller(nn.Module):
-    """Trains a student on the features of a frozen teacher.
+    """Trains a student on the features of a frozen teacher, or of several.
 
     One forward runs teacher, student and all losses, so the distiller as a whole can be compiled or wrapped for
     distributed training. `parameters()` and `state_dict()` hold the student and the methods, not the teacher, which
@@ -73,17 +123,21 @@ class Distiller(nn.Module):
 
     Args:
         student: the model to train.
-        teacher: the model to learn from.
-        pairs: pairs of layers, or "auto" (see :func:`~diffkd.match_layers`). The teacher's forward stops after the last
-            paired layer.
+        teacher: the model to learn from, or a list of several.
+        pairs: pairs of layers, or "auto" (see :func:`~diffkd.match_layers`), with each of the teachers. The teacher's
+            forward stops after the last paired layer.
         example: input of the student for probing: a tensor (B, C, H, W), a tuple of arguments or a mapping of keyword
             arguments. Two images suffice.
         method: default method of the pairs; with "auto" also a list of methods, each with its own automatic pairs.
         teacher_input: converts the student's input to the teacher's, if normalisation or size differ
             (:class:`~diffkd.TeacherInput`), or takes it from layers of the student
-            (:class:`~diffkd.teacher.view.StudentView`).
-        teacher_options: how the teacher runs; by default unchanged (:class:`~diffkd.TeacherOptions`).
+            (:class:`~diffkd.teacher.view.StudentView`). With several teachers one for all, or a list.
+        teacher_options: how the teacher runs; by default unchanged (:class:`~diffkd.TeacherOptions`). With several
+            teachers one for all, or a list.
         balance: weight of the automatic pairs on features; pairs on logits and given pairs keep their weights.
+        representations: whether the models return representations, not class scores: automatic pairing then pairs
+            their last maps and their pooled outputs (:func:`~diffkd.distill.matching.pair_representations`).
+        teacher_weights: weight of the automatic pairs of each teacher; None: 1. A `balance` takes their place.
 
     Methods that need the teacher's classifier (SRRL) get its pooling and last linear layer.
 
@@ -111,24 +165,39 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
         pairs: Sequence[Pair] | Literal["auto"] = "auto",
         *,
         example: Any,
         method: MethodFactory | Sequence[MethodFactory] = DiffKD,
-        teacher_input: Callable[[Any], Any] | StudentView | None = None,
-        teacher_options: TeacherOptions = AS_GIVEN,
+        teacher_input: TeacherView | Sequence[TeacherView] = None,
+        teacher_options: TeacherOptions | Sequence[TeacherOptions] = AS_GIVEN,
         balance: Balance | None = None,
+        representations: bool = False,
+        teacher_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        check_models(student, teacher)
+        teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+        if not teachers:
+            raise ValueError("there is no teacher in the list: give one or more")
+        for one in teachers:
+            check_models(student, one)
+        views = _each(teacher_input, len(teachers), "teacher_input")
         self.student = student
-        self._lowers = teacher_options.lowers
-        self.teacher_input = teacher_input
-        self._watched = teacher_input.layers if isinstance(teacher_input, StudentView) else ()
-        student_layers = list_layers(student, example)
-        teacher_example = self._teacher_inputs(example, watch(student, self._watched, example))
-        teacher_layers = list_layers(teacher.eval(), teacher_example)
+        self._watched = tuple(
+            dict.fromkeys(name for view in views if isinstance(view, StudentView) for name in view.layers)
+        )
+        student_layers = _listed(student, example, representations)
+        calls = watch(student, self._watched, example)
+        # In a list, so that they are no submodules: not in state dict, optimiser, broadcast or EMA.
+        self._sources: list[_Source] = []
+        for index, (one, view, options) in enumerate(
+            zip(teachers, views, _each(teacher_options, len(teachers), "teacher_options"), strict=True)
+        ):
+            source = _Source(one, unwrap(one), view, options, [], None, f"{index}:" if index else "")
+            source.example = source.inputs(example, calls)
+            source.layers = _listed(one.eval(), source.example, representations)
+            self._sources.append(source)
 
         methods = list(method) if isinstance(method, Sequence) else [method]
         if balance is not None and not isinstance(pairs, str):
@@ -136,7 +205,23 @@ class Distiller(nn.Module):
         if isinstance(pairs, str):
             if pairs != "auto":
                 raise ValueError(f"pairs must be 'auto' or a list of Pair, got {pairs!r}")
-            pairs = [pair for one in methods for pair in pair_layers(student_layers, teacher_layers, one)]
+            match = pair_representations if representations else pair_layers
+            weights = (
+                [1.0] * len(teachers)
+                if teacher_weights is None
+                else _each(list(teacher_weights), len(teachers), "teacher_weights")
+            )
+            pairs = [
+                replace(
+                    pair,
+                    source=index,
+                    weight=weights[index],
+                    name=pair.name if len(teachers) == 1 else f"teacher{index}:{_name(pair)}",
+                )
+                for index, source in enumerate(self._sources)
+                for one in methods
+                for pair in match(student_layers, source.layers, one)
+            ]
         if not pairs:
             raise ValueError("pairs is empty: name at least one Pair, or leave it at 'auto'")
         if len(methods) > 1 and (bare := next((pair for pair in pairs if pair.method is None), None)) is not None:
@@ -145,29 +230,21 @@ class Distiller(nn.Module):
             )
         self.pairs = tuple(pairs)
         self.names = unique_names(self.pairs)
+        for pair in self.pairs:
+            if pair.source >= len(teachers):
+                raise ValueError(
+                    f"pair '{_name(pair)}' learns from teacher {pair.source}, but there are {len(teachers)}, counted "
+                    "from 0: correct its source"
+                )
         student_names = [name for pair in self.pairs for name in pair.student_names]
-        teacher_names = [name for pair in self.pairs for name in pair.teacher_names]
-        for side, names, layers in (
-            ("student", student_names, student_layers),
-            ("teacher", teacher_names, teacher_layers),
-        ):
-            for name in names:
-                find_layer(layers, split_selector(name)[0], f"{side} {layers[-1].type}")
+        for name in student_names:
+            find_layer(student_layers, split_selector(name)[0], f"student {student_layers[-1].type}")
         self._student_recorder = Recorder(
             list(dict.fromkeys(student_names)), self._watched, activations_of(student_layers)
         )
         self._student_recorder.attach(student)
-        given_teacher = unwrap(teacher)
-        teacher = prepare_teacher(teacher, teacher_example, teacher_names, teacher_options)
-        # In a list, so that it is no submodule: not in state dict, optimiser, broadcast or EMA.
-        self._teacher = [teacher]
-        self._teacher_recorder = Recorder(
-            list(dict.fromkeys(teacher_names)), activations=activations_of(teacher_layers)
-        )
-        self._teacher_recorder.attach(teacher)
-
         read_student = probe("student", self._student_recorder, student, example, student_layers)
-        read_teacher = probe("teacher", self._teacher_recorder, teacher, teacher_example, teacher_layers)
+        read_teachers = [self._prepared(index) for index in range(len(teachers))]
         self.readers: list[tuple[Reader, Reader]] = []
         self.methods = nn.ModuleList()
         self._resizes: list[Resizing] = []
@@ -175,16 +252,17 @@ class Distiller(nn.Module):
             several = not isinstance(pair.student, str)
             factory = methods[0] if pair.method is None else pair.method
             resizes: Resizing = attribute_of(factory, "resizes", "student")
+            source = self._sources[pair.source]
             ours, theirs = agree(
                 read_student(pair.student_names, several=several, layout=pair.student_layout),
-                read_teacher(pair.teacher_names, several=several, layout=pair.teacher_layout),
+                read_teachers[pair.source](pair.teacher_names, several=several, layout=pair.teacher_layout),
                 resizes,
             )
             self.readers.append((ours, theirs))
             self._resizes.append(resizes)
             self.methods.append(built := build_method(factory, ours, theirs))
             if (take_norms := getattr(built, "take_norms", None)) is not None:
-                take_norms([_norm_before(given_teacher, teacher_layers, name) for name in pair.teacher_names])
+                take_norms([_norm_before(source.given, source.layers, name) for name in pair.teacher_names])
         if balance is not None:
             of_logits = [any(shape.role == "logits" for shape in theirs.shapes) for _, theirs in self.readers]
             self.pairs = tuple(
@@ -203,10 +281,32 @@ class Distiller(nn.Module):
         self.gammas: dict[str, Tensor] = {}
         self._flow = GradientFlow(self.names, self.pairs)
 
+    def _prepared(self, index: int) -> Callable[..., Reader]:
+        """Prepare a teacher and attach its recorder; return what builds the readers of its layers."""
+        source = self._sources[index]
+        names = [name for pair in self.pairs if pair.source == index for name in pair.teacher_names]
+        side = "teacher" if len(self._sources) == 1 else f"teacher {index}"
+        for name in names:
+            find_layer(source.layers, split_selector(name)[0], f"{side} {source.layers[-1].type}")
+        source.model = prepare_teacher(source.model, source.example, names, source.options)
+        source.recorder = Recorder(list(dict.fromkeys(names)), activations=activations_of(source.layers))
+        source.recorder.attach(source.model)
+        return probe("teacher", source.recorder, source.model, source.example, source.layers)
+
     @property
     def teacher(self) -> nn.Module:
-        """The frozen teacher."""
-        return self._teacher[0]
+        """The frozen teacher; of several the first."""
+        return self._sources[0].model
+
+    @property
+    def teachers(self) -> tuple[nn.Module, ...]:
+        """All frozen teachers."""
+        return tuple(source.model for source in self._sources)
+
+    @property
+    def teacher_input(self) -> TeacherView:
+        """What the teacher's input is made by; of several teachers the first's."""
+        return self._sources[0].input
 
     @property
     def needs(self) -> frozenset[str]:
@@ -361,15 +461,29 @@ class Distiller(nn.Module):
         self._check_independent()
         return self._teach(inputs, {})
 
-    def teach(self, inputs: Any) -> Any:
-        """Return the teacher's output for the student's inputs, computed from those alone.
+    def teach(self, inputs: Any, source: int = 0) -> Any:
+        """Return a teacher's output for the student's inputs, computed from those alone.
+
+        Args:
+            inputs: the student's input.
+            source: of several teachers the one that runs, counted from 0.
 
         Raises:
             TypeError: if its input is taken from layers of the student.
         """
         self._check_independent()
+        chosen = self._sources[source]
         with torch.no_grad():
-            return run(self.teacher, on_device_of(self.teacher, self._teacher_inputs(inputs, {})))
+            return run(chosen.model, on_device_of(chosen.model, chosen.inputs(inputs, {})))
+
+    def teacher_embedding(self, inputs: Any, source: int = 0) -> Tensor:
+        """Return a teacher's embedding (B, C) of the student's inputs (:func:`~diffkd.distill.stages.read_embedding`).
+
+        Raises:
+            TypeError: if its input is taken from layers of the student.
+            ValueError: if it returns neither a vector nor a map for each image.
+        """
+        return as_constant(read_embedding(self._sources[source].layers, self.teach(inputs, source)))
 
     def set_epoch(self, epoch: float) -> None:
         """Set the current epoch, fractional and counted from 0, for pairs with a :class:`~diffkd.Ramp`.
@@ -382,7 +496,8 @@ class Distiller(nn.Module):
     def release(self) -> None:
         """Remove the hooks from both models, for example to pickle the student; the distiller is unusable then."""
         self._student_recorder.detach()
-        self._teacher_recorder.detach()
+        for source in self._sources:
+            source.recorder.detach()
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise ValueError if `optimizer` misses a trainable parameter of the student or of a method."""
@@ -401,7 +516,8 @@ class Distiller(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the student and the methods; the teacher stays in evaluation mode."""
         super().train(mode)
-        self.teacher.eval()
+        for teacher in self.teachers:
+            teacher.eval()
         return self
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -412,8 +528,13 @@ class Distiller(nn.Module):
         return list(pair_rows(self.names, self.readers, self.methods))  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
-        title = f"{type(unwrap(self.student)).__name__} learns from {type(unwrap(self.teacher)).__name__}"
-        return as_text(title, self.rows())
+        return as_text(self.title, self.rows())
+
+    @property
+    def title(self) -> str:
+        """Who learns from whom, by the names of their classes."""
+        teachers = " and ".join(type(unwrap(teacher)).__name__ for teacher in self.teachers)
+        return f"{type(unwrap(self.student)).__name__} learns from {teachers}"
 
     def _distil(
         self, inputs: Any, teacher_features: Mapping[str, Tensor] | None, context: dict[str, Any]
@@ -422,43 +543,61 @@ class Distiller(nn.Module):
         if self.training and torch.is_grad_enabled():
             self._flow.observe(ours)
         theirs = self._teach(inputs, calls) if teacher_features is None else teacher_features
-        if isinstance(self.teacher_input, StudentView):
-            context = self.teacher_input.context(inputs, calls) | context
+        for source in self._sources:
+            if isinstance(source.input, StudentView):
+                context = source.input.context(inputs, calls) | context
         results = []
-        for name, (our_reader, their_reader), resizes, method in zip(
-            self.names, self.readers, self._resizes, self.methods, strict=True
+        for name, pair, (our_reader, their_reader), resizes, method in zip(
+            self.names, self.pairs, self.readers, self._resizes, self.methods, strict=True
         ):
-            student, teacher = read_pair(our_reader, their_reader, ours, theirs, resizes)
+            source = self._sources[pair.source]
+            own = {layer: theirs[source.prefix + layer] for layer in their_reader.names}
+            student, teacher = read_pair(our_reader, their_reader, ours, own, resizes)
             if (
                 "teacher_head" in getattr(method, "needs", ())
                 and context.get("teacher_head") is None
                 and isinstance(teacher, Tensor)
             ):
-                context = {**context, "teacher_head": pooled_classifier(self.teacher, teacher.shape[1])}
-            result = method(student, teacher, **select_arguments(method, name, context))
+                head = pooled_classifier(source.model, teacher.shape[1])
+                result = method(student, teacher, **select_arguments(method, name, {**context, "teacher_head": head}))
+            else:
+                result = method(student, teacher, **select_arguments(method, name, context))
             results.append(Observation(student, teacher, result))
         return output, results, ours
 
     def _teach(self, inputs: Any, calls: dict[str, Call]) -> dict[str, Tensor]:
-        if self.teacher.training and not torch.compiler.is_compiling():
-            self.teacher.eval()  # user code has called train()
-        with torch.no_grad():
-            # Like the example, images are cast to the dtype of the teacher.
-            teacher_inputs = on_device_of(self.teacher, self._teacher_inputs(inputs, calls))
-            features = self._teacher_recorder.record(self.teacher, teacher_inputs, whole=False).features
-        features = {name: as_constant(feature) for name, feature in features.items()}
-        return {name: feature.float() for name, feature in features.items()} if self._lowers else features
+        every: dict[str, Tensor] = {}
+        for source in self._sources:
+            teacher = source.model
+            if teacher.training and not torch.compiler.is_compiling():
+                teacher.eval()  # user code has called train()
+            if not source.recorder.names:
+                continue  # given pairs leave this teacher out
+            with torch.no_grad():
+                # Like the example, images are cast to the dtype of the teacher.
+                teacher_inputs = on_device_of(teacher, source.inputs(inputs, calls))
+                features = source.recorder.record(teacher, teacher_inputs, whole=False).features
+            for name, feature in features.items():
+                constant = as_constant(feature)
+                every[source.prefix + name] = constant.float() if source.options.lowers else constant
+        return every
 
     def _check_independent(self) -> None:
-        if isinstance(self.teacher_input, StudentView):
+        if any(isinstance(source.input, StudentView) for source in self._sources):
             raise TypeError("the teacher's input is made while the student runs; call the whole teacher instead")
-
-    def _teacher_inputs(self, inputs: Any, calls: dict[str, Call]) -> Any:
-        if isinstance(self.teacher_input, StudentView):
-            return self.teacher_input(inputs, calls)
-        return inputs if self.teacher_input is None else self.teacher_input(inputs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for teacher in self.teachers:
+            teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _listed(model: nn.Module, example: Any, representations: bool) -> list[Layer]:
+    """Return the layers of a model, none of them with class scores if it returns representations."""
+    layers = list_layers(model, example)
+    return [replace(layer, scores=False) for layer in layers] if representations else layers
+
+
+def _name(pair: Pair) -> str:
+    return pair.name or ",".join(pair.student_names)

@@ -11,7 +11,15 @@ from torch import nn
 
 from diffkd.distill.balance import Balance
 from diffkd.distill.ramp import ALWAYS, Ramp
-from diffkd.distill.stages import box_outputs, class_map, common_levels, last_feature, stages, vector_classes
+from diffkd.distill.stages import (
+    box_outputs,
+    class_map,
+    common_levels,
+    embedding,
+    last_feature,
+    stages,
+    vector_classes,
+)
 from diffkd.features.activations import PRE
 from diffkd.features.layers import Layer, list_layers
 from diffkd.features.layout import Layout
@@ -19,7 +27,7 @@ from diffkd.features.reader import Reader, SideName
 from diffkd.features.shape import Want
 from diffkd.methods import MethodFactory
 
-DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits"})
+DEFAULT_WANTS: frozenset[Want] = frozenset({"feature", "logits", "embedding"})
 DEFAULT_LEAST_CLASSES = 2
 
 
@@ -40,9 +48,10 @@ class Pair:
         name: prefix of the losses' names; None: the student's layer.
         student_layout: layout of the student's output, if it is not inferred correctly.
         teacher_layout: the same for the teacher.
+        source: of several teachers the one it learns from, counted from 0.
 
     Raises:
-        ValueError: if `weight` is negative or not finite.
+        ValueError: if `weight` is negative or not finite, or `source` is negative.
     """
 
     student: str | Sequence[str]
@@ -53,8 +62,11 @@ class Pair:
     name: str | None = None
     student_layout: Layout | None = None
     teacher_layout: Layout | None = None
+    source: int = 0
 
     def __post_init__(self) -> None:
+        if self.source < 0:
+            raise ValueError(f"source={self.source} of pair '{self.name or self.student}' is no teacher: count from 0")
         if not isinstance(self.weight, Balance) and not 0 <= self.weight < math.inf:
             raise ValueError(
                 f"weight={self.weight} of pair '{self.name or self.student}' is no factor of a loss: give 0 or more"
@@ -106,9 +118,50 @@ def match_layers(
     return pair_layers(student_layers, teacher_layers, method)
 
 
-def pair_layers(student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None = None) -> list[Pair]:
-    """Pair two lists of layers, as :func:`match_layers` does."""
+def pair_representations(
+    student: Sequence[Layer], teacher: Sequence[Layer], method: MethodFactory | None = None
+) -> list[Pair]:
+    """Pair the layers of two models whose outputs are representations, not class scores.
+
+    Maps are paired as :func:`match_layers` does: the last maps or patch tokens, the stages, the levels. Methods that
+    want "embedding" also get the pooled outputs (:func:`~diffkd.distill.stages.embedding`); where one model returns
+    none, the mean over the positions of its last map. A method that relates the images of a batch gets these alone.
+
+    Raises:
+        ValueError: if the method learns from class scores alone, or there is nothing to pair.
+    """
     wants = wants_of(method)
+    name = attribute_of(method, "__name__", "this method")
+    of_maps = wants - {"logits", "stages to logits", "feature to logits", "box outputs", "embedding"}
+    if not of_maps:
+        raise ValueError(
+            f"{name} learns from class scores, and representations have none: take DiffKD, FitNet, Cosine, CWD, RKD, "
+            "SP or PKT, or data with labels"
+        )
+    ours, theirs = embedding(student), embedding(teacher)
+    last = last_feature(student), last_feature(teacher)
+    sides = [
+        vector or (layer.name if layer is not None else None)
+        for vector, layer in zip((ours, theirs), last, strict=True)
+    ]
+    pooled = []
+    if (ours or theirs) and sides[0] is not None and sides[1] is not None:
+        pooled = [Pair(sides[0], sides[1], method, name="embedding")]
+    if pooled and int(attribute_of(method, "least_batch", 1)) > 1:
+        return pooled
+    are_maps = all(layer is not None and layer.is_map for layer in last)
+    pairs = pair_layers(student, teacher, method, of_maps) if are_maps or not pooled else []
+    return [*pairs, *(pooled if "embedding" in wants else [])] or pooled
+
+
+def pair_layers(
+    student: Sequence[Layer],
+    teacher: Sequence[Layer],
+    method: MethodFactory | None = None,
+    wants: frozenset[Want] | None = None,
+) -> list[Pair]:
+    """Pair two lists of layers, as :func:`match_layers` does; `wants` replaces the method's own."""
+    wants = wants_of(method) - {"embedding"} if wants is None else wants
     if "box outputs" in wants and (outputs := _box_output_pair(student, teacher, method)) is not None:
         return [outputs]
     if (levels := _pyramid_pairs(student, teacher, method, wants)) is not None:

@@ -4,8 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from itertools import count, pairwise
+from typing import Any
+
+from torch import Tensor
 
 from diffkd.features.layers import Layer
+from diffkd.features.layout import Layout, select_tensor
+from diffkd.features.recorder import split_selector
 
 
 def pyramid(layers: Sequence[Layer]) -> dict[str, str]:
@@ -108,6 +113,41 @@ def last_feature(layers: Sequence[Layer]) -> Layer | None:
     # The layer that computes the output, and layers that only pass it on, are not hidden layers.
     hidden = [layer for layer in vectors if layer.shape != output.shape]
     return hidden[-1] if hidden else None
+
+
+def embedding(layers: Sequence[Layer]) -> str | None:
+    """Return the name of the pooled vector that a model without classifier returns, None if it returns maps alone.
+
+    Of a mapping, as transformers return, it is `pooler_output` where there is one, or else the first vector.
+    """
+    output = layers[-1]
+    if output.layout is not None and output.feature_shape is not None and not output.feature_shape.is_map:
+        return output.name
+    vectors = [name for name, shape in output.elements if len(shape) == 2]
+    return next((name for name in vectors if name.endswith("[pooler_output]")), vectors[0] if vectors else None)
+
+
+def read_embedding(layers: Sequence[Layer], output: Any) -> Tensor:
+    """Return a model's embedding (B, C): its pooled output, or the mean over the positions of the map it returns.
+
+    Args:
+        layers: the model's, as from :func:`~diffkd.list_layers`.
+        output: what it returned.
+
+    Raises:
+        ValueError: if it returned neither.
+    """
+    name = embedding(layers) or layers[-1].name
+    tensor = select_tensor(output, split_selector(name)[1])
+    layout = layers[-1].layout
+    if name != layers[-1].name and tensor is not None:
+        layout = Layout("vector")
+    if tensor is None or layout is None:
+        raise ValueError(
+            f"{layers[-1].type} returns {layers[-1].shape}, which is neither a vector nor a map for each image: let it "
+            "return one of them"
+        )
+    return layout.read(tensor).flatten(2).mean(dim=2) if layout.read(tensor).ndim == 4 else layout.read(tensor)
 
 
 def stages(layers: Sequence[Layer]) -> list[Layer]:

@@ -8,8 +8,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from diffkd.distill.stages import read_embedding
+from diffkd.features.layers import list_layers
+from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.detectors.load import IMAGENET_MEAN, IMAGENET_STD
-from diffkd.models.detectors.onnx_graph import DetectorGraph
+from diffkd.models.detectors.onnx_graph import DetectorGraph, QueryDetectorGraph
 from diffkd.models.segmenters.any_size import AnySize
 from diffkd.recipes.trust import Trust, code_of_model, trust_words
 from diffkd.tasks.classification import logits_of
@@ -66,23 +69,48 @@ def rebuild(
         ValueError: if the card lacks a value, names untrusted code, or the weights do not fit.
     """
     name = model or named_model(card, weights, trust)
-    facts = _facts(card, weights, image_size)
-    built = load_saved(name, facts, weights, card).eval()
+    facts = facts_of_card(card, weights, image_size)
+    if normalize and facts.task != "detection":
+        _card_value(card, "mean"), _card_value(card, "std")
+    return plain_student(load_saved(name, facts, weights, card), facts, normalize=normalize)
+
+
+def plain_student(built: nn.Module, facts: DataFacts, *, normalize: bool = False) -> PlainStudent:
+    """Return a model for the task of the data as an exportable module.
+
+    Args:
+        built: the model on the CPU; it is set to evaluation mode.
+        facts: of its data; gives task, channels, image size and normalisation.
+        normalize: include the normalisation, so that the input is images in [0, 1]. Detectors always do.
+
+    Raises:
+        ValueError: if it is a detector that cannot be exported.
+    """
+    built.eval()
     size = (facts.in_channels, *facts.image_size)
     # From a generator with a fixed seed, so that an export can be repeated.
     draw = torch.Generator().manual_seed(0)
+    if isinstance(built, TransformersDetector):
+        queries = QueryDetectorGraph(built, (size[1], size[2])).eval()
+        example = torch.rand(2, *size, generator=draw)
+        found = queries(example[:1])[1].shape[1]
+        return PlainStudent(queries, _EachImage(built), _FOUND, example, (("batch",), ()), found)
     if facts.task == "detection":
         graph = DetectorGraph(built).eval()
         example = torch.rand(1, *size, generator=draw)
-        return PlainStudent(graph, _OneImage(built), ("boxes", "scores", "labels"), example, ((),), graph.limit)
-    plain: nn.Module = AnySize(built) if facts.task == "segmentation" else _Logits(built)
+        return PlainStudent(graph, _EachImage(built), _FOUND, example, ((),), graph.limit)
+    if facts.task == "representation":
+        plain: nn.Module = _Embedding(built, torch.zeros(2, *size))
+    else:
+        plain = AnySize(built) if facts.task == "segmentation" else _Logits(built)
     if normalize:
         zeros, ones = (0.0,) * facts.in_channels, (1.0,) * facts.in_channels
-        plain = nn.Sequential(TeacherInput(zeros, ones, _card_value(card, "mean"), _card_value(card, "std")), plain)
+        plain = nn.Sequential(TeacherInput(zeros, ones, facts.mean, facts.std), plain)
     whole = (("batch", "height", "width"),) if facts.task == "segmentation" else ()
     # Two images, since `torch.export` treats a batch size of one as a constant.
     example = torch.rand(2, *size, generator=draw)
-    return PlainStudent(plain.eval(), plain.eval(), ("logits",), example, (*whole, ("batch",), ()))
+    names = ("embedding",) if facts.task == "representation" else ("logits",)
+    return PlainStudent(plain.eval(), plain.eval(), names, example, (*whole, ("batch",), ()))
 
 
 def named_model(card: Mapping[str, Any], path: str | Path, trust: Sequence[str] = ()) -> str:
@@ -114,19 +142,47 @@ class _Logits(nn.Module):
         return logits_of(self.model(images))
 
 
-class _OneImage(nn.Module):
-    """An unchanged detector for images (1, 3, H, W)."""
+_FOUND = ("boxes", "scores", "labels")
+
+
+class _Embedding(nn.Module):
+    """A model without classifier that returns its embedding as a tensor."""
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self._layers = list_layers(model, example)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return read_embedding(self._layers, self.model(images))
+
+
+class _EachImage(nn.Module):
+    """An unchanged detector for images (B, 3, H, W), in each of which it finds as many objects, or for one image."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (found,) = self.detector([images[0]])
-        return found["boxes"], found["scores"], found["labels"]
+        found = self.detector(list(images))
+        if len(found) == 1 and not isinstance(self.detector, TransformersDetector):
+            return found[0]["boxes"], found[0]["scores"], found[0]["labels"]
+        boxes, scores, labels = (torch.stack([one[name] for one in found]) for name in _FOUND)
+        return boxes, scores, labels
 
 
-def _facts(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] | None) -> DataFacts:
+def facts_of_card(card: Mapping[str, Any], path: str | Path, image_size: Sequence[int] | None = None) -> DataFacts:
+    """Return the facts of the data that a student was trained on, without an example.
+
+    Args:
+        card: the card of the student.
+        path: its file, for messages.
+        image_size: (H, W), or one side of a square; None: the card's.
+
+    Raises:
+        ValueError: if the card lacks a value, or has an unknown task or no image size.
+    """
     task = card.get("task", "classification")
     if task not in get_args(TaskName):
         raise ValueError(f"the card of {path} is for {task!r}, which is none of {', '.join(get_args(TaskName))}")

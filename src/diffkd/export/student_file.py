@@ -1,6 +1,5 @@
 """Files of a student and its card: all that is needed to rebuild it, preprocess its input and evaluate it."""
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.resources import files
@@ -11,7 +10,9 @@ import torch
 
 from diffkd.files.history import Row, measurements
 from diffkd.files.run_folder import RunFolder
+from diffkd.files.values import read_json_file
 from diffkd.files.weights import WHOLE_FILES
+from diffkd.models.hub import fetch_student, is_hub
 from diffkd.tasks.data_facts import DataFacts
 
 Which = Literal["last", "best"]
@@ -24,13 +25,16 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
     """Return the file of a student.
 
     Args:
-        source: the file itself, or the folder of a run.
+        source: the file itself, the folder of a run, or "hub:USER/NAME", which is fetched.
         which: for a run, the student of the last or of the best epoch.
 
     Raises:
         FileNotFoundError: if there is no such file, or the run has not written it yet.
         ValueError: if it is an exported program.
+        OSError: if it cannot be fetched.
     """
+    if is_hub(source):
+        return fetch_student(str(source))
     path = Path(source)
     if path.is_dir():
         run = RunFolder(path)
@@ -48,13 +52,16 @@ def find_student(source: str | Path, which: Which = "last") -> Path:
 
 
 def find_weights(weights: str | Path) -> Path:
-    """Return the file for `weights`: a file, a run folder (its student), or a file of the package.
+    """Return the file for `weights`: a file, a run folder (its student), a file of the package, or "hub:USER/NAME".
 
     For a transformers folder it is the file of the whole model, or the index of its shards.
 
     Raises:
         FileNotFoundError: if none of these exists.
+        OSError: if it cannot be fetched.
     """
+    if is_hub(weights):
+        return fetch_student(str(weights))
     path = Path(weights)
     packaged = Path(str(files("diffkd"))) / "assets" / path
     for candidate in (path, path / "student.safetensors", packaged, *(path / name for name in WHOLE_FILES)):
@@ -69,7 +76,7 @@ def card_file(student: str | Path) -> Path:
     Weights and programs of one student may be in one folder but differ in epoch or normalisation.
     """
     path = Path(student)
-    return path.with_name(f"{path.name}.json") if path.suffix in PROGRAMS else path.with_suffix(".json")
+    return path.with_name(f"{path.name}.json") if path.suffix in (*PROGRAMS, ".xml") else path.with_suffix(".json")
 
 
 def read_card(weights: str | Path) -> dict[str, Any]:
@@ -81,10 +88,7 @@ def read_card(weights: str | Path) -> dict[str, Any]:
     path = card_file(weights)
     if not path.is_file() or path == Path(weights):
         return {}
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); delete it, or save the model again") from error
+    card = read_json_file(path)
     if not isinstance(card, dict):
         raise ValueError(f"{path} is no card of a model; delete it, or save the model again")
     return card
@@ -110,6 +114,7 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
         "mean": list(data.mean),
         "std": list(data.std),
         "classes": list(data.classes),
+        "multi_label": data.multi_label or None,
         "data": config.get("data"),
         "detection": config.get("detection") if data.task == "detection" else None,
         "segmentation": config.get("segmentation") if data.task == "segmentation" else None,

@@ -81,6 +81,9 @@ def prefix_tokens(model: nn.Module) -> frozenset[int]:
     """
     found: set[int] = set()
     for module in unwrap(model).modules():
+        of_all = getattr(getattr(module, "config", None), "num_summary_tokens", None)  # RADIO of transformers
+        if isinstance(of_all, int):
+            return frozenset({of_all})
         declared = getattr(module, "num_prefix_tokens", None)
         if isinstance(declared, int):
             found.add(declared)

@@ -6,6 +6,8 @@ maps, all given to one method as lists), or "class map" (the scores by position 
 last feature of any other), "box outputs" (a detector's class scores and box regression, given to one method as a list
 of two), "last stage" (the last of the stages, which is not the head's convolution), "second stage" (the second of the
 stages that both models have in common), "pooled" (beside "levels": the last map before pooling as one more level),
+"embedding" (beside "feature",
+of models whose outputs are representations: the pooled output, and nothing of other models),
 "stages to logits" (the student's stages and logits, and the teacher's logits, given to one method as lists), or
 "feature to logits" (the student's last map and logits, and the teacher's logits, likewise).
 
@@ -28,6 +30,7 @@ Want = Literal[
     "last stage",
     "second stage",
     "pooled",
+    "embedding",
     "stages to logits",
     "feature to logits",
 ]

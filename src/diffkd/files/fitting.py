@@ -5,7 +5,7 @@ import re
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +128,7 @@ def load_weights(
     key: str | None = None,
     head: Callable[[], frozenset[str]] | None = None,
     convert: Convert | None = None,
+    beside: Collection[str] = (),
 ) -> Report:
     """Load a file of tensors into `model`, strictly: either all entries of the network are loaded, or none.
 
@@ -144,6 +145,7 @@ def load_weights(
             the file lacks them or has another number of classes. None: no entry may.
         convert: converts weights of another format of a library to the network's names; returns None for an unknown
             format.
+        beside: names in the file that the network may lack, such as those of a classifier.
 
     Returns:
         The report; `str` gives one line.
@@ -162,7 +164,9 @@ def load_weights(
     lenient = frozenset[str]() if head is None or not (fit.missing or fit.shapes) else head()
     missing = [name for name in fit.missing if not (name in lenient or _may_lack(name, fit, own))]
     shapes = [name for name in fit.shapes if name not in lenient]
-    unexpected = [name for name in fit.unexpected if not (_DERIVED.search(name) or _TRAINING_ONLY.match(name))]
+    unexpected = [
+        name for name in fit.unexpected if not (name in beside or _DERIVED.search(name) or _TRAINING_ONLY.match(name))
+    ]
     kinds = [
         f"{name} is of {value.dtype} there, {own[name].dtype} here"
         for name, value in fit.filled.items()
@@ -185,9 +189,7 @@ def load_weights(
             "build the model that the file was saved from (same name, number of classes and input channels)"
             f"{shard_hint(path)}"
         )
-    broken = [name for name, _ in model.named_parameters() if name in fit.filled and not _finite(fit.filled[name])]
-    if broken:
-        raise ValueError(f"{path} holds NaN or infinity in {', '.join(broken[:3])}: fetch or save it again")
+    _check_finite(model, path, fit)
     state = OrderedDict(fit.filled)
     state._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]
     model.load_state_dict(state, strict=False)
@@ -217,6 +219,43 @@ def load_weights(
             stacklevel=4,
         )
     return report
+
+
+def load_backbone(
+    body: nn.Module, path: str | Path, *, key: str | None = None, convert: Convert | None = None
+) -> Report:
+    """Load a file of tensors into a part of its network: all entries of the part, and the others are left out.
+
+    Args:
+        body: receives the weights in place.
+        path: as for :func:`~diffkd.files.weights.read_weights`.
+        key: as for :func:`load_weights`.
+        convert: likewise.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_weights`, but for unexpected entries.
+    """
+    body = unwrap(body)
+    contents = read_contents(path)
+    own = body.state_dict()
+    fit = fit_contents(body, path, contents, key, convert)
+    missing = [name for name in fit.missing if not _may_lack(name, fit, own)]
+    if missing or fit.shapes:
+        described = [f"missing {name}" for name in missing[:3]]
+        described += [
+            f"{name} is {tuple(value.shape)} there, {shape_of(own[name])} here"
+            for name, value in list(fit.shapes.items())[:3]
+        ]
+        count = len(missing) + len(fit.shapes) - len(described)
+        raise ValueError(
+            f"{path} does not fit the backbone {type(body).__name__}: {'; '.join(described)}"
+            f"{f' and {count} more' if count > 0 else ''}; give a file of a classifier with this backbone"
+            f"{shard_hint(path)}"
+        )
+    _check_finite(body, path, fit)
+    body.load_state_dict(OrderedDict(fit.filled), strict=False)
+    left = (*_grouped(fit.outside), *_grouped(fit.unexpected), *contents.skipped)
+    return Report(str(path), len(fit.filled), fit.key, fit.others, left, notes=tuple(fit.notes))
 
 
 def fit_contents(
@@ -356,8 +395,12 @@ def _may_lack(name: str, fit: Fit, own: Mapping[str, Any]) -> bool:
     )
 
 
-def _finite(value: Tensor) -> bool:
-    return bool(value.isfinite().all())
+def _check_finite(model: nn.Module, path: str | Path, fit: Fit) -> None:
+    broken = [
+        name for name, _ in model.named_parameters() if name in fit.filled and not fit.filled[name].isfinite().all()
+    ]
+    if broken:
+        raise ValueError(f"{path} holds NaN or infinity in {', '.join(broken[:3])}: fetch or save it again")
 
 
 def _converted(value: Any, own: Any) -> bool:

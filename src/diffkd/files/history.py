@@ -67,6 +67,15 @@ def measurements(row: Row) -> Row:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Read the rows that :meth:`History.write_csv` wrote; empty cells are left out."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    """Read the rows that :meth:`History.write_csv` wrote; empty cells are left out.
+
+    Raises:
+        ValueError: if it is no table of numbers; the message names the file.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, csv.Error) as error:  # a row that is too long has a list of cells
+        raise ValueError(
+            f"{path} is no table of numbers ({error}): delete it, and resume the run to write it"
+        ) from error

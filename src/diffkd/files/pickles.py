@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 # Limit of the pickle's size: each opcode can create an object of up to 64 bytes. Tensor data are stored outside of it.
-_LARGEST_PICKLE = 2**25
+_LARGEST_PICKLE = 2**24
 # A view may repeat its storage, as from `expand`, up to this many bytes.
 _LARGEST_REPEAT = 2**24
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -11,7 +11,8 @@ import yaml
 
 from diffkd.files.config import describe, differences
 from diffkd.files.lock import LOCK
-from diffkd.files.weights import write_text
+from diffkd.files.values import read_json_file, read_yaml_file
+from diffkd.files.weights import is_partial, remove_partial, write_text
 
 # Values that may change on resume without changing the training.
 _FREE = {
@@ -20,6 +21,8 @@ _FREE = {
     "accelerator",
     "devices",
     "progress",
+    "logger",
+    "sample_every",
     "log_every",
     "save_every_steps",
     "config",
@@ -65,7 +68,7 @@ class RunFolder:
             raise FileExistsError(f"{self.path} is not empty and holds no run to resume; give another --out")
         if not resume:
             raise FileExistsError(f"{self.path} is not empty; add --resume to go on there, or give another --out")
-        stored = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
+        stored = self.read_config()
         if changed := changed_values(stored, config):
             raise ValueError(
                 f"{self.path} was started with other values: {'; '.join(changed)}; give the same ones, or another "
@@ -73,15 +76,43 @@ class RunFolder:
             )
         if not self.result.is_file():
             return None
-        result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
-        return result
+        return self.read_result()
+
+    def read_config(self) -> dict[str, Any]:
+        """Return the recorded values.
+
+        Raises:
+            ValueError: if the file is damaged; the message names it.
+        """
+        content = read_yaml_file(self.config) or {}
+        if not isinstance(content, dict):
+            raise ValueError(f"{self.config} holds no values by name: give the folder of a run")
+        return content
+
+    def read_result(self) -> dict[str, Any]:
+        """Return the result of the finished run.
+
+        Raises:
+            ValueError: if the file is damaged; the message names it.
+        """
+        content = read_json_file(self.result)
+        rows = [content.get(which) for which in ("last", "best")] if isinstance(content, dict) else []
+        wanted = [content.get("score") if isinstance(content, dict) else None, "epoch"]
+        numbers = [row.get(name) if isinstance(row, dict) else None for row in rows for name in wanted]
+        known = all(isinstance(one, int | float) for one in numbers)
+        if not rows or not isinstance(wanted[0], str) or not known:
+            raise ValueError(f"{self.result} is no result of a run: delete it, and add --resume to write it again")
+        return dict(content)
 
     def start(self, config: Mapping[str, Any]) -> None:
-        """Create the folder, and record the run's values.
+        """Create the folder, remove what a killed run left half written, and record the run's values.
+
+        The folder must be locked: no other process may write there.
 
         Raises:
             OSError: if they cannot be written.
         """
+        remove_partial(self.path)
         text = yaml.safe_dump(to_yaml_values(config), sort_keys=False, allow_unicode=True)
         write_text(self.config, text)
 
@@ -95,7 +126,9 @@ class RunFolder:
             raise FileExistsError(f"{self.path} is a file; give a folder as --out")
         remains = {self.config, self.path / "tensorboard", self.path / LOCK}
         return self.path.is_dir() and any(
-            path not in remains and (not path.is_dir() or any(path.iterdir())) for path in self.path.iterdir()
+            path not in remains
+            and (any(not is_partial(one) for one in path.iterdir()) if path.is_dir() else not is_partial(path))
+            for path in self.path.iterdir()
         )
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ _USUAL = re.compile(
 )
 _AVERAGED = re.compile(r"(^|_|\.)(ema|averaged?|swa|shadow)\d*(_|\.|$)", re.IGNORECASE)
 _DEPTH = 6
+_PARTIAL = ".partial"  # suffix of files that are being written
 _STARTS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the weights: fetch them with `git lfs pull`",
     b"<!DOCTYPE": "is a web page, not weights: fetch the file itself",
@@ -314,7 +317,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
@@ -327,9 +330,32 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError, RuntimeError)):
             raise OSError(
-                f"could not write {path} ({error}); free some space or choose another folder; earlier files are whole"
+                f"could not write {path} ({error}{_free_space(path, error)}); free some space or choose another "
+                "folder; earlier files are whole"
             ) from error
         raise
+
+
+def _free_space(path: Path, error: Exception) -> str:
+    """Return the space left for a file, for a message: writers other than Python's do not say that a disk is full."""
+    if not isinstance(error, OSError):
+        with suppress(OSError):
+            return f"; {shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB are free there"
+    return ""
+
+
+def is_partial(path: Path) -> bool:
+    """Return whether a file is one that :func:`write_whole` was writing when its process was killed."""
+    return path.name.startswith(".") and path.suffix == _PARTIAL
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the files that :func:`write_whole` was writing in a folder and below it when a process was killed.
+
+    Only for a folder in which no other process writes.
+    """
+    for path in folder.rglob(f".*{_PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

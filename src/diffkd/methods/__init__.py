@@ -15,8 +15,8 @@ losses, or a tuple with a field `losses` as :class:`DiffKD` does. Class attribut
 - `least_classes` (may be missing): the smallest number of classes for which the method works on logits; automatic
   pairing respects it;
 - `least_batch` (may be missing): the smallest batch size for which the method works;
-- `tasks` (may be missing): the tasks it supports, of "classification", "detection" and "segmentation"; `diffkd fit`
-  refuses it for others;
+- `tasks` (may be missing): the tasks it supports, of "classification", "detection", "segmentation" and
+  "representation"; `diffkd fit` refuses it for others;
 - `needs` (may be missing): names of keyword arguments of its forward besides the features, such as `("labels",)`; the
   caller of the distiller passes them. `diffkd fit` sets `samples=None` of a method that needs "indices" to the number
   of training images, and `classes=None` of one that needs "labels" to the number of classes.
@@ -30,6 +30,7 @@ from torch import nn
 from diffkd.methods.at import AT
 from diffkd.methods.box_kd import BoxKD
 from diffkd.methods.cirkd import CIRKD
+from diffkd.methods.cosine import Cosine
 from diffkd.methods.crd import CRD
 from diffkd.methods.cwd import CWD
 from diffkd.methods.diffkd import DiffKD, DiffKDOutput
@@ -79,6 +80,7 @@ __all__ = [
     "VID",
     "WTTM",
     "BoxKD",
+    "Cosine",
     "DiffKD",
     "DiffKDOutput",
     "FitNet",

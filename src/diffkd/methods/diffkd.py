@@ -124,7 +124,7 @@ class DiffKD(nn.Module):
             vector, or a distance of distributions gets a single channel.
     """
 
-    wants: ClassVar[frozenset[Want]] = frozenset({"feature", "logits"})
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature", "logits", "embedding"})
     least_classes: ClassVar[int] = 2
     alphas_cumprod_bits: Tensor
     visited: Tensor

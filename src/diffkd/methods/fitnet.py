@@ -24,7 +24,7 @@ class FitNet(nn.Module):
             depend on the teacher's scale (:class:`~diffkd.diffusion.standardization.Standardization`).
     """
 
-    wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
+    wants: ClassVar[frozenset[Want]] = frozenset({"feature", "embedding"})
 
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """MasKD: match features under masks that learned tokens make from the teacher's feature."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from diffkd.diffusion.distances import at_least_float32
 from diffkd.features.shape import FeatureShape, Want
+from diffkd.files.weights import format_names, read_contents
 from diffkd.methods.inputs import align, check_same_grid, full_precision, like_parameters, require_maps
 
 
@@ -21,8 +23,9 @@ class MasKD(nn.Module):
     mean Dice coefficient between masks, which makes them differ. "kd" gives no gradient to the tokens.
 
     The authors train the tokens first, in a separate run of 2000 steps (for segmentation 10,000, at rate 0.1 and
-    weight decay 1e-3); here they are trained in the same run and by its optimiser; "kd" starts after as many steps.
-    The tokens continue to be trained after that.
+    weight decay 1e-3), as with `weight=0` in a run whose student is thrown away; `tokens_from` then takes them from
+    there and freezes them. Without it they are trained in the student's run and by its optimiser; "kd" starts after
+    `token_steps`, and the tokens continue to be trained after that.
     The authors' detectors later multiply the masks by the student's too; this implementation does not.
 
     The defaults are those of the authors' code for RetinaNet. For segmentation they mask class maps, with 8 tokens and
@@ -33,14 +36,18 @@ class MasKD(nn.Module):
         teacher: the teacher's shape, a map.
         tokens: number of tokens, 2 or more.
         weighting: weight the masks of an image.
-        token_steps: steps before "kd" starts.
+        token_steps: steps before "kd" starts, unless the tokens come from a file.
+        tokens_from: checkpoint of a run that trained tokens, or its folder: tokens and weighting are taken from it and
+            stay constant.
+        tokens_key: prefix of their names in the file, such as "model.methods.0", if it has those of several pairs.
         task_loss: the teacher's task loss, called with the output of `teacher_head` and the labels; None:
             cross-entropy.
         token_weight: factor of "tokens".
         weight: factor of "kd".
 
     Raises:
-        ValueError: if one of them is a vector, or there are fewer than two tokens.
+        ValueError: if one of them is a vector, there are fewer than two tokens, or the file has none that fit.
+        FileNotFoundError: if there is no such file.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature"})
@@ -54,6 +61,8 @@ class MasKD(nn.Module):
         tokens: int = 6,
         weighting: bool = True,
         token_steps: int = 2_000,
+        tokens_from: str | Path | None = None,
+        tokens_key: str | None = None,
         task_loss: Callable[[Any, Any], Tensor] | None = None,
         token_weight: float = 1.0,
         weight: float = 7.0,
@@ -77,13 +86,18 @@ class MasKD(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
         self.on_logits = teacher.role == "logits"
+        self.learns_tokens = tokens_from is None
+        if tokens_from is not None:
+            self._take_tokens(Path(tokens_from).expanduser(), tokens_key)
         self.token_steps, self.task_loss = token_steps, task_loss or cross_entropy
         self.token_weight, self.weight = token_weight, weight
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Keyword arguments of forward; the head only if the map is not the teacher's output itself."""
+        """Keyword arguments of forward: what trains tokens; the head only if the map is not the teacher's output."""
+        if not self.learns_tokens:
+            return ()
         return ("labels",) if self.on_logits else ("labels", "teacher_head")
 
     def forward(
@@ -91,7 +105,7 @@ class MasKD(nn.Module):
         student: Tensor,
         teacher: Tensor,
         *,
-        labels: Any,
+        labels: Any = None,
         teacher_head: Callable[[Tensor], Any] | None = None,
     ) -> dict[str, Tensor]:
         """Compare the maps under the masks, and train the tokens.
@@ -99,12 +113,13 @@ class MasKD(nn.Module):
         Args:
             student: (B, Cs, H, W).
             teacher: (B, Ct, H, W).
-            labels: target of the task loss: by default classes (B,) or (B, H', W'), outside of 0..K-1 ignored.
+            labels: target of the task loss: by default classes (B,) or (B, H', W'), outside of 0..K-1 ignored. Not used
+                where the tokens come from a file.
             teacher_head: the rest of the frozen teacher after the layer: a map of the teacher's shape to the task's
                 output. None: the map is the output.
 
         Returns:
-            {"kd": loss, "tokens": loss}.
+            {"kd": loss, "tokens": loss}, the second where the tokens are trained.
         """
         check_same_grid(student, teacher)
         teacher = teacher.detach()
@@ -123,6 +138,8 @@ class MasKD(nn.Module):
         under = (fixed.square() * error[:, None]).sum(dim=2) / fixed.sum(dim=2).clamp_min(1e-5)  # (B, tokens)
         loss = (under * importance.detach()).sum(dim=1).mean()
 
+        if not self.learns_tokens:
+            return {"kd": self.weight * loss}
         mixture = (masks * shares[:, :, None]).sum(dim=1).reshape(len(theirs), 1, *theirs.shape[2:])
         masked = (theirs * mixture).to(teacher.dtype)
         task = self.task_loss(masked if teacher_head is None else teacher_head(masked), labels)
@@ -130,6 +147,35 @@ class MasKD(nn.Module):
         if self.training:
             self.step += 1
         return {"kd": self.weight * loss * begun, "tokens": self.token_weight * (task + dice(masks))}
+
+    def _take_tokens(self, path: Path, key: str | None) -> None:
+        """Load tokens and weighting from a checkpoint and freeze them."""
+        file = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+        tensors = read_contents(file).tensors
+        own = {name: value for name, value in self.state_dict().items() if name.startswith(("tokens", "weighting"))}
+        found = [
+            prefix
+            for name in tensors
+            if name.endswith("tokens")
+            and (prefix := name.removesuffix("tokens")) is not None
+            and all(prefix + one in tensors and tensors[prefix + one].shape == own[one].shape for one in own)
+        ]
+        wanted = found if key is None else [prefix for prefix in found if prefix.removesuffix(".").endswith(key)]
+        if len(wanted) != 1:
+            have = format_names([prefix.removesuffix(".") for prefix in found])
+            what = (
+                f"those of several pairs, {have}: give one as tokens_key" if found else "none: give that of another run"
+            )
+            raise ValueError(
+                f"tokens_from needs {len(self.tokens)} tokens of {self.tokens.shape[1]} channels"
+                f"{f' under {key!r}' if key else ''}, and {file} holds {what}"
+            )
+        with torch.no_grad():
+            for name, value in own.items():
+                value.copy_(tensors[wanted[0] + name])
+        for name, parameter in self.named_parameters():
+            if name in own:
+                parameter.requires_grad_(False)
 
 
 def dice(masks: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Models: networks for small images, and any model of timm, torchvision, transformers or the user's own by name."""
 
+from diffkd.models.backbones import load_backbone
 from diffkd.models.cifar.mobilenetv2 import CifarMobileNetV2, mobilenetv2
 from diffkd.models.cifar.resnet import (
     CifarResNet,
@@ -39,6 +40,7 @@ __all__ = [
     "compact_resnet8",
     "compact_resnet14",
     "input_normalization",
+    "load_backbone",
     "load_detector",
     "load_model",
     "load_segmenter",

@@ -1,6 +1,8 @@
 """Models of Hugging Face transformers, from a local folder or from the Hub."""
 
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,30 +39,78 @@ def build_transformers(
             `in_channels`.
     """
     transformers = require("transformers", "hf", f"model 'hf/{name}'")
-    classes: dict[str, int] = {} if num_classes is None else {"num_labels": num_classes}
+    config = read_config(name, {} if num_classes is None else {"num_labels": num_classes})
+    factory = getattr(transformers, auto_class)
+    new_head = num_classes is not None
+    model, report = transformers_model(name, factory, config, in_channels, pretrained, kind, new_head=new_head)
+    warn_of_random_weights(name, report)
+    if pretrained:
+        keep_constants(model, factory)
+    plain: nn.Module = model
+    return plain
+
+
+def read_config(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Read the configuration of a model, with some values changed.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    transformers = require("transformers", "hf", f"model 'hf/{name}'")
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **classes)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model 'hf/{name}' has no readable configuration ({_first_line(error)}): give a folder with config.json, "
             "or the name of a model on the Hub"
         ) from error
+
+
+def transformers_model(
+    name: str,
+    factory: Any,
+    config: Any,
+    in_channels: int | None,
+    pretrained: bool,
+    kind: str,
+    *,
+    new_head: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """Build a model from its configuration, and load its weights.
+
+    Args:
+        name: folder or name on the Hub, of the weights.
+        factory: its class, or an auto class of transformers.
+        config: its configuration, which is changed.
+        in_channels: as for :func:`build_transformers`.
+        pretrained: likewise.
+        kind: likewise.
+        new_head: let layers of another shape start from random weights.
+
+    Returns:
+        The model, in training mode and float32, and transformers' report of the loading.
+
+    Raises:
+        ValueError: as :func:`build_transformers`.
+    """
     if in_channels is not None:
         _set_channels(name, config, in_channels, pretrained)
     if getattr(config, "use_auxiliary_head", False):
         # It serves only the loss that the model computes itself, so here its parameters would never get a gradient.
         config.use_auxiliary_head = False
-    factory = getattr(transformers, auto_class)
     try:
         if not pretrained:
-            fresh: nn.Module = factory.from_config(config, trust_remote_code=False, dtype=torch.float32)
-            return fresh.train()
+            if hasattr(factory, "from_config"):
+                fresh = factory.from_config(config, trust_remote_code=False, dtype=torch.float32)
+            else:
+                fresh = factory(config)
+            return fresh.train(), {}
         model, report = factory.from_pretrained(
             name,
             config=config,
             trust_remote_code=False,
             use_safetensors=True,
-            ignore_mismatched_sizes=num_classes is not None,
+            ignore_mismatched_sizes=new_head,
             output_loading_info=True,
             dtype=torch.float32,
         )
@@ -69,10 +119,7 @@ def build_transformers(
             f"model 'hf/{name}' cannot be built ({_first_line(error)}): it must be {kind} whose weights, "
             "if asked for, are safetensors"
         ) from error
-    _warn_of_random_weights(name, report)
-    keep_constants(model, factory)
-    trained: nn.Module = model
-    return trained.train()
+    return model.train(), report
 
 
 def keep_constants(model: Any, factory: Any) -> None:
@@ -101,9 +148,10 @@ def _set_channels(name: str, config: Any, in_channels: int, pretrained: bool) ->
     holder.num_channels = in_channels
 
 
-def _warn_of_random_weights(name: str, report: dict[str, Any]) -> None:
-    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]
-    random = sorted({*mismatched, *report["missing_keys"]})
+def warn_of_random_weights(name: str, report: dict[str, Any]) -> None:
+    """Warn of the layers that transformers' report names as not loaded, if there are any."""
+    mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report.get("mismatched_keys", ())]
+    random = sorted({*mismatched, *report.get("missing_keys", ())})
     if random:
         warnings.warn(
             f"model 'hf/{name}': {', '.join(random)} start from random weights, since the pretrained ones are missing "

@@ -68,11 +68,11 @@ def load_model(
         )
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"there is no file {weights} with weights for model '{name}': correct the path")
-    model = _build(name, num_classes, in_channels, pretrained)
+    model = build(name, num_classes, in_channels, pretrained)
     if weights is not None:
         wider = None
         if new_head and num_classes is not None:
-            wider = partial(_build, name, num_classes + 1, in_channels, False)
+            wider = partial(build, name, num_classes + 1, in_channels, False)
         fill(model, weights, key=weights_key, wider=wider)
     return model
 
@@ -106,7 +106,8 @@ def model_names(prefix: str) -> list[str]:
     return sorted(f"{source}/{name}" for name in names if name.startswith(beginning))
 
 
-def _build(name: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
+def build(name: str, num_classes: int | None, in_channels: int | None, pretrained: bool) -> nn.Module:
+    """Build a model by name, without loading a file; arguments as for :func:`load_model`."""
     source, _, rest = name.partition("/")
     # A path may begin with a folder named like a source, and timm's own sources have a colon.
     if ".py:" in name or (":" in name and source not in ("timm", "hf")):

@@ -61,8 +61,34 @@ def _of_transformers(model: nn.Module, name: str) -> Normalization | None:
     try:
         settings, _ = processing.ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
-        return _usual_of_transformers(model)
+        return _of_family(name) or _usual_of_transformers(model)
     return _of_settings(settings)
+
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# Of the families whose image processor is another model's, or whose weights serve another model, by type of the
+# configuration. RADIO normalises its images itself.
+_OF_FAMILIES: Mapping[str, Normalization] = {
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "dinov2": _IMAGENET,
+    "dinov2_with_registers": _IMAGENET,
+    "dinov3_convnext": _IMAGENET,
+    "radio": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "vit_mae": _IMAGENET,
+}
+
+
+def _of_family(name: str) -> Normalization | None:
+    transformers = require("transformers", "hf", f"model 'hf/{name}'")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None
+    return _OF_FAMILIES.get(config.model_type)
 
 
 def _of_settings(settings: Mapping[str, Any]) -> Normalization | None:

@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.files.fitting import Report, load_weights
+from diffkd.files.fitting import Report, load_backbone, load_weights
 from diffkd.models.extras import require
 
+# Where a detector or segmenter keeps its backbone, the innermost first.
+_BACKBONES = ("backbone.body", "encoder.model", "backbone", "encoder")
+_OF_TIMM = re.compile(r"(?:timm/|/tu-)(.+)$")
 _AUXILIARY = re.compile(r"^(\w+\.)?(aux|AuxLogits|auxiliary)")
 # As torchvision renames the entries of its first DenseNets.
 _DENSE_LAYER = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
@@ -25,6 +28,7 @@ def fill(
     *,
     key: str | None = None,
     wider: Callable[[], nn.Module] | None = None,
+    beside: Collection[str] = (),
 ) -> Report:
     """Load a file of weights into a model, as :func:`~diffkd.files.fitting.load_weights` does.
 
@@ -34,6 +38,7 @@ def fill(
         key: prefix of the weights' names, if the file holds several sets.
         wider: builds the same model for one class more, to detect the layers that depend on the classes. These, and
             auxiliary heads, keep their weights if the file has none or others. None: the file must have them.
+        beside: names in the file that the model may lack.
 
     Raises:
         FileNotFoundError, ValueError: as `load_weights`.
@@ -49,7 +54,58 @@ def fill(
         with same_draws():
             return frozenset(auxiliary) | frozenset(class_entries(model, wider()))
 
-    return load_weights(model, weights, key=key, head=None if wider is None else head, convert=library_names)
+    heads = None if wider is None else head
+    return load_weights(model, weights, key=key, head=heads, convert=library_names, beside=beside)
+
+
+def fill_backbone(model: nn.Module, name: str, weights: str | Path, *, key: str | None = None) -> Report:
+    """Load a classifier's file into the backbone of a detector or segmenter; its head is left out.
+
+    Args:
+        model: receives the weights in place.
+        name: by which it was built, such as "fcos/timm/NAME" or "smp/unet/resnet18".
+        weights: file of a classifier with this backbone: of timm, torchvision or a run of this package.
+        key: prefix of the weights' names, if the file holds several sets.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the model has no backbone of its own, or the file lacks entries of it.
+    """
+    parts = dict(model.named_modules())
+    body = next((parts[place] for place in _BACKBONES if place in parts), None)
+    if body is None or name.startswith("hf/"):
+        raise ValueError(
+            f"model '{name}' has no backbone that could be filled by itself: give weights of the whole, or a model "
+            "of torchvision, smp or timm"
+        )
+    found = _OF_TIMM.search(name)
+
+    def convert(body: nn.Module, names: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        return _flattened(body, names if found is None else _by_timm(found[1], names))
+
+    return load_backbone(body, weights, key=key, convert=convert)
+
+
+def _flattened(body: nn.Module, names: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return weights under the names of a network of timm that returns features: stages.0 is stages_0 there."""
+    places = {own.removeprefix("model.").replace(".", "_"): own for own in body.state_dict()}
+    sets: dict[str, dict[str, Tensor]] = {}
+    for name, value in names.items():
+        parts = name.split(".", 12)
+        for cut in range(len(parts)):
+            if own := places.get(".".join(parts[cut:]).replace(".", "_")):
+                sets.setdefault(".".join(parts[:cut]), {})[own] = value
+    most = max(map(len, sets.values()), default=0)
+    whole = [one for one in sets.values() if len(one) == most]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _by_timm(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under the current names of a model of timm; as they are if it knows no other form of them."""
+    timm = require("timm", "train", f"weights of '{name}'")
+    with same_draws():
+        renamed = library_names(timm.create_model(name), weights)
+    return weights if renamed is None else renamed
 
 
 def class_entries(model: nn.Module, wider: nn.Module) -> dict[str, int]:

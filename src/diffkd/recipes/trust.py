@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from diffkd.files.values import TooLargeError, read_yaml, read_yaml_file
 
 # Modules and base classes of the classes that these options name without their module.
 HOMES = {
@@ -35,6 +35,9 @@ PACKAGES = ("diffkd", "torch", "timm", "torchvision", "transformers", "segmentat
 _FUNCTIONS = tuple(
     f"diffkd.diffusion.distances.{name}" for name in ("attention_mse", "dist", "kl_by_position", "kl_divergence", "mse")
 )
+# What Lightning's loggers and callbacks are named by, and the loggers that write into the run's folder alone.
+_TRACKERS = {"logger": "lightning.pytorch.loggers", "callbacks": "lightning.pytorch.callbacks"}
+_LOCAL_LOGGERS = ("tensorboard", "csv")
 _MODELS = ("student", "teacher", "model")
 _CALLED = ("class_path", "method", "optimizer", "data", "pairs", "denoiser", "distance", "logits_distance")
 _PLAIN = (str, int, float, bool, bytes, type(None), Path, PathLike)
@@ -98,11 +101,29 @@ def code_of_model(name: Any) -> str | None:
 
     >>> code_of_model("own/nets.py:small"), code_of_model("mine.nets:small"), code_of_model("timm/resnet18")
     ('own/nets.py', 'mine.nets', None)
+    >>> code_of_model("hub:alice/resnet18")  # a name of the Hub, which holds weights and no code
+
     """
-    source, colon, _ = name.rpartition(":") if isinstance(name, str) else ("", "", "")
-    if colon and (_is_file_name(source) or all(part.isidentifier() for part in source.split("."))):
+    source, colon, function = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+    if (
+        colon
+        and "/" not in function
+        and (_is_file_name(source) or all(part.isidentifier() for part in source.split(".")))
+    ):
         return str(source)
     return None
+
+
+def model_names_in(value: Any) -> list[str]:
+    """Return the models named by the value of an option: a name, or a list of names or of values with a `name`.
+
+    >>> model_names_in(["timm/resnet18", {"name": "nets.py:large", "weights": "large.pth"}])
+    ['timm/resnet18', 'nets.py:large']
+    """
+    if isinstance(value, (list, tuple)):
+        return [name for one in value for name in model_names_in(one)]
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", value)
+    return [name] if isinstance(name, str) else []
 
 
 def named_code(words: Sequence[str]) -> list[str]:
@@ -112,7 +133,9 @@ def named_code(words: Sequence[str]) -> list[str]:
         key, _, rest = option.partition(".")
         last = rest.rpartition(".")[2]
         if key in _MODELS:
-            found.extend(filter(None, [code_of_model(text)]))
+            found.extend(filter(None, map(code_of_model, [text, *model_names_in(_as_yaml(text))])))
+        elif key in _TRACKERS:
+            found.extend(code for _, code in _tracker_code(key, _as_yaml(text)))
         elif (key == "config" and not _exists(text)) or (key in _CALLED and (not rest or last in _CALLED)):
             found.extend(_code_in(_as_yaml(text), key != "config"))
     return list(dict.fromkeys(found))
@@ -131,8 +154,10 @@ def given_value(words: Sequence[str], name: str) -> Any:
 
 def own_code(values: Mapping[str, Any]) -> list[str]:
     """Return the user's files and modules named in the values of a run."""
-    found = [source for name in _MODELS if (source := code_of_model(values.get(name)))]
+    models = (model for name in _MODELS for model in model_names_in(values.get(name)))
+    found = [source for model in models if (source := code_of_model(model))]
     found.extend(_code_in({key: value for key, value in values.items() if key in _CALLED}, False))
+    found.extend(code for key in _TRACKERS for _, code in _tracker_code(key, values.get(key)))
     return [name for name in dict.fromkeys(found) if "__main__" not in name and "<" not in name]
 
 
@@ -181,7 +206,7 @@ class Gate:
                     self.check(values, text)
                 else:
                     self._note(values)
-            elif key in self._hints:
+            elif key in self._hints and key not in _TRACKERS:
                 leaves = self._hints[key]
                 kind = self._classes.get(key) or _dataclass_in(leaves)
                 for name in rest.split(".") if rest else []:
@@ -209,9 +234,17 @@ class Gate:
             key = key.rstrip("+")
             if key in ("config", "trust"):
                 raise UsageError(f"{source}: {key!r} can be given on the command line alone: take it out of the file")
-            if key in _MODELS and isinstance(value, str):
-                self._models[key] = (value, source)
+            if key in _MODELS and model_names_in(value):
+                self._models[key] = (str(value), source)
+            if key in _TRACKERS:
+                self._check_trackers(key, value)
+                continue
             self._check({rest: value} if dot else value, self._hints.get(key), key, option=key)
+
+    def _check_trackers(self, option: str, value: Any) -> None:
+        for name, code in _tracker_code(option, _as_yaml(value) if isinstance(value, str) else value):
+            if _is_pythons(code) or not self.trust.includes(code):
+                raise UsageError(self._untrusted_message(name, option, code))
 
     def check_models(self, values: Mapping[str, Any]) -> None:
         """Check the model names of a run, by option.
@@ -219,11 +252,12 @@ class Gate:
         Raises:
             UsageError: if one of them is custom code that is named only in a file.
         """
-        for option, name in values.items():
-            code = code_of_model(name)
-            if code is not None and not self.trust.includes(code):
-                self._source = self._models.get(option, ("", "a file"))[1]
-                raise UsageError(self._untrusted_message(name, option, code))
+        for option, value in values.items():
+            for name in model_names_in(value):
+                code = code_of_model(name)
+                if code is not None and not self.trust.includes(code):
+                    self._source = self._models.get(option, ("", "a file"))[1]
+                    raise UsageError(self._untrusted_message(name, option, code))
 
     def _check(self, value: Any, leaves: Leaves, where: str, option: str = "", around: tuple[int, ...] = ()) -> None:
         if id(value) in around:
@@ -365,20 +399,26 @@ def _exists(text: str) -> bool:
 
 
 def _content(file: str | Path) -> Any:
-    """Return the content of a config file, None if it is not one."""
-    with suppress(yaml.YAMLError, UnicodeDecodeError):
-        return _load(Path(file).expanduser().read_text(encoding="utf-8"))
-    return None
+    """Return the content of a config file, None if it is not one.
+
+    Raises:
+        UsageError: if it stands for too many values: the parser, which would read it next, has no bounds.
+    """
+    try:
+        return read_yaml_file(Path(file).expanduser())
+    except TooLargeError as error:
+        raise UsageError(str(error)) from error
+    except ValueError:
+        return None
 
 
 def _as_yaml(text: str) -> Any:
-    with suppress(yaml.YAMLError):
-        return _load(text)
-    return text
-
-
-def _load(text: str) -> Any:
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # as the parser loads it
+    try:
+        return read_yaml(text)
+    except TooLargeError as error:
+        raise UsageError(f"the value {text[:40]!r}... cannot be read as YAML ({error}): correct it") from error
+    except ValueError:
+        return text
 
 
 def _code_in(value: Any, called: bool) -> Iterator[str]:
@@ -396,6 +436,22 @@ def _code_in(value: Any, called: bool) -> Iterator[str]:
             if key in _MODELS and (source := code_of_model(item)):
                 yield source
             yield from _code_in(item, key in _CALLED)
+
+
+def _tracker_code(option: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the names of loggers or callbacks that a file may not name unasked, and the module to trust for each.
+
+    These are the user's own, and loggers that may send what they log to a server.
+    """
+    home = _TRACKERS[option]
+    for one in value if isinstance(value, list) else [value]:
+        name = one.get("class_path") if isinstance(one, Mapping) else one
+        if not isinstance(name, str):
+            continue
+        module, _, last = name.rpartition(".")
+        local = option == "callbacks" or last.lower().removesuffix("logger") in _LOCAL_LOGGERS
+        if module not in ("", home) or not local:
+            yield name, module or home
 
 
 def _is_file_name(name: str) -> bool:

@@ -312,3 +312,32 @@ def _spread_of(values: Sequence[float]) -> str:
         return "-"
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def cost_tables(found: Mapping[str, Any]) -> dict[str, list[list[str]]]:
+    """Return the tables of `diffkd profile` as text by title, header first.
+
+    Args:
+        found: the result of :func:`~diffkd.inference.cost.measure_costs`.
+    """
+    size = "x".join(map(str, found["image_size"]))
+    models = found["models"]
+    kinds = list(dict.fromkeys(kind for cost in models.values() for kind in cost["files"]))
+    sizes = [["", "model", "parameters", "multiply-adds", *(f"{kind}, MiB" for kind in kinds)]]
+    for name, cost in models.items():
+        files = [f"{cost['files'][kind] / 2**20:.2f}" if kind in cost["files"] else "-" for kind in kinds]
+        sizes.append([name, cost["model"], f"{cost['parameters']:,}", f"{cost['multiply_adds']:,}", *files])
+    times = [["model", "runtime", "batch", "threads", "ms", "quartiles", "images/s"]]
+    for one in found["timings"]:
+        times.append(
+            [
+                one["model"],
+                one["runtime"],
+                str(one["batch"]),
+                str(one["threads"] or "-"),
+                f"{one['median']:.2f}",
+                f"{one['low']:.2f} - {one['high']:.2f}",
+                f"{one['images_per_second']:.1f}",
+            ]
+        )
+    return {f"Images {size}": sizes, f"Time of a pass on {found['device']}": times}

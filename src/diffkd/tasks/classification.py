@@ -1,6 +1,7 @@
 """Image classification: cross entropy, top-1 and top-5 accuracy."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
 
 from diffkd.data.classification.augmentation import mix
 from diffkd.features.layout import select_tensor
@@ -26,11 +27,15 @@ Batch = tuple[Tensor, Tensor, Tensor]
 class Classification:
     """Image classification; batches are `(images (B, C, H, W), labels (B,), indices (B,))`.
 
+    With `multi_label` an image may have several classes: labels are (B, K) zeros and ones, the loss is the binary cross
+    entropy of each class, and the metric is the mean average precision.
+
     Args:
         num_classes: K, length of the student's output.
         label_smoothing: share of the label that is spread over all classes.
         mixup, cutmix: alpha of Mixup and CutMix, 0 is off (:func:`~diffkd.data.classification.augmentation.mix`).
         classes: names of the K classes, for messages.
+        multi_label: see above.
 
     Raises:
         ValueError: if `label_smoothing` is not in [0, 1).
@@ -41,9 +46,14 @@ class Classification:
     mixup: float = 0.0
     cutmix: float = 0.0
     classes: tuple[str, ...] = ()
+    multi_label: bool = False
 
     name = "classification"
-    headlines = ("top1", "top5")
+
+    @property
+    def headlines(self) -> tuple[str, ...]:
+        """Names of the metrics that are shown; the first selects the best epoch."""
+        return ("map",) if self.multi_label else ("top1", "top5")
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -58,26 +68,36 @@ class Classification:
         return Step(images, images, targets, {"labels": labels, "indices": indices})
 
     def losses(self, output: Any, step: Step) -> dict[str, Tensor]:
-        """Return the cross entropy with the labels."""
+        """Return the cross entropy with the labels, the binary one with `multi_label`, as a mean."""
+        if self.multi_label:
+            smooth = self.label_smoothing
+            targets = step.targets * (1 - smooth) + smooth / 2
+            return {TASK: F.binary_cross_entropy_with_logits(logits_of(output), targets.to(logits_of(output).dtype))}
         return {TASK: F.cross_entropy(logits_of(output), step.targets, label_smoothing=self.label_smoothing)}
 
-    def meter(self, device: torch.device) -> "Accuracy":
-        """Return the meter of accuracy and cross entropy."""
-        return Accuracy(self.num_classes, device)
+    def meter(self, device: torch.device, *, last: bool = False) -> "Accuracy | Precision":
+        """Return the meter of accuracy, or of average precision, and cross entropy."""
+        return Precision(self.num_classes, device) if self.multi_label else Accuracy(self.num_classes, device)
 
     def judge(self, teacher: Callable[[Any], Any], batch: Batch) -> tuple[float, float] | None:
-        """Return a teacher's accuracy on a batch and that by chance; None if its number of classes differs."""
+        """Return a teacher's accuracy on a batch and that by chance; None if its number of classes differs.
+
+        With `multi_label` it is the share of images that have the class of the highest score.
+        """
         images, labels, _ = batch
         logits = logits_of(teacher(images))
         if logits.shape[1] != self.num_classes:
             return None
+        if self.multi_label:
+            best = labels.gather(1, logits.argmax(dim=1, keepdim=True))
+            return float(best.float().mean()), float(labels.float().mean())
         return float((logits.argmax(dim=1) == labels).float().mean()), 1 / self.num_classes
 
     def confusions(self, teacher: Callable[[Any], Any], batch: Batch) -> str | None:
         """Return evidence in one line that a teacher has its classes in another order; None if there is none."""
         images, labels, _ = batch
         logits = logits_of(teacher(images))
-        if logits.shape[1] != self.num_classes or len(self.classes) != self.num_classes:
+        if self.multi_label or logits.shape[1] != self.num_classes or len(self.classes) != self.num_classes:
             return None
         return other_order(logits.argmax(dim=1).tolist(), labels.tolist(), self.classes)
 
@@ -160,6 +180,43 @@ class Accuracy:
     def compute(self) -> Row:
         """Return the metrics over all images of all ranks, and reset."""
         return computed(self.metrics)
+
+
+class Precision:
+    """Measures "map", the mean over classes of the average precision, in 0..1, and "loss", the binary cross entropy.
+
+    Classes that no image has are left out of the mean.
+
+    Args:
+        num_classes: K.
+        device: where the batches are.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        each = MultilabelAveragePrecision(num_classes, average="none", validate_args=False)
+        self.metrics: dict[str, Metric] = {"map": each, "loss": MeanMetric(nan_strategy="disable")}
+        for metric in self.metrics.values():
+            metric.to(device)
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Keep the scores of a batch."""
+        images, labels, _ = batch
+        logits = logits_of(model(like_parameters(images, model))).float()
+        self.metrics["map"].update(logits, labels)
+        loss = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        self.metrics["loss"].update(loss.mean(dim=1))
+
+    def compute(self) -> Row:
+        """Return the metrics over all images of all ranks, and reset."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No positive samples")
+            every = self.metrics["map"].compute()  # 0 for a class that no image has, and above it for all others
+        present = every[every > 0]
+        row = {"map": float(present.mean()) if len(present) else 0.0}
+        row["loss"] = float(self.metrics["loss"].compute())
+        for metric in self.metrics.values():
+            metric.reset()
+        return row
 
 
 def computed(metrics: dict[str, Metric]) -> Row:

@@ -9,7 +9,7 @@ from diffkd.files.config import differences
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
 
-TaskName = Literal["classification", "detection", "segmentation"]
+TaskName = Literal["classification", "detection", "segmentation", "representation"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class DataFacts:
         min_size: for detection, the shorter side that images are resized to, one of these at random in training.
         max_size: for detection, the upper limit of the longer side.
         batch_size: training images in a batch; None: unknown.
+        probe: for representations, whether labelled images come with the evaluation batches.
+        multi_label: whether an image may have several classes; labels are (B, K) zeros and ones then.
     """
 
     num_classes: int
@@ -47,6 +49,8 @@ class DataFacts:
     min_size: tuple[int, ...] = (800,)
     max_size: int = 1333
     batch_size: int | None = None
+    probe: bool = False
+    multi_label: bool = False
 
 
 def facts_of(data: "LightningDataModule") -> DataFacts:
@@ -84,6 +88,8 @@ def facts_of(data: "LightningDataModule") -> DataFacts:
         min_size=(int(min_size),) if isinstance(min_size, int) else tuple(int(side) for side in min_size),
         max_size=int(getattr(data, "max_size", 1333)),
         batch_size=getattr(data, "batch_size", None),
+        probe=bool(getattr(data, "has_probe", False)),
+        multi_label=bool(getattr(data, "multi_label", False)),
     )
 
 

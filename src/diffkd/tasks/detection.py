@@ -77,7 +77,7 @@ class Detection:
             )
         return {f"{TASK}/{name.removeprefix('loss_')}": loss for name, loss in output.items()}
 
-    def meter(self, device: torch.device) -> "CocoPrecision":
+    def meter(self, device: torch.device, *, last: bool = False) -> "CocoPrecision":
         """Return the meter of average precision and recall."""
         return CocoPrecision(device)
 

@@ -108,6 +108,20 @@ def several_processes() -> bool:
 
 
 @torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks, (N, ...), in the order of the ranks; their numbers may differ."""
+    if not several_processes():
+        return rows
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    numbers = [int(count) for count in counts]
+    padded = torch.cat([rows, rows.new_zeros(max(numbers) - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in numbers]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[:number] for part, number in zip(parts, numbers, strict=True)])
+
+
+@torch.no_grad()
 def broadcast_buffers(model: nn.Module) -> None:
     """Broadcast the buffers of rank 0, such as BatchNorm's running statistics, if training is distributed."""
     if several_processes():

@@ -138,7 +138,7 @@ class Segmentation:
         factors = {TASK: 1.0, f"{TASK}/auxiliary": self.options.auxiliary_weight}
         return {name: factors[name] * self._cross_entropy(scores, step.targets) for name, scores in maps.items()}
 
-    def meter(self, device: torch.device) -> "Overlap":
+    def meter(self, device: torch.device, *, last: bool = False) -> "Overlap":
         """Return the meter of IoU and accuracy."""
         return Overlap(self.classes, self.ignore_index, self.options, device)
 

@@ -41,10 +41,10 @@ class Meter(Protocol):
 
 
 class Task(Protocol):
-    """A kind of problem: image classification, object detection or semantic segmentation.
+    """A kind of problem: image classification, object detection, semantic segmentation or representation.
 
     Attributes:
-        name: "classification", "detection" or "segmentation".
+        name: "classification", "detection", "segmentation" or "representation".
         headlines: names of the metrics to show while training; the first one selects the best epoch. All metrics but
             "loss" are in 0..1, and larger is better.
     """
@@ -63,8 +63,8 @@ class Task(Protocol):
     def losses(self, output: Any, step: Step) -> dict[str, Tensor]:
         """Return the losses of the student's output by name, "task" or with the prefix "task/"."""
 
-    def meter(self, device: torch.device) -> Meter:
-        """Return the meter of a model on `device`."""
+    def meter(self, device: torch.device, *, last: bool = False) -> Meter:
+        """Return the meter of a model on `device`; `last`: nothing is trained afterwards, so that it may take long."""
 
     def judge(self, teacher: Callable[[Any], Any], batch: Any) -> tuple[float, float] | None:
         """Return a teacher's score on a training batch, in 0..1, and that by chance; None if unknown.

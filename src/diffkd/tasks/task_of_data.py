@@ -1,15 +1,15 @@
 """The task of the data, and loading of models for it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from diffkd.models import load_detector, load_model, load_segmenter
+from diffkd.models import load_backbone, load_detector, load_model, load_segmenter
 from diffkd.models.segmenters.any_size import stride_of
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.options import DEFAULT_DETECTION, DEFAULT_SEGMENTATION, DetectionOptions, SegmentationOptions
@@ -22,6 +22,7 @@ def build_task(
     label_smoothing: float = 0.0,
     segmentation: SegmentationOptions = DEFAULT_SEGMENTATION,
     models: Sequence[nn.Module] = (),
+    teachers: Sequence[Callable[[Any], Tensor]] = (),
 ) -> Task:
     """Build the task of the data.
 
@@ -30,6 +31,7 @@ def build_task(
         label_smoothing: for classification, share of the label that is spread over all classes.
         segmentation: for segmentation.
         models: the models whose stride determines the padding of images.
+        teachers: for representations, functions from the student's images to each teacher's embedding.
 
     Raises:
         ValueError: if an option does not fit the task.
@@ -43,7 +45,8 @@ def build_task(
         case "classification":
             from diffkd.tasks.classification import Classification
 
-            return Classification(data.num_classes, label_smoothing, data.mixup, data.cutmix, data.classes)
+            values = data.num_classes, label_smoothing, data.mixup, data.cutmix, data.classes
+            return Classification(*values, multi_label=data.multi_label)
         case "segmentation":
             from diffkd.tasks.segmentation import Segmentation
 
@@ -53,6 +56,10 @@ def build_task(
             from diffkd.tasks.detection import Detection
 
             return Detection(data.classes)
+        case "representation":
+            from diffkd.tasks.representation import Representation
+
+            return Representation(data.probe, teachers, mixup=data.mixup, cutmix=data.cutmix)
 
 
 def load(
@@ -93,10 +100,7 @@ def load(
         raise ValueError(f"options of detection were given, but the data are for {data.task}; leave them out")
     match data.task:
         case "classification":
-            if pretrained_backbone:
-                raise ValueError(
-                    "pretrained_backbone is for detectors and segmenters; give pretrained for a classifier"
-                )
+            _refuse_backbone(pretrained_backbone)
             return load_model(
                 name,
                 num_classes=num_classes,
@@ -131,6 +135,16 @@ def load(
                 weights_key=weights_key,
                 new_head=new_head,
             )
+        case "representation":
+            _refuse_backbone(pretrained_backbone)
+            return load_backbone(
+                name, in_channels=in_channels, weights=weights, pretrained=pretrained, weights_key=weights_key
+            )
+
+
+def _refuse_backbone(pretrained_backbone: bool) -> None:
+    if pretrained_backbone:
+        raise ValueError("pretrained_backbone is for detectors and segmenters; give pretrained for other models")
 
 
 def load_saved(name: str, data: DataFacts, weights: str | Path, card: Mapping[str, Any]) -> nn.Module:

@@ -6,7 +6,9 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +80,7 @@ class TeacherCache:
             if not create:
                 raise FileNotFoundError(f"there is no teacher cache in {self.folder}")
             self._create(card)
-        self._files = _check(self.folder, json.loads(path.read_text(encoding="utf-8")), card)
+        self._files = _check(self.folder, _stored(path), card)
         self._maps = {name: self._map(name) for name in self.shapes}
         self.valid = torch.zeros(views * samples, dtype=torch.uint8)
         self._own = self.valid.clone()
@@ -180,6 +182,7 @@ class TeacherCache:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise FileExistsError(f"{self.folder} holds something else than a teacher cache; give an empty folder")
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(self.folder)
         free = shutil.disk_usage(self.folder.parent).free
         if self.size > free:
             raise OSError(
@@ -203,6 +206,17 @@ class TeacherCache:
             raise OSError(f"could not make the teacher cache {self.folder} ({error}); nothing is left there") from error
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary folders of processes that were killed while they created this cache: it may be large."""
+    for parts in folder.parent.glob(f".{folder.name}.{'?' * 8}"):
+        with suppress(OSError):
+            if parts.is_dir() and time.time() - parts.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(parts)
+
+
+_ABANDONED = 3600  # seconds after which no process creates a cache any more
+
+
 def _allocate(path: Path, size: int) -> None:
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):
@@ -211,6 +225,16 @@ def _allocate(path: Path, size: int) -> None:
         block = bytes(2**20)  # actual zeros: a sparse file could let the disk run full later
         for start in range(0, size, len(block)):
             file.write(block[: size - start])
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); delete {path.parent}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("layers", {}), dict):
+        raise ValueError(f"{path} describes no teacher cache; delete {path.parent}")
+    return content
 
 
 def _check(folder: Path, stored: Any, wanted: Mapping[str, Any]) -> dict[str, str]:

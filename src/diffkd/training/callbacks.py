@@ -2,6 +2,7 @@
 
 import logging
 import math
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -85,7 +86,7 @@ def report(training: Training, batch: Any, console: Console) -> None:
     ramp = ALWAYS if training.distiller is None else training.method_ramp
     for beyond in never_reached(training.schedule, ramp, training.epochs):
         console.print(f"warning: {beyond}", style="bold red", markup=False, soft_wrap=True)
-    if training.teacher is None:
+    if training.teacher is None or training.task.name == "representation":
         return
     if isinstance(training.teacher, nn.Module):
         training.teacher.to(training.device).eval()  # a whole detector; the distiller has moved only a part of it
@@ -125,9 +126,8 @@ def report(training: Training, batch: Any, console: Console) -> None:
 
 def pairs_table(distiller: Distiller) -> Table:
     """Return the distiller's pairs as a table; long names wrap on a narrow terminal."""
-    names = (type(distiller.student).__name__, type(distiller.teacher).__name__)
     table = Table(
-        title=f"{names[0]} learns from {names[1]}",
+        title=distiller.title,
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -183,17 +183,26 @@ class TrainingProgress(Callback):
 
     Args:
         console: the output; a quiet one shows nothing.
+        notebook: show a bar of tqdm, which notebooks draw; also done where the console is a notebook.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, notebook: bool = False) -> None:
         self.console = console
+        self.notebook = notebook or console.is_jupyter
         self._bar: Progress | None = None
+        self._tqdm: Any = None
         self._row: TaskID | None = None
         self._started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar."""
         self._started = time.monotonic()
+        total = steps_per_epoch(trainer) * (trainer.max_epochs or 1)
+        if self.notebook and not self.console.quiet:
+            from tqdm.auto import tqdm
+
+            self._tqdm = tqdm(desc="training", total=total, initial=trainer.global_step)
+            return
         if self.console.quiet or not self.console.is_terminal:
             return
         self._bar = Progress(
@@ -205,7 +214,6 @@ class TrainingProgress(Callback):
             console=self.console,
             transient=True,
         )
-        total = steps_per_epoch(trainer) * (trainer.max_epochs or 1)
         self._row = self._bar.add_task("training", total=total, completed=trainer.global_step)
         self._bar.start()
 
@@ -213,6 +221,9 @@ class TrainingProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update the bar."""
+        if self._tqdm is not None:
+            self._tqdm.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
+            self._tqdm.update(trainer.global_step - self._tqdm.n)
         if self._bar is not None and self._row is not None:
             epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             self._bar.update(self._row, completed=trainer.global_step, description=epoch)
@@ -232,11 +243,13 @@ class TrainingProgress(Callback):
         names = [name for name in pl_module.task.headlines if name in measured]
         scores = "  ".join(f"{name} {100 * measured[name]:.2f} %" for name in names)
         means = pl_module.loss_log.means()  # over all ranks: a collective call
-        loss = sum(mean for name, mean in means.items() if name.split("/")[0] == TASK) if means else float("nan")
+        of_task = [mean for name, mean in means.items() if name.split("/")[0] == TASK]
+        every = [mean for name, mean in means.items() if not name.startswith(("gamma/", "weight/"))]
+        what, loss = ("task loss", sum(of_task)) if of_task else ("loss", sum(every))
         seconds = time.monotonic() - self._started
         width = len(str(trainer.max_epochs))
         self.console.print(
-            f"epoch {trainer.current_epoch + 1:{width}d}/{trainer.max_epochs}  task loss {loss:.4f}  {scores}  "
+            f"epoch {trainer.current_epoch + 1:{width}d}/{trainer.max_epochs}  {what} {loss:.4f}  {scores}  "
             f"{seconds:.1f} s",
             highlight=False,
             soft_wrap=True,
@@ -264,6 +277,9 @@ class TrainingProgress(Callback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if self._tqdm is not None:
+            self._tqdm.close()
+            self._tqdm = None
 
 
 def stuck_gammas(training: Training, means: Mapping[str, float]) -> list[str]:
@@ -290,16 +306,27 @@ _IGNORED_WARNINGS = (
 
 @contextmanager
 def silence_lightning() -> Iterator[None]:
-    """Silence Lightning's tips, device listings and warnings that do not apply, inside this context."""
+    """Silence Lightning's tips, device listings and warnings that do not apply, inside this context.
+
+    Neither does the thread that writes TensorBoard's log print a traceback: `EventLog` reports what it raises.
+    """
+    usual_hook = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            usual_hook(failure)
+
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
+    threading.excepthook = hook
     try:
         with warnings.catch_warnings():
             for message in _IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
+        threading.excepthook = usual_hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -116,6 +116,7 @@ class Saver(Checkpoint):
         every_steps: steps between two checkpoints within an epoch; None: at its end only.
         max_steps: number of steps after which the training ends as complete; None: only `epochs` counts.
         on_epoch: called on rank 0 at the end of each epoch, before the checkpoint is written.
+        before_save: called on rank 0 before each checkpoint is written.
         how_to_resume: message for the user of an interrupted training.
     """
 
@@ -126,12 +127,13 @@ class Saver(Checkpoint):
         every_steps: int | None = None,
         max_steps: int | None = None,
         on_epoch: Callable[[Training], None] | None = None,
+        before_save: Callable[[], None] | None = None,
         how_to_resume: str = "",
     ) -> None:
         if (every_steps is not None and every_steps < 1) or (max_steps is not None and max_steps < 1):
             raise ValueError(f"save_every_steps and max_steps must be at least 1, got {every_steps} and {max_steps}")
         self.path, self.every_steps, self.max_steps = path, every_steps, max_steps
-        self.on_epoch, self.how_to_resume = on_epoch, how_to_resume
+        self.on_epoch, self.before_save, self.how_to_resume = on_epoch, before_save, how_to_resume
         self.stop = StopRequest()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,6 +193,8 @@ class Saver(Checkpoint):
         """
         training.loss_log.check()
         check_weights(training)
+        if self.before_save is not None and trainer.is_global_zero:
+            self.before_save()
         trainer.save_checkpoint(self.path)
 
     def _interrupted(self, trainer: Trainer, signum: int) -> Interrupted:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from diffkd.export.student_file import make_card, read_card, versions, with_metrics
@@ -21,12 +21,13 @@ from diffkd.files.weights import save_student
 from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
-from diffkd.training.build import build_training
+from diffkd.training.build import build_training, from_hub
 from diffkd.training.callbacks import StartReport, TrainingProgress, silence_lightning
 from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resumable
 from diffkd.training.lightning_module import Training
 from diffkd.training.memory import keep_freed_memory, peak_memory, reset_peak
 from diffkd.training.options import FitOptions
+from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers
 
 
 def fit(
@@ -73,11 +74,17 @@ def fit(
             console.print(summary(finished), highlight=False, soft_wrap=True)
             return finished
 
+        # Before the models are built: a wrong name is found at once.
+        loggers, callbacks = build_loggers(given.logger, folder.path), build_callbacks(given.callbacks)
+        given = from_hub(given)
         training = build_training(given, data)
         check_resumable(training)
         parameters = sum(parameter.numel() for parameter in training.student.parameters())
         score = training.task.headlines[0]
-        card = training.card = make_card(student, facts_of(data), config)
+        facts = facts_of(data)
+        card = training.card = make_card(given.student, facts, config)
+        if given.sample_every is not None:
+            callbacks.append(SamplePictures(folder.path / "samples", facts, given.sample_every))
         if first:
             folder.start(config)
 
@@ -89,11 +96,17 @@ def fit(
             if on_epoch is not None:
                 on_epoch(row, score)
 
+        def restore_folder() -> None:
+            if not folder.config.is_file():
+                rank_zero_warn(f"{folder.path} was removed while the training wrote into it: it is written again")
+                folder.start(config)
+
         saver = Saver(
             folder.checkpoint,
             every_steps=given.save_every_steps,
             max_steps=given.max_steps,
             on_epoch=end_epoch,
+            before_save=restore_folder,
             how_to_resume=f"Go on with: diffkd fit {shlex.quote(str(folder.config))} --resume"
             + trust_words(own_code(config)),
         )
@@ -111,11 +124,12 @@ def fit(
                 max_epochs=given.epochs,
                 gradient_clip_val=given.gradient_clip,
                 accumulate_grad_batches=given.accumulate,
-                logger=TensorBoardLogger(folder.path, name="", version="tensorboard"),
+                logger=loggers,
                 callbacks=[
                     StartReport(console),
-                    TrainingProgress(console),
+                    TrainingProgress(console, notebook=given.progress == "notebook"),
                     *filter(None, [training.cached_teacher]),
+                    *callbacks,
                     saver,
                 ],
                 plugins=[AtomicCheckpointIO(), *environments(given.devices, given.num_nodes)],
@@ -148,6 +162,7 @@ def fit(
             "command": shlex.join(sys.argv),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "versions": versions(),
+            **({"pulls": training.pulls} if training.pulls else {}),
         }
         if first:
             save_student(training.result, folder.student, with_metrics(card, last, "last epoch"))

@@ -230,7 +230,7 @@ class Training(LightningModule):
             call = self.model.forward if compiled and self.distiller.due else self.model
             output, losses = call(step.inputs, **context)
         terms = {name: self.task_weight * loss for name, loss in self.task.losses(output, step).items()}
-        if self.distiller is not None and (looks or self.distiller.balancer is not None):
+        if terms and self.distiller is not None and (looks or self.distiller.balancer is not None):
             task = torch.stack(list(terms.values())).sum()
             norms = self._norms(task) if looks else None
             if self.distiller.training:
@@ -280,7 +280,9 @@ class Training(LightningModule):
         broadcast_buffers(self.student)
         if self._unsharded is not None:
             self._unsharded.gather(self.student)
-        self._meters = {"": self.task.meter(self.device)}
+        # Validation alone, as in `diffkd test`, counts as the last.
+        last = self.trainer.state.fn != "fit" or self.current_epoch + 1 == self.trainer.max_epochs
+        self._meters = {"": self.task.meter(self.device, last=last)}
         if self.ema is not None:
             broadcast_buffers(self.ema.model)
             self._meters["_unaveraged"] = self.task.meter(self.device)
@@ -331,6 +333,9 @@ class Training(LightningModule):
             score = self.task.headlines[0]
             self._measured[f"{score}_unaveraged"] = self._meters["_unaveraged"].compute()[score]
         self._meters = {}
+        # For callbacks, such as early stopping; loggers get the whole row at the end of the epoch.
+        known = {name: value for name, value in self._measured.items() if not name.startswith("iou/")}
+        self.log_dict(known, logger=False, sync_dist=several_processes())
 
     @property
     def measured(self) -> Row:

@@ -13,8 +13,9 @@ from diffkd.data.seeding import mix_seed
 from diffkd.distill.balance import Balance
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.matching import Pair, wants_of
+from diffkd.distill.stages import read_embedding
 from diffkd.export.student_file import find_weights, read_card
-from diffkd.features.forward import evaluation_mode, run
+from diffkd.features.forward import evaluation_mode, on_device_of, run
 from diffkd.features.layers import list_layers
 from diffkd.features.layout import Layout
 from diffkd.features.memory_layout import try_channels_last
@@ -24,24 +25,25 @@ from diffkd.files.fitting import fit_contents, report_of
 from diffkd.files.weights import check_savable, read_contents, unwrap
 from diffkd.methods import DiffKD, MethodFactory
 from diffkd.models import input_normalization
+from diffkd.models.backbones import with_positions_of
 from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.detectors.teacher import DetectorTeacher
 from diffkd.models.normalization import class_names, normalization_beside, own_size
-from diffkd.models.weights import class_entries, library_names, reorder_classes, same_draws
+from diffkd.models.weights import class_entries, fill_backbone, library_names, reorder_classes, same_draws
 from diffkd.tasks.data_facts import DataFacts, first_difference
 from diffkd.tasks.options import DEFAULT_DETECTION, DetectionOptions
 from diffkd.tasks.task_of_data import load, padded_example
 from diffkd.teacher.options import AS_GIVEN, TeacherOptions
-from diffkd.teacher.view import DetectorView, TeacherInput, same_normalization, view_of_detectors
+from diffkd.teacher.view import TeacherInput, same_normalization, view_of_detectors
 from diffkd.training.start_checks import check_methods, check_needs
 
 
-def check_teacher_and_method(teacher: str | None, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
+def check_teacher_and_method(teacher: object, method: object, pairs: Literal["auto"] | Sequence[Pair]) -> None:
     """Raise ValueError if there is a method without a teacher, or a teacher without a method."""
     taught = method is not None or pairs != "auto"
-    if taught and teacher is None:
+    if taught and not teacher:
         raise ValueError("a method needs a teacher to learn from: give --teacher, or leave the method and pairs out")
-    if teacher is not None and not taught:
+    if teacher and not taught:
         raise ValueError("a teacher needs a method: give --method, such as diffkd.DiffKD, or leave the teacher out")
 
 
@@ -53,6 +55,7 @@ def build_student(
     pretrained: bool,
     seed: int,
     pretrained_backbone: bool = False,
+    backbone_weights: str | None = None,
     auxiliary: bool = False,
     detection: DetectionOptions = DEFAULT_DETECTION,
     weights_key: str | None = None,
@@ -67,6 +70,7 @@ def build_student(
         pretrained: start from the published weights.
         seed: of the initial weights.
         pretrained_backbone: start the backbone alone from its published weights.
+        backbone_weights: start the backbone alone from a classifier's file, or the folder of a run that trained one.
         auxiliary: build a segmenter with an auxiliary head.
         detection: how a detector is built.
         weights_key: prefix of the weights' names in the file, if it holds several sets.
@@ -75,6 +79,12 @@ def build_student(
     Raises:
         ValueError: if the model cannot take the images or be saved, or its number of classes is not that of the data.
     """
+    if weights is not None and data.task in ("detection", "segmentation") and _is_backbone(weights):
+        weights, backbone_weights = None, weights
+    if backbone_weights is not None:
+        _check_backbone_weights(backbone_weights, data, weights, pretrained or pretrained_backbone)
+        if detection.norm == "auto" and data.task == "detection" and not name.startswith("hf/"):
+            detection = replace(detection, norm="frozen")  # as for published weights
     torch.manual_seed(seed)
     student = load(
         name,
@@ -89,22 +99,30 @@ def build_student(
         weights_key=weights_key,
         new_head=True,
     )
+    if backbone_weights is not None:
+        filled = fill_backbone(student, name, find_weights(backbone_weights), key=weights_key)
+        if notes is not None:
+            notes.append(f"the student's backbone: {filled}")
     if notes is not None:
         notes.extend(_notes_of_student(name, student, data, weights, pretrained))
-    if pretrained and data.task != "segmentation":
+    if pretrained and data.task in ("classification", "detection"):
         wider = partial(_load_wider, name, data, data.in_channels, auxiliary, detection)
         _map_classes(student, class_names(student), data, wider)
     check_savable(student)
     if not student.training:
         student.train()  # functions may return a loaded model in evaluation mode, which the trainer would keep
     last = list_layers(student, padded_example(data, student))[-1]
-    if last.name != OUTPUT:
+    if last.name != OUTPUT and data.task != "representation":
         raise ValueError(
             f"student {name} returns several tensors, and its class scores as {last.name}, where the loss of the task "
             "does not look: let it return the scores first, or in a mapping as 'logits'"
         )
     output = last.shape
     expected, rank = f"(2, {data.num_classes})", 2
+    if data.task == "representation":
+        with evaluation_mode(student), torch.no_grad():
+            read_embedding(list_layers(student, data.example), run(student, on_device_of(student, data.example)))
+        return student
     if data.task == "segmentation":
         expected, rank = f"(2, {data.num_classes}, h, w)", 4
     if data.task != "detection" and (len(output) != rank or output[1] != data.num_classes):
@@ -113,6 +131,20 @@ def build_student(
             f"return {expected}; let its function take num_classes, or give other data"
         )
     return student
+
+
+def _is_backbone(weights: str) -> bool:
+    """Whether the card of a file says that it holds a model without head, distilled without labels."""
+    return read_card(find_weights(weights)).get("task") == "representation"
+
+
+def _check_backbone_weights(file: str, data: DataFacts, weights: str | None, published: bool) -> None:
+    """Raise ValueError if a file for the backbone alone does not fit the task or the other options."""
+    if data.task == "classification":
+        raise ValueError(f"backbone_weights {file} are for detectors and segmenters; give a classifier student_weights")
+    if weights is not None or published:
+        other = f"student_weights {weights}" if weights is not None else "published weights"
+        raise ValueError(f"the backbone cannot start from both {file} and {other}: leave one of them out")
 
 
 def _notes_of_student(
@@ -183,9 +215,10 @@ def build_teacher(
     classes = card.get("num_classes")
     if classes is None and own_code:
         classes = data.num_classes
-    elif classes is None and path is not None:
+    elif classes is None and path is not None and data.task != "representation":
         classes = _classes_in(path, name, data, channels, detection, weights_key)
-    if card.get("task", data.task) != data.task:
+    plain = data.task == "representation" and card.get("task") == "classification"  # its classifier is left out
+    if card.get("task", data.task) != data.task and not plain:
         raise ValueError(f"teacher {path} is for {card['task']}, the data are for {data.task}; give another teacher")
     auxiliary = bool((card.get("segmentation") or {}).get("auxiliary"))
     teacher = load(
@@ -200,17 +233,22 @@ def build_teacher(
         weights_key=weights_key,
         new_head=True,
     )
-    _check_head(name, teacher)
+    if data.task != "representation":
+        _check_head(name, teacher)
     teacher = unwrap(teacher)  # hooks do not work on a compiled model, and a frozen one needs no DDP wrapper
     report = report_of(teacher)
     found = [] if report is None or report.plain else [f"teacher: {report}"]
     names = options.classes or (() if card.get("classes") else class_names(teacher))
+    if data.task == "representation":
+        names = ()
     if names and _map_classes(teacher, names, data, partial(_load_wider, name, data, channels, auxiliary, detection)):
         found.append("its classes are brought into the order of the data")
     if notes is not None:
         notes.extend(found)
     if data.task == "detection":
         return teacher, None  # a detector normalises its images itself
+    if options.image_size is not None and data.task != "segmentation":
+        teacher = _at_size(teacher, data, (options.image_size, options.image_size))
     view, said = _view(name, teacher, path, card, data, options, published=pretrained or path is not None)
     if notes is not None:
         notes.append(said)
@@ -292,7 +330,7 @@ def _size(
     if options.image_size is not None:
         side = options.image_size
         return None if (side, side) == data.image_size else (side, side), "as --teacher_options.image_size says"
-    if data.task != "classification":
+    if data.task not in ("classification", "representation"):
         return None, ""  # for segmentation the scale of the objects matters, not the size of the crops
     trained = card.get("image_size")
     if trained:
@@ -302,6 +340,12 @@ def _size(
     if made is None or made == tuple(data.image_size) or _takes(teacher, data):
         return None, ""
     return made, "the only size that it takes"
+
+
+def _at_size(teacher: nn.Module, data: DataFacts, size: tuple[int, int]) -> nn.Module:
+    """Return a teacher that takes images of a size, with resampled positions if it does not take them as it is."""
+    other = replace(data, image_size=size, example=torch.zeros(2, data.in_channels, *size))
+    return teacher if own_size(teacher) == size or _takes(teacher, other) else with_positions_of(teacher, size)
 
 
 def _takes(teacher: nn.Module, data: DataFacts) -> bool:
@@ -353,26 +397,28 @@ def inherit_neck_and_head(student: nn.Module, teacher: nn.Module) -> None:
 
 def build_distiller(
     student: nn.Module,
-    teacher: nn.Module,
-    teacher_input: TeacherInput | None,
+    teacher: nn.Module | Sequence[nn.Module],
+    teacher_input: TeacherInput | Sequence[TeacherInput | None] | None,
     *,
     data: DataFacts,
     pairs: Literal["auto"] | Sequence[Pair],
     method: MethodFactory | Sequence[MethodFactory] | None,
     seed: int,
-    teacher_options: TeacherOptions = AS_GIVEN,
+    teacher_options: TeacherOptions | Sequence[TeacherOptions] = AS_GIVEN,
     balance: Balance | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Distiller:
     """Build the distiller; the methods' initial weights depend on the seed alone.
 
     Of a detector as teacher only the backbone runs, on the images from the student's transform, and the heads only if
-    their outputs are distilled.
+    their outputs are distilled. Other tasks take lists of teachers, inputs, options, and weights of their pairs.
 
     Raises:
         ValueError: if a method does not support the data's task, or needs arguments that the task does not provide.
     """
     torch.manual_seed(mix_seed(seed, 1))
-    for side, model in (("student", student), ("teacher", teacher)):
+    teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    for side, model in (("student", student), *(("teacher", one) for one in teachers)):
         if isinstance(unwrap(model), torch.jit.ScriptModule):
             raise ValueError(
                 f"the {side} is a program of torch.jit.script, whose layers cannot be watched: let its function return "
@@ -384,8 +430,13 @@ def build_distiller(
     factories = [unwrap_factory(one) for one in methods]
     own = [] if isinstance(pairs, str) else [pair.method for pair in pairs]
     check_methods([*factories, *own] if isinstance(pairs, str) or None in own else own, data)
-    view: TeacherInput | DetectorView | None = teacher_input
+    view: Any = teacher_input
+    model_of_teacher: Any = teachers[0] if len(teachers) == 1 else teachers
     if data.task == "detection":
+        if len(teachers) > 1:
+            raise ValueError(
+                f"{len(teachers)} teachers need images of one size, which a detector draws anew in every step: give one"
+            )
         if isinstance(pairs, str) and isinstance(student, TransformersDetector):
             _check_backbone(student)
         if not isinstance(pairs, str):
@@ -395,18 +446,22 @@ def build_distiller(
             if isinstance(pairs, str)
             else any(not name.startswith("backbone") for pair in pairs for name in pair.teacher_names)
         )
-        view = view_of_detectors(student, teacher, heads=wanted)
-        teacher = DetectorTeacher(teacher.eval(), heads=wanted)
-    example = padded_example(data, student, teacher)
+        view = view_of_detectors(student, teachers[0], heads=wanted)
+        model_of_teacher = DetectorTeacher(teachers[0].eval(), heads=wanted)
+        teachers = [model_of_teacher]
+    example = padded_example(data, student, *teachers)
+    options = [teacher_options] if isinstance(teacher_options, TeacherOptions) else teacher_options
     distiller = Distiller(
         student,
-        teacher,
+        model_of_teacher,
         pairs,
         example=example,
         method=factories,
         teacher_input=view,
-        teacher_options=teacher_options.running,
+        teacher_options=[one.running for one in options] if len(options) > 1 else options[0].running,
+        teacher_weights=weights,
         balance=balance,
+        representations=data.task == "representation",
     )
     check_needs(distiller, data)
     return distiller

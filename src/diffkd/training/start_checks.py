@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
+from diffkd.distill.balance import Balance
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.matching import attribute_of
 from diffkd.distill.ramp import Ramp
@@ -22,14 +23,32 @@ from diffkd.tasks.data_facts import DataFacts, TaskName, describe_samples, first
 from diffkd.tasks.task_of_data import padded_example
 from diffkd.teacher.classifier import pooled_classifier
 from diffkd.training.optimization import Schedule
+from diffkd.training.options import FitOptions
 
 
 def check_classes(data: DataFacts) -> None:
     """Raise ValueError if there is only one class: its probability is always 1, without gradient."""
-    if data.task != "detection" and data.num_classes < 2:
+    if data.task in ("classification", "segmentation") and data.num_classes < 2 and not data.multi_label:
         raise ValueError(
             f"the data have {data.num_classes} class ({', '.join(data.classes)}), so that there is nothing to learn: "
             "give a second one, such as the background"
+        )
+
+
+def check_learns(data: DataFacts, options: FitOptions) -> None:
+    """Raise ValueError if data without labels come without a teacher, or with an option that needs a loss of labels."""
+    if data.task != "representation":
+        return
+    if options.teacher is None:
+        raise ValueError(
+            "images without labels teach nothing by themselves: give --teacher and --method, such as diffkd.DiffKD, or "
+            "data with labels"
+        )
+    pairs = [] if isinstance(options.pairs, str) else options.pairs
+    if options.balance is not None or any(isinstance(pair.weight, Balance) for pair in pairs):
+        raise ValueError(
+            "a Balance follows the task's loss, which data without labels do not have: give numbers as weights, and "
+            "standardize: true to the methods, so that they mean the same on every teacher"
         )
 
 
@@ -78,11 +97,13 @@ INSTEAD: Mapping[TaskName, str] = {
     "classification": "DiffKD, FitNet, CRD or ReviewKD for features, KD, DKD or DIST for logits",
     "segmentation": "DiffKD, FitNet, CWD or CIRKD for features, DiffKD, KD or DIST for class maps",
     "detection": "DiffKD, FitNet, FGD or MGD for the feature pyramid, BoxKD for the outputs",
+    "representation": "DiffKD, FitNet, Cosine, CWD, RKD, SP or PKT, which need no labels",
 }
 _GIVEN: Mapping[TaskName, frozenset[str]] = {
     "classification": frozenset({"labels", "indices", "teacher_head"}),
     "segmentation": frozenset({"labels", "indices"}),
     "detection": frozenset({"boxes", "indices"}),
+    "representation": frozenset({"indices"}),
 }
 
 
@@ -113,7 +134,14 @@ def check_needs(distiller: Distiller, data: DataFacts) -> None:
     for name, (_, theirs), method in zip(distiller.names, distiller.readers, distiller.methods, strict=True):
         needs = frozenset(getattr(method, "needs", ()))
         who = f"{type(method).__name__} of pair '{name}'"
-        if missing := sorted(needs - _GIVEN[data.task]):
+        given = _GIVEN[data.task] - ({"labels"} if data.multi_label else set())
+        if data.multi_label and theirs.shapes[0].role == "logits":
+            warnings.warn(
+                f"{who} compares a softmax over the classes, of which an image has several here: a method on features "
+                "alone, such as diffkd.FitNet or --method.features_only true, presumes no single class",
+                stacklevel=2,
+            )
+        if missing := sorted(needs - given):
             otherwise = "; on the class map itself it may need none" if data.task == "segmentation" else ""
             raise ValueError(
                 f"{who} needs {', '.join(missing)}, which data for {data.task} do not give{otherwise}: "

@@ -179,3 +179,13 @@ def test_a_single_array_and_a_missing_file(tmp_path):
         read_npz(tmp_path / "one.npy")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_npz(tmp_path / "none.npz")
+
+
+def test_a_decompression_bomb_is_refused_by_its_table_of_contents(tmp_path):
+    """Nothing of it is unpacked."""
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.npy", b"")
+        archive.writestr("images.npy", bytes(2**28 + 1))
+    with pytest.raises(ValueError, match=r"bomb\.npz unpacks to 256 MiB, more than 200 times its size"):
+        read_npz(path)

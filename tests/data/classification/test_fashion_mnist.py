@@ -88,7 +88,7 @@ def test_a_truncated_archive_is_named(root):
         (b"\0\0\x08\x01\0\0\0\x01\0", "not an IDX file of bytes in 3"),
         (idx(torch.zeros(2, 28, 28, dtype=torch.uint8))[:-1], "states 1568 bytes"),
         (idx(torch.zeros(2, 28, 28, dtype=torch.uint8)) + b"\0", "states 1568 bytes"),
-        (b"\0\0\x08\x03" + b"\0\1\0\0" * 3, "truncated or damaged"),
+        (b"\0\0\x08\x03" + b"\0\1\0\0" * 3, "unpacks to"),
     ],
 )
 def test_broken_idx_files_are_refused(tmp_path, content, message):
@@ -116,3 +116,10 @@ def test_labels_and_sizes_are_checked(root):
     (root / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(torch.zeros(9, 8, 8, dtype=torch.uint8))))
     with pytest.raises(ValueError, match=r"images are \(8, 8\), not \(28, 28\)"):
         FashionMNIST(root)
+
+
+def test_a_size_that_no_file_of_this_size_can_have_is_refused(tmp_path):
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + struct.pack(">III", 2**32 - 1, 28, 28)))
+    with pytest.raises(ValueError, match=r"bomb\.gz unpacks to [\d,]+ MiB"):
+        read_idx(path, 3)

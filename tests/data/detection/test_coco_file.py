@@ -1,14 +1,15 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from diffkd.data.detection.annotated_files import ReadBox, ReadImage, annotated_files
-from diffkd.data.detection.coco import read_coco
+from diffkd.data.detection.coco import _box_of_runs, read_coco
 
 CONTENT = {
     "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}, {"id": 90, "name": "cow"}],
@@ -274,3 +275,52 @@ def test_boxes_of_the_stored_picture_are_turned_along(read, tmp_path, orientatio
     if stated and orientation > 4:
         with pytest.raises(ValueError, match=r"set boxes_as_stored=true"):
             read(content).read(0)
+
+
+# A mask of 3x4 pixels, with ones in rows 1 and 2 of column 1 and in row 2 of column 2: zeros, ones, zeros, ...
+RUNS = [4, 2, 2, 1, 3]
+
+
+def compressed(runs):
+    """Write the counts as COCO's text, by its definition: differences in groups of 5 bits, the lowest first."""
+    text = ""
+    for index, run in enumerate(runs):
+        value = run - runs[index - 2] if index > 2 else run
+        done = False
+        while not done:
+            group, value = value & 31, value >> 5
+            done = value == (-1 if group & 16 else 0)
+            text += chr(48 + (group | (0 if done else 32)))
+    return text
+
+
+@pytest.mark.parametrize("counts", [RUNS, compressed(RUNS)])
+@pytest.mark.parametrize("bbox", [[], "absent"])
+def test_a_mask_stands_in_for_a_missing_box(read, counts, bbox):
+    entry = {
+        "id": 2,
+        "image_id": 50,
+        "category_id": 3,
+        "bbox": bbox,
+        "segmentation": {"size": [3, 4], "counts": counts},
+    }
+    if bbox == "absent":
+        del entry["bbox"]
+    assert read(changed("annotations", 1, to=entry)).annotations.of(0).boxes.tolist() == [[1, 1, 3, 3]]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.integers(1, 12))
+def test_boxes_of_masks_are_those_of_their_pixels(runs, height):
+    runs = [*runs, -sum(runs) % height]
+    width = sum(runs) // height
+    assume(width > 0)
+    pixels = np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
+    rows, columns = np.nonzero(pixels)
+    expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else None
+    for counts in (runs, compressed(runs)):
+        assert _box_of_runs({"size": [height, width], "counts": counts}) == expected
+
+
+@pytest.mark.parametrize("counts", [[3], [4, 2, 2, 1, 4], [-1, 13], ["a"], None, "0", "\x7f", "\u00e9", "o" * 50, 3])
+def test_counts_that_are_of_no_mask_make_no_box(counts):
+    assert _box_of_runs({"size": [3, 4], "counts": counts}) is None

@@ -1,4 +1,6 @@
 import inspect
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -53,3 +55,29 @@ def test_an_id_beyond_the_classes_is_an_error(root):
     Image.fromarray(np.array([[0, 1, 2], [151, 150, 0]], dtype=np.uint8)).save(path)
     with pytest.raises(ValueError, match=rf"{path} holds id 151 at row 1, column 0"):
         list(Ade20k(root, num_workers=0).val_dataloader())
+
+
+def test_broken_pairs_can_be_left_out(root):
+    for name in ("ADE_2", "ADE_3"):
+        Image.new("RGB", (3, 2)).save(root / "images" / "training" / f"{name}.jpg")
+    (root / "annotations" / "training" / "ADE_2.png").write_bytes(b"broken")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data = Ade20k(root, num_workers=0, crop_size=(4, 4), batch_size=1, on_bad_image="skip")
+    assert data.train_dataloader().sampler.size == 1
+    text = " ".join(str(one.message) for one in said)
+    assert "ADE_2.png cannot be read" in text
+    assert "ADE_3.jpg has no mask" in text
+    assert len(data.skipped) == 1
+
+
+def test_a_share_of_training_stands_in_for_the_evaluation_images(root):
+    for name in ("ADE_2", "ADE_3", "ADE_4"):
+        for folder, suffix in (("images", "jpg"), ("annotations", "png")):
+            path = root / folder / "training"
+            (path / f"{name}.{suffix}").write_bytes((path / f"ADE_1.{suffix}").read_bytes())
+    shutil.rmtree(root / "images" / "validation")
+    with pytest.raises(FileNotFoundError, match=r"validation: no such folder.*, or set val_share=0\.1"):
+        Ade20k(root)
+    data = Ade20k(root, num_workers=0, crop_size=(4, 4), batch_size=1, val_share=0.25)
+    assert (data.train_dataloader().sampler.size, data.val_dataloader().sampler.size) == (3, 1)

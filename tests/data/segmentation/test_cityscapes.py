@@ -58,3 +58,11 @@ def test_missing_parts_are_named(tmp_path):
     (tmp_path / "gtFine/val/lindau/lindau_000000_000019_gtFine_labelIds.png").unlink()
     with pytest.raises(ValueError, match=r"gtFine/val: no mask"):
         Cityscapes(tmp_path)
+
+
+def test_broken_pairs_can_be_left_out(tmp_path):
+    write(tmp_path, "labelIds", STORED)
+    (tmp_path / "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match="1 of 2 training pairs are left out"):
+        data = Cityscapes(tmp_path, num_workers=0, batch_size=1, on_bad_image="skip")
+    assert data.train_dataloader().sampler.size == 1

@@ -1,4 +1,5 @@
 import inspect
+import warnings
 
 import numpy as np
 import pytest
@@ -123,3 +124,15 @@ def test_followed_links_are_no_way_out_for_names(root, line):
     (root / "ImageSets/Segmentation/val.txt").write_text(line)
     with pytest.raises(ValueError, match="outside of"):
         VocSegmentation(root, follow_links=True)
+
+
+def test_broken_and_missing_pairs_can_be_left_out(root):
+    names = root / "ImageSets" / "Segmentation" / "train.txt"
+    names.write_text(f"{names.read_text()}2008_unlisted\n2009_missing\n2007_000002\n")
+    (root / "JPEGImages" / "2007_000001.jpg").write_bytes(b"broken")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        data = VocSegmentation(root, num_workers=0, crop_size=(4, 5), batch_size=1, on_bad_image="skip")
+    assert data.train_dataloader().sampler.size == 2
+    assert any("3 of 5 training pairs are left out" in str(one.message) for one in said)
+    assert len(data.skipped) == 3

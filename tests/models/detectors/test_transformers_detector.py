@@ -144,10 +144,10 @@ def test_detections_are_in_pixels_of_the_images(folder: Path) -> None:
     logits = torch.full((4, 4 if detector.masked else 3), -9.0)
     logits[2, 1], logits[0, 2] = 5.0, 3.0
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.1] * 4, [0.25, 0.5, 0.5, 1.0], [0.1] * 4])
-    found = detector._detections(logits, boxes, (80, 60))
-    assert found["labels"][:2].tolist() == [2, 3]
-    assert torch.allclose(found["boxes"][:2], torch.tensor([[0.0, 0.0, 30.0, 80.0], [24.0, 24.0, 36.0, 56.0]]))
-    assert found["scores"][0] > 0.98
+    (corners,), (scores,), (labels,) = detector.detections(logits[None], boxes[None], (80, 60))
+    assert labels[:2].tolist() == [2, 3]
+    assert torch.allclose(corners[:2], torch.tensor([[0.0, 0.0, 30.0, 80.0], [24.0, 24.0, 36.0, 56.0]]))
+    assert scores[0] > 0.98
 
 
 @pytest.mark.parametrize("folder", ["detr"], indirect=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
 from diffkd.data.folders import absent_classes, format_names
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val
 
 Layout = Literal["auto", "NHWC", "NCHW"]
 
@@ -31,7 +31,7 @@ def read_npz(path: str | os.PathLike[str], layout: Layout = "auto") -> LabelledA
 
     Args:
         path: the file. Its keys: `images` (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float; `labels` (N,)
-            integers; optional `classes` (K,) strings.
+            integers, or (N, K) zeros and ones where an image may have several classes; optional `classes` (K,) strings.
         layout: position of the channel axis. "auto" uses the last axis if its length is 1 or 3, else the second if its
             length is.
 
@@ -49,8 +49,11 @@ def read_npz(path: str | os.PathLike[str], layout: Layout = "auto") -> LabelledA
         raise FileNotFoundError(f"{path}: no such file; give a .npz with the keys images and labels.")
     arrays = _read(path)
     images, labels = arrays["images"], arrays["labels"]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise ValueError(f"{path}: labels are {labels.dtype} {labels.shape}; give integers of shape (N,).")
+    if labels.ndim not in (1, 2) or labels.dtype.kind not in ("iub" if labels.ndim == 2 else "iu"):
+        raise ValueError(
+            f"{path}: labels are {labels.dtype} {labels.shape}; give integers of shape (N,), or zeros and ones of "
+            "shape (N, K) where an image may have several of K classes."
+        )
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise ValueError(f"{path}: images are {images.dtype}; give uint8 in 0..255, or floats.")
     images = np.ascontiguousarray(_channels_first(images, layout, path))
@@ -74,6 +77,8 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
             file = np.load(stream, allow_pickle=False)
             keys = list(file) if isinstance(file, np.lib.npyio.NpzFile) else ["a single array"]
             wanted = [key for key in keys if key in ("images", "labels", "classes")]
+            if isinstance(file, np.lib.npyio.NpzFile) and file.zip is not None:
+                check_unpacked(sum(int(entry.file_size) for entry in file.zip.infolist()), path)
             arrays: dict[str, np.ndarray[Any, Any]] = {key: file[key] for key in wanted}
         bare = [key for key in wanted if not isinstance(arrays[key], np.ndarray)]
         if bare:
@@ -87,6 +92,23 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     if missing:
         raise ValueError(f"{path}: no key {' or '.join(map(repr, missing))}, only {keys}; rename or add it.")
     return arrays
+
+
+def check_unpacked(size: int, path: Path) -> None:
+    """Raise ValueError if a compressed file claims far more content than images can be compressed to.
+
+    Args:
+        size: bytes of the content.
+        path: the file.
+    """
+    if size > max(_LARGEST_RATIO * path.stat().st_size, 2**28):
+        raise ValueError(
+            f"{path} unpacks to {size / 2**20:,.0f} MiB, more than {_LARGEST_RATIO} times its size, as images never "
+            "do; it is damaged or hostile: fetch it again"
+        )
+
+
+_LARGEST_RATIO = 200
 
 
 def _channels_first(images: np.ndarray[Any, Any], layout: Layout, path: Path) -> np.ndarray[Any, Any]:
@@ -116,7 +138,8 @@ class Arrays(ImageData):
 
     Args:
         train: file of the training set with the keys `images`, (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float;
-            `labels`, (N,) integers from 0; and optionally `classes`, the names of the classes.
+            `labels`, (N,) integers from 0, or (N, K) zeros and ones where an image may have several classes; and
+            optionally `classes`, the names of the classes.
         test: file of the evaluation set, likewise.
         batch_size: images per batch and process.
         augmentation: augmentation of training images.
@@ -125,6 +148,7 @@ class Arrays(ImageData):
             computes it from the training set.
         std: one value per channel, likewise.
         layout: position of the channel axis; "auto" finds an axis of 1 or 3 channels.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -142,20 +166,29 @@ class Arrays(ImageData):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         layout: Layout = "auto",
+        labels: bool = True,
     ) -> None:
-        train_set, classes = read_npz(train, layout)
+        (train_set, classes), trains = train_or_val(lambda: read_npz(train, layout), lambda: read_npz(test, layout))
         test_set, test_classes = read_npz(test, layout)
         if classes is None:
             classes = test_classes or _numbered_classes(train_set.labels, train)
-        elif test_classes not in (None, classes):
+        if not trains:
+            classes = evaluated_classes(classes)
+        if trains and test_classes not in (None, classes):
             raise ValueError(f"{test}: its classes {test_classes} are not those of {train}, {classes}; write the same.")
         check_image_set(train_set, len(classes), os.fspath(train))
         check_image_set(test_set, len(classes), os.fspath(test))
-        unseen = absent_classes(train_set.labels.tolist(), classes)
+        several = train_set.labels.ndim == 2
+        present = train_set.labels.nonzero()[:, 1] if several else train_set.labels
+        unseen = absent_classes(present.tolist(), classes) if trains else []
         if unseen:
             rank_zero_warn(
                 f"{train}: no image of class(es) {format_names(unseen)}, which cannot be learned; number the classes "
                 "from 0 without gaps, or add images."
+            )
+        if labels is False and several:
+            raise ValueError(
+                f"{train}: several classes an image do not serve to measure representations: give one label each."
             )
         shape, test_shape = tuple(train_set.images.shape[1:]), tuple(test_set.images.shape[1:])
         if shape != test_shape or train_set.images.dtype != test_set.images.dtype:
@@ -164,17 +197,27 @@ class Arrays(ImageData):
                 f"{train_set.images.dtype} {shape}; write both alike."
             )
         memory = InMemory(
-            train_set, test_set, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std
+            train_set,
+            test_set,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+            labels=labels,
         )
-        super().__init__(memory, classes, image_size=(shape[1], shape[2]), mean=memory.mean, std=memory.std)
+        super().__init__(
+            memory, classes, image_size=(shape[1], shape[2]), mean=memory.mean, std=memory.std, labels=labels
+        )
+        self.multi_label = several and labels
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
 
 
 def _numbered_classes(labels: Tensor, source: str | os.PathLike[str]) -> tuple[str, ...]:
     """Return the class indices as class names, for data without names."""
-    count = int(labels.max()) + 1 if len(labels) else 1
+    count = labels.shape[1] if labels.ndim == 2 else int(labels.max()) + 1 if len(labels) else 1
     if count > _MOST_CLASSES:
         raise ValueError(f"{source}: label {count - 1} makes {count} classes; number the classes from 0 without gaps.")
     return tuple(map(str, range(count)))

@@ -207,7 +207,7 @@ def mix(
 
     Args:
         images: (B, C, H, W) floats.
-        labels: (B,) int64.
+        labels: (B,) int64, or (B, K) zeros and ones.
         num_classes: K.
         mixup: alpha of Beta(alpha, alpha); 0 is off.
         cutmix: alpha of Beta(alpha, alpha); 0 is off. With both on, each is used with probability 1/2.
@@ -217,7 +217,10 @@ def mix(
         (B, C, H, W) mixed images and (B, K) soft labels, float32, rows summing to 1. With both off, the images
         themselves and one-hot labels.
     """
-    targets = torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
+    if labels.ndim == 2:
+        targets = labels.float()
+    else:
+        targets = torch.zeros(len(labels), num_classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
     if not (mixup or cutmix):
         return images, targets
     draw = random.Random(seed)

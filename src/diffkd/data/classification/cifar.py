@@ -8,7 +8,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, train_or_val
 
 # Computed from the 50,000 training images of each, in units of [0, 1].
 _STATISTICS = {
@@ -33,6 +33,7 @@ class Cifar(ImageData):
         download: fetch the official archive into `root` first, if it is not there.
         mean: three values, in units of [0, 1]; None uses the values of the training set.
         std: three values, likewise.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Raises:
         FileNotFoundError: if the data are missing or not the official ones; the message says how to get them.
@@ -48,15 +49,12 @@ class Cifar(ImageData):
         download: bool = False,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        labels: bool = True,
     ) -> None:
-        dataset = CIFAR10 if classes == 10 else CIFAR100
-        try:
-            train, test = (dataset(root, train=part, download=download) for part in (True, False))
-        except RuntimeError as error:
-            raise FileNotFoundError(
-                f"CIFAR-{classes} is not in {root}, or is not the official one ({error}); "
-                f"put {dataset.base_folder} there or set download=True."
-            ) from error
+        train, trains = train_or_val(
+            lambda: _read(root, classes, True, download), lambda: _read(root, classes, False, False, alone=True)
+        )
+        test = _read(root, classes, False, download) if trains else train
         default_mean, default_std = _STATISTICS[classes]
         memory = InMemory(
             _image_set(train),
@@ -66,13 +64,28 @@ class Cifar(ImageData):
             seed=seed,
             mean=mean or default_mean,
             std=std or default_std,
+            labels=labels,
         )
-        super().__init__(memory, train.classes, image_size=(32, 32), mean=memory.mean, std=memory.std)
+        super().__init__(memory, train.classes, image_size=(32, 32), mean=memory.mean, std=memory.std, labels=labels)
         # The argument is a number; the attribute holds the names.
         self.save_hyperparameters("classes", logger=False)
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.root, self.download = root, download
+
+
+def _read(root: str | Path, classes: int, train: bool, download: bool, alone: bool = False) -> CIFAR10:
+    """Read the training or test images; `alone`: where there are no training images."""
+    dataset: type[CIFAR10] = CIFAR10 if classes == 10 else CIFAR100
+    if alone:
+        dataset = type(dataset.__name__, (dataset,), {"train_list": []})
+    try:
+        return dataset(root, train=train, download=download)
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"CIFAR-{classes} is not in {root}, or is not the official one ({error}); "
+            f"put {dataset.base_folder} there or set download=True."
+        ) from error
 
 
 def _image_set(dataset: CIFAR10) -> ImageSet:

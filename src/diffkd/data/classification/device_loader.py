@@ -20,7 +20,7 @@ class DeviceLoader:
 
     Args:
         images: (N, C, H, W) uint8, or floats, on the device of the batches.
-        labels: (N,) int64 on the same device.
+        labels: (N,) or (N, K) int64 on the same device.
         batch_size: images per batch and process.
         mean: one value per channel, in units of [0, 1] for uint8 images and in the images' own for floats.
         std: one value per channel, likewise.
@@ -35,7 +35,8 @@ class DeviceLoader:
             still count them.
 
     Yields:
-        images (B, C, H, W) float32 normalised, labels (B,) int64, indices (B,) int64 into the data set.
+        images (B, C, H, W) float32 normalised, labels (B,) or (B, K) int64, indices (B,) int64 into the data
+        set.
 
     Raises:
         ValueError: if shapes or devices of the tensors do not match, or there are too few images for one batch.
@@ -106,7 +107,7 @@ class DeviceLoader:
 def _check(
     images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float], augmentation: Augmentation | None
 ) -> None:
-    if images.ndim != 4 or labels.shape != images.shape[:1]:
+    if images.ndim != 4 or labels.shape[:1] != images.shape[:1] or labels.ndim not in (1, 2):
         raise ValueError(
             f"images {tuple(images.shape)} and labels {tuple(labels.shape)} do not fit: give (N, C, H, W) and (N,)."
         )

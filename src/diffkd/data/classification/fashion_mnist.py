@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffkd.data.classification.arrays import check_unpacked
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
-from diffkd.data.image_data import ImageData
+from diffkd.data.image_data import ImageData, train_or_val
+from diffkd.data.seeding import mix_seed
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
@@ -42,6 +44,7 @@ def read_idx(path: Path, ndim: int) -> Tensor:
                     f"{path}: not an IDX file of bytes in {ndim} dimension(s), it begins {header[:4]!r}; {mend}."
                 )
             shape = struct.unpack(f">{ndim}I", header[4:])
+            check_unpacked(math.prod(shape), path)
             content = file.read(math.prod(shape) + 1)
         except (EOFError, gzip.BadGzipFile, zlib.error, struct.error, MemoryError) as error:
             raise ValueError(f"{path}: truncated or damaged ({error!r}); {mend}.") from error
@@ -65,6 +68,7 @@ CLASSES = (
 MEAN = (0.28604,)
 STD = (0.35302,)
 CROP_AND_FLIP = Augmentation(crop_padding=2, flip=True)
+CROP = Augmentation(crop_padding=2)
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -81,6 +85,7 @@ class FashionMNIST(ImageData):
         seed: seed of order and augmentation.
         mean: one value, in units of [0, 1]; default is that of the 60,000 training images.
         std: one value, likewise.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Raises:
         FileNotFoundError: if a file is missing; says where to get it.
@@ -95,20 +100,25 @@ class FashionMNIST(ImageData):
         seed: int = 0,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
+        labels: bool = True,
     ) -> None:
         folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
+        train, _ = train_or_val(
+            lambda: read_fashion_mnist(folders, "train"), lambda: read_fashion_mnist(folders, "t10k")
+        )
         memory = InMemory(
-            read_fashion_mnist(folders, "train"),
+            train,
             read_fashion_mnist(folders, "t10k"),
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
             mean=mean,
             std=std,
+            labels=labels,
         )
-        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
         self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.root = root
 
 
@@ -173,12 +183,110 @@ class FashionSubset(ImageData):
         seed: int = 0,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
+        labels: bool = True,
+        per_class: int | None = None,
     ) -> None:
         train, test = read_fashion_subset()
-        memory = InMemory(train, test, batch_size=batch_size, augmentation=augmentation, seed=seed, mean=mean, std=std)
-        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std)
+        if per_class is not None:
+            train = _some_of_each(train, per_class, seed)
+        memory = InMemory(
+            train,
+            test,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+            labels=labels,
+        )
+        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
+        self.augmentation = augmentation
+        self.batch_size, self.seed, self.labels, self.per_class = batch_size, seed, labels, per_class
+
+
+def _some_of_each(data: ImageSet, count: int, seed: int) -> ImageSet:
+    most = int(data.labels.bincount().min())
+    if not 1 <= count <= most:
+        raise ValueError(f"per_class={count} is no number of images of each class: give 1 to {most}.")
+    generator = torch.Generator().manual_seed(mix_seed(seed, count))
+    order = torch.randperm(len(data.labels), generator=generator)
+    chosen = torch.cat([order[data.labels[order] == label][:count] for label in range(len(CLASSES))])
+    return ImageSet(data.images[chosen], data.labels[chosen])
+
+
+class FashionPairs(ImageData):
+    """Serve pairs of garments side by side, whose class is the ordered pair of their classes: a hundred classes.
+
+    Composed of the packaged subset, or of the whole of Fashion-MNIST for training: a task with many classes that are
+    related, as those that people distil, and with as many training images as are asked for. The pairs are the same for
+    every `seed`; training pairs are made of training images, evaluation pairs of test images of the subset.
+
+    Args:
+        count: number of training pairs.
+        test_count: number of evaluation pairs.
+        batch_size: images per batch and process.
+        augmentation: augmentation of training images; without flips, which would turn a pair into another's mirror.
+        seed: seed of order and augmentation.
+        mean: one value, in units of [0, 1].
+        std: one value, likewise.
+        whole: compose training pairs of all 60,000 training images instead of the subset's 8,000.
+        root: with `whole`, folder of the files, as for :class:`FashionMNIST`.
+
+    Raises:
+        ValueError: if a count does not give each class a pair.
+        FileNotFoundError: with `whole`, if its files are missing; says where to get them.
+    """
+
+    def __init__(
+        self,
+        count: int = 6_000,
+        test_count: int = 2_000,
+        batch_size: int = 128,
+        augmentation: Augmentation = CROP,
+        seed: int = 0,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+        *,
+        whole: bool = False,
+        root: str | Path | None = None,
+    ) -> None:
+        if min(count, test_count) < len(CLASSES) ** 2:
+            raise ValueError(
+                f"count {count} and test_count {test_count} must be {len(CLASSES) ** 2} or more, a pair for each class"
+            )
+        folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
+        source = read_fashion_mnist(folders, "train") if whole else read_fashion_part("train")
+        memory = InMemory(
+            compose_pairs(source, count, seed=1),
+            compose_pairs(read_fashion_part("test"), test_count, seed=2),
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+        )
+        names = tuple(f"{left} and {right}" for left in CLASSES for right in CLASSES)
+        super().__init__(memory, names, image_size=(28, 56), mean=memory.mean, std=memory.std)
+        self.count, self.test_count, self.whole, self.root = count, test_count, whole, root
         self.augmentation = augmentation
         self.batch_size, self.seed = batch_size, seed
+
+
+def compose_pairs(single: ImageSet, count: int, *, seed: int) -> ImageSet:
+    """Return images in pairs side by side, (count, 1, 28, 56), with the labels 10 * left + right, equally frequent."""
+    draw = torch.Generator().manual_seed(seed)
+    classes = len(CLASSES)
+    labels = (torch.arange(count) % classes**2)[torch.randperm(count, generator=draw)]
+    members = [torch.nonzero(single.labels == one).flatten() for one in range(classes)]
+    halves = []
+    for side in (labels // classes, labels % classes):
+        drawn = torch.rand(count, generator=draw)
+        indices = torch.empty(count, dtype=torch.int64)
+        for one, own in enumerate(members):
+            here = side == one
+            indices[here] = own[(drawn[here] * len(own)).long()]
+        halves.append(single.images[indices])
+    return ImageSet(torch.cat(halves, dim=3), labels)
 
 
 def read_fashion_subset() -> tuple[ImageSet, ImageSet]:

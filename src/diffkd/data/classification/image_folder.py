@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torchvision.transforms import v2
 
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.folders import FolderSamples, allow_outside_links, scan_folder
-from diffkd.data.image_data import ImageData, train_or_val
+from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val
 from diffkd.data.images import (
     BAD_IMAGE_HINT,
     WHITE,
@@ -27,7 +28,7 @@ from diffkd.data.images import (
     verify_images,
 )
 from diffkd.data.images import white_level as white_level_of
-from diffkd.data.loaders import SplitLoaders
+from diffkd.data.loaders import SplitLoaders, UnlabelledLoaders
 from diffkd.data.seeding import digest_of, mix_seed, split_by_class
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 
@@ -171,6 +172,7 @@ class ImageFolder(ImageData):
             same share of each class; None uses `val`.
         white_level: the value of 16-bit images that is mapped to white, 255; 4095 for 12 bits. None uses 65535, and
             warns if all images would be nearly black.
+        labels: False: distil representations without the labels, which then serve to measure them.
 
     Attributes:
         skipped: one message per image left out.
@@ -198,6 +200,7 @@ class ImageFolder(ImageData):
         follow_links: bool = False,
         val_share: float | None = None,
         white_level: int | None = None,
+        labels: bool = True,
     ) -> None:
         if augmentation.crop_padding:
             raise ValueError(
@@ -213,23 +216,25 @@ class ImageFolder(ImageData):
         check_on_bad_image(on_bad_image)
         with allow_outside_links(follow_links):
             scan = partial(scan_folder, root, val=val_share is None)
-            (classes, train, val), _ = train_or_val(scan, partial(scan, train=False))
-        if val_share is not None:
+            only_val = partial(scan_folder, root, train=False, known=evaluated_classes(()))
+            (classes, train, val), trains = train_or_val(scan, only_val)
+        if val_share is not None and trains:
             train, val = (train.select(part) for part in split_by_class(train.labels, val_share, seed))
         white = white_level_of(white_level, train.paths)
         num_workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
         skipped: list[str] = []
         if verify or on_bad_image == "skip":
             check = partial(_verified, on_bad_image=on_bad_image, threads=num_workers)
-            (train, broken), (val, more) = check(train, split="train"), check(val, split="val")
-            skipped = [*broken, *more]
+            val, broken = check(val, split="val")
+            train, more = check(train, split="train") if trains else (val, [])
+            skipped = [*more, *broken]
         else:
             check_readable(train)
             check_readable(val)
-        check_every_class(train, val, classes)
+        check_every_class(train if trains else None, val, classes)
         evaluation = eval_transform(image_size, crop_ratio, mean, std)
         training = train_transform(augmentation, image_size, min_crop_area, mean, std)
-        loaders = SplitLoaders(
+        loaders: SplitLoaders = (SplitLoaders if labels else UnlabelledLoaders)(
             FolderDataset(train, training, seed, white),
             FolderDataset(val, evaluation, white=white),
             partial(_example, FolderDataset(train, evaluation, white=white)),
@@ -237,11 +242,13 @@ class ImageFolder(ImageData):
             seed=seed,
             num_workers=num_workers,
         )
-        super().__init__(loaders, classes, image_size=(image_size, image_size), mean=mean, std=std)
+        if isinstance(loaders, UnlabelledLoaders):
+            loaders = replace(loaders, bank=FolderDataset(train, evaluation, white=white))
+        super().__init__(loaders, classes, image_size=(image_size, image_size), mean=mean, std=std, labels=labels)
         # The argument is one side; the attribute holds both.
         self.save_hyperparameters("image_size", logger=False)
         self.root = root
-        self.batch_size, self.augmentation, self.seed = batch_size, augmentation, seed
+        self.batch_size, self.augmentation, self.seed, self.labels = batch_size, augmentation, seed, labels
         self.min_crop_area, self.crop_ratio = min_crop_area, crop_ratio
         self.num_workers = num_workers
         self.on_bad_image, self.verify = on_bad_image, verify

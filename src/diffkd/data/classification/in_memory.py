@@ -1,7 +1,7 @@
 """Labelled images in memory: checks, and loaders over training and test set."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,6 +10,7 @@ from torch import Tensor
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.device_loader import DeviceLoader
 from diffkd.data.image_data import placement
+from diffkd.data.loaders import BANK, HELD_OUT, InTurn
 from diffkd.data.statistics import channel_statistics
 
 
@@ -18,7 +19,7 @@ class ImageSet(NamedTuple):
 
     Args:
         images: (N, C, H, W) uint8, or finite floats.
-        labels: (N,) int64 in [0, number of classes).
+        labels: (N,) int64 in [0, number of classes), or (N, classes) zeros and ones.
     """
 
     images: Tensor
@@ -46,7 +47,12 @@ def check_image_set(data: ImageSet, num_classes: int, name: str) -> None:
         raise ValueError(f"{name}: {len(images)} images but {len(labels)} labels; give one label per image.")
     if not images.numel():
         raise ValueError(f"{name}: no images, shape {tuple(images.shape)}; give at least one.")
-    outside = (labels < 0) | (labels >= num_classes)
+    if labels.ndim == 2 and (labels.shape[1] != num_classes or not ((labels == 0) | (labels == 1)).all()):
+        raise ValueError(
+            f"{name}: labels {tuple(labels.shape)} up to {int(labels.max())} are not zeros and ones of {num_classes} "
+            "classes: give a column for each, 1 where the image has it."
+        )
+    outside = (labels < 0) | (labels >= num_classes) if labels.ndim == 1 else torch.zeros(1, dtype=torch.bool)
     if outside.any():
         index = int(outside.nonzero()[0])
         raise ValueError(
@@ -73,6 +79,8 @@ class InMemory:
         seed: seed of order and augmentation.
         mean: one value per channel; None computes it from the training set.
         std: one value per channel; None computes it from the training set.
+        labels: False: nothing learns from the labels, which serve to measure representations: evaluation batches
+            include the training images, not augmented, as the bank of the probe.
     """
 
     def __init__(
@@ -85,8 +93,10 @@ class InMemory:
         seed: int,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        labels: bool = True,
     ) -> None:
         self.train = train
+        self.labels = labels
         self.val = val
         self.batch_size = batch_size
         self.augmentation = augmentation
@@ -112,12 +122,20 @@ class InMemory:
             start_batch=start_batch,
         )
 
-    def val_loader(self, trainer: Trainer | None) -> DeviceLoader:
+    def val_loader(self, trainer: Trainer | None) -> Any:
         """Return the batches of the evaluation set, in order, every image exactly once over all ranks."""
+        self.val = self.val.to(placement(trainer).device)
+        if self.labels:
+            return self._evaluation(self.val, trainer)
+        self.train = self.train.to(placement(trainer).device)
+        return InTurn(
+            [(part, self._evaluation(one, trainer)) for part, one in ((HELD_OUT, self.val), (BANK, self.train))]
+        )
+
+    def _evaluation(self, images: ImageSet, trainer: Trainer | None) -> DeviceLoader:
         place = placement(trainer)
-        self.val = self.val.to(place.device)
         return DeviceLoader(
-            *self.val,
+            *images,
             batch_size=self.batch_size,
             mean=self.mean,
             std=self.std,
@@ -125,7 +143,7 @@ class InMemory:
             world_size=place.world_size,
         )
 
-    def test_loader(self, trainer: Trainer | None) -> DeviceLoader:
+    def test_loader(self, trainer: Trainer | None) -> Any:
         """Return the same as `val_loader`."""
         return self.val_loader(trainer)
 

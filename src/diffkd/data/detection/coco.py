@@ -31,11 +31,11 @@ def read_coco(
     as_stored: bool = False,
     chosen: Collection[str] | None = None,
 ) -> AnnotatedFiles:
-    """Read the boxes of a COCO file; missing boxes are computed from segmentations, and keypoints are ignored.
+    """Read the boxes of a COCO file; missing boxes are computed from polygons and masks, and keypoints are ignored.
 
     Category ids may have gaps: labels count from 1 in the order of the ids. If both height and width of an image are
     missing or 0, they are read from its file. Ids may be strings or floats of whole numbers; image ids may be any
-    strings. An annotation with neither a box nor a polygon is left out.
+    strings. An annotation with neither a box nor a polygon nor a mask is left out.
 
     Args:
         file: the JSON file.
@@ -94,7 +94,7 @@ def read_coco(
                 continue
             corners = _corners(entry, where)
             if corners is None:
-                malformed.append(f"{where} has neither a box nor a polygon.")
+                malformed.append(f"{where} has neither a box nor a polygon nor a mask.")
                 continue
             area: Any = entry.get("area")
             box = ReadBox(
@@ -119,15 +119,15 @@ def read_coco(
 
 
 def _corners(entry: Mapping[str, Any], where: str) -> tuple[float, float, float, float] | None:
-    """Return the box of an annotation, or else the bounding box of its polygons; None without either."""
-    if entry.get("bbox") or ("bbox" not in entry and not _polygons(entry)):
+    """Return the box of an annotation, or else the bounding box of its polygons or mask; None without any."""
+    if entry.get("bbox") or ("bbox" not in entry and not _polygons(entry) and not _mask(entry)):
         left, top, width, height = _numbers(_value(entry, "bbox", where), where)
         return left, top, left + width, top + height
     if entry.get("bbox") not in (None, []):
         raise ValueError(f"{where} has the bbox {entry['bbox']!r}; write [left, top, width, height] in pixels.")
     polygons = _polygons(entry)
     if not polygons:
-        return None
+        return _box_of_runs(_mask(entry)) if _mask(entry) else None
     x, y = ([_float(value) for one in polygons for value in one[start::2]] for start in (0, 1))
     return min(x), min(y), max(x), max(y)
 
@@ -142,6 +142,61 @@ def _polygons(entry: Mapping[str, Any]) -> list[list[float]]:
         for one in stated
         if isinstance(one, list) and len(one) >= 6 and len(one) % 2 == 0 and all(map(_is_number, one))
     ]
+
+
+def _mask(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mask of an annotation, {"size": [height, width], "counts": run lengths}; {} without one."""
+    stated: Any = entry.get("segmentation")
+    return stated if isinstance(stated, dict) and "counts" in stated else {}
+
+
+def _box_of_runs(mask: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """Return the bounding box of a run-length encoded mask, None if it is empty or its counts are of no mask.
+
+    Runs of zeros and of ones take turns, down the columns from left to right.
+    """
+    size, counts = mask.get("size"), mask["counts"]
+    runs = _decoded_runs(counts) if isinstance(counts, str) else counts
+    sides = size if isinstance(size, list) and len(size) == 2 and all(map(_is_side, size)) else [0, 0]
+    height, width = sides
+    if not isinstance(runs, list) or not all(isinstance(one, int) and one >= 0 for one in runs):
+        return None
+    if not height or sum(runs) != height * width:
+        return None
+    start, columns, rows = 0, list[int](), list[int]()
+    for index, length in enumerate(runs):
+        if index % 2 and length:
+            first, last = divmod(start, height), divmod(start + length - 1, height)
+            columns += [first[0], last[0]]
+            # A run that goes on in another column reaches the bottom of one and the top of the next.
+            rows += [first[1], last[1]] if first[0] == last[0] else [0, height - 1]
+        start += length
+    return (min(columns), min(rows), max(columns) + 1, max(rows) + 1) if columns else None
+
+
+def _decoded_runs(text: str) -> list[int] | None:
+    """Return the run lengths of COCO's compressed text, None if it is damaged.
+
+    A number is written in groups of 5 bits, the lowest first, as characters from "0"; bit 5 says that another follows,
+    and bit 4 of the last one is the sign. From the fourth on, it is the difference to the number two before.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        group = ord(character) - ord("0")
+        if not 0 <= group < 64 or shift > 60:
+            return None
+        value |= (group & 31) << shift
+        shift += 5
+        if not group & 32:
+            value -= (1 << shift) if group & 16 else 0
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return None if shift else runs
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
 
 
 def _load(source: str) -> Mapping[str, Any]:

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.data.detection.annotated_files import AnnotatedFiles
 from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection.dataset import DetectionDataset, collate_detection
 from diffkd.data.folders import FolderSamples, absent_classes, allow_outside_links, format_names
-from diffkd.data.image_data import ImageData, train_or_val
+from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val, val_or_hint
 from diffkd.data.images import BAD_IMAGE_HINT, OnBadImage, check_on_bad_image, check_readable, upright_size
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
@@ -94,9 +95,13 @@ class DetectionData(ImageData):
         check = _Check(skip=skip, decode=verify or skip, threads=num_workers, narrowest=narrowest)
         with allow_outside_links(follow_links):
             train, trains = train_or_val(partial(read, "train", None, skip), partial(read, "val", None, skip))
-            val = read("val", train, skip) if val_share is None else None
-            test = read("test", train, skip)
-        if train is not None and val_share is not None:
+            if trains:
+                val = val_or_hint(partial(read, "val", train, skip)) if val_share is None else None
+                test = read("test", train, skip)
+            else:
+                val = train = _of_evaluated_classes(train)
+                test = _of_evaluated_classes(read("test", None, skip))
+        if train is not None and val_share is not None and trains:
             kept, held = split_by_class([0] * len(train.paths), val_share, seed)
             train, val = train.select(kept), replace(train.select(held), dropped=(), cut=0)
         if train is None or val is None:
@@ -228,6 +233,22 @@ def _training_files(files: AnnotatedFiles, keep_empty: bool, mend: str) -> Annot
             f"add some, {mend}."
         )
     return files if keep_empty else files.select(full)
+
+
+def _of_evaluated_classes(files: AnnotatedFiles | None) -> AnnotatedFiles | None:
+    """Return images labelled by the classes of the student that is evaluated, of which they may lack some."""
+    if files is None or (classes := evaluated_classes(files.classes)) == files.classes:
+        return files
+    places = torch.tensor([0, *(classes.index(name) + 1 for name in files.classes)])
+    boxes = files.annotations.boxes
+    boxes = boxes._replace(labels=places[boxes.labels])
+    ids = dict(zip(files.classes, files.category_ids, strict=True))
+    return replace(
+        files,
+        annotations=replace(files.annotations, boxes=boxes),
+        classes=classes,
+        category_ids=tuple(ids.get(name, -1) for name in classes),
+    )
 
 
 def _evaluation(files: AnnotatedFiles) -> DetectionDataset:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.data.detection.annotated_files import AnnotatedFiles, ReadBox, ReadImage, annotated_files
@@ -22,6 +21,7 @@ from diffkd.data.folders import (
     with_slashes,
 )
 from diffkd.data.images import upright_size
+from diffkd.files.values import read_yaml
 
 _SHORT = reprlib.Repr()  # a few YAML aliases can expand to billions of items
 _SHORT.maxlevel = 2
@@ -74,9 +74,9 @@ def read_yolo_layout(file: str | os.PathLike[str]) -> YoloLayout:
 def _mapping(file: str | os.PathLike[str]) -> dict[Any, Any]:
     source = os.fspath(file)
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{source}: no YAML ({' '.join(str(error).split())}).") from error
+        content = read_yaml(Path(file).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{source}: no YAML ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{source}: holds a {type(content).__name__}, not a mapping with names, train and val.")
     return content

@@ -46,8 +46,8 @@ class Ade20k(SegmentationData):
         code = MaskCode(_CLASSES, self.ignore_index, id_map=id_map, unmapped="error")
         names = {"train": train, "val": val}
 
-        def read(split: Split) -> Pairs:
-            return scan_pairs(top, f"images/{names[split]}", f"annotations/{names[split]}")
+        def read(split: Split, skip_bad: bool) -> Pairs:
+            return scan_pairs(top, f"images/{names[split]}", f"annotations/{names[split]}", skip_bad=skip_bad)
 
         super().__init__(read, code, classes, batch_size=batch_size, augmentation=augmentation, seed=seed, **options)
         self.root, self.train, self.val = root, train, val

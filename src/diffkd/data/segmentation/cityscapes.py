@@ -73,13 +73,14 @@ class Cityscapes(SegmentationData):
         code = MaskCode(len(_CLASSES), self.ignore_index, id_map=id_map)
         splits = {"train": train, "val": val}
 
-        def read(split: Split) -> Pairs:
+        def read(split: Split, skip_bad: bool) -> Pairs:
             return scan_pairs(
                 top,
                 f"leftImg8bit/{splits[split]}",
                 f"gtFine/{splits[split]}",
                 image_suffix="_leftImg8bit",
                 mask_suffix=f"_gtFine_{labels}",
+                skip_bad=skip_bad,
             )
 
         super().__init__(

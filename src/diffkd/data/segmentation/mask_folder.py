@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffkd.data.folders import evaluation_split
-from diffkd.data.images import OnBadImage
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, scan_pairs
 from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
@@ -159,8 +158,6 @@ class MaskFolder(SegmentationData):
         image_suffix: suffix of image names after the part shared with the mask, with or without the extension; other
             files are ignored.
         mask_suffix: suffix of mask names, likewise, such as "_mask".
-        on_bad_image: "error" raises for pairs that cannot be used; "skip" reads every pair before training and leaves
-            out unusable ones, with a warning that counts and names them.
         **options: the other arguments of `SegmentationData`, such as `crop_size` and `num_workers`.
 
     Attributes:
@@ -190,7 +187,6 @@ class MaskFolder(SegmentationData):
         masks: str = "masks",
         image_suffix: str = "",
         mask_suffix: str = "",
-        on_bad_image: OnBadImage = "error",
         **options: Any,
     ) -> None:
         top = Path(root)
@@ -205,9 +201,12 @@ class MaskFolder(SegmentationData):
 
         if val is None:
             val = evaluation_split(top, _folder(images, "{split}"))
+            alone = "{split}" not in images and not any((top / one).exists() for one in (train, val))
+            if alone and (top / images).is_dir():
+                val = "."  # evaluation images alone
         splits = {"train": train, "val": val}
 
-        def read(split: Split) -> Pairs:
+        def read(split: Split, skip_bad: bool) -> Pairs:
             folders = [_folder(name, splits[split]) for name in (images, masks)]
             return scan_pairs(
                 top,
@@ -215,14 +214,13 @@ class MaskFolder(SegmentationData):
                 image_suffix=image_suffix,
                 mask_suffix=mask_suffix,
                 colors=code.holds_colors,
-                skip_bad=on_bad_image == "skip",
+                skip_bad=skip_bad,
             )
 
         super().__init__(
             read,
             code,
             counted,
-            on_bad_image,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,

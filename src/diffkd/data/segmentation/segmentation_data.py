@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffkd.data.folders import allow_outside_links, format_names
-from diffkd.data.image_data import ImageData, train_or_val
+from diffkd.data.image_data import ImageData, train_or_val, val_or_hint
 from diffkd.data.images import OnBadImage, check_on_bad_image
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import SplitLoaders
@@ -24,6 +24,8 @@ from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 SCALE_AND_FLIP = SegmentationAugmentation(scale=(0.5, 2.0), flip=True)
 Size = tuple[int, int]
 Split = Literal["train", "val"]
+# Lists the pairs of a split; the second argument is whether pairs that cannot be used are kept for a later check.
+ReadPairs = Callable[[Split, bool], Pairs]
 
 
 class SegmentationData(ImageData):
@@ -36,7 +38,6 @@ class SegmentationData(ImageData):
         read: function that lists the pairs of a split.
         code: mapping from mask pixels to class ids.
         names: names of the K classes.
-        on_bad_image: "error" or "skip", see `MaskFolder`.
         batch_size: training images per batch and process.
         augmentation: augmentation of training images besides the random crop.
         seed: seed of order and augmentation.
@@ -58,6 +59,8 @@ class SegmentationData(ImageData):
             evaluation images; None uses the evaluation images.
         white_level: the value of 16-bit images that is mapped to white, 255; 4095 for 12 bits. None uses 65535, and
             warns if all images would be nearly black.
+        on_bad_image: "error" raises for pairs that cannot be used; "skip" reads every pair before training and leaves
+            out unusable ones, with a warning that counts and names them.
 
     Attributes:
         skipped: one message per pair left out.
@@ -73,10 +76,9 @@ class SegmentationData(ImageData):
 
     def __init__(
         self,
-        read: Callable[[Split], Pairs],
+        read: ReadPairs,
         code: MaskCode,
         names: Sequence[str],
-        on_bad_image: OnBadImage = "error",
         /,
         *,
         batch_size: int = 8,
@@ -94,17 +96,21 @@ class SegmentationData(ImageData):
         follow_links: bool = False,
         val_share: float | None = None,
         white_level: int | None = None,
+        on_bad_image: OnBadImage = "error",
     ) -> None:
+        check_on_bad_image(on_bad_image)
+        skip = on_bad_image == "skip"
         with allow_outside_links(follow_links):
-            train_pairs, _ = train_or_val(partial(read, "train"), partial(read, "val"))
-            if val_share is None:
-                val_pairs = read("val")
+            train_pairs, trains = train_or_val(partial(read, "train", skip), partial(read, "val", skip))
+            if not trains:
+                val_pairs = train_pairs
+            elif val_share is None:
+                val_pairs = val_or_hint(partial(read, "val", skip))
             else:
                 kept, held = split_by_class([0] * len(train_pairs.images), val_share, seed)
                 train_pairs, val_pairs = train_pairs.select(kept), train_pairs.select(held)
         if cache not in ("none", "memory"):
             raise ValueError(f"cache={cache!r}: give 'none' or 'memory'.")
-        check_on_bad_image(on_bad_image)
         check_statistics(mean, std)
         resize = None if resize is None else _size("resize", resize)
         crop_size = resize or (512, 512) if crop_size is None else _size("crop_size", crop_size)
@@ -118,16 +124,19 @@ class SegmentationData(ImageData):
         white = white_level_of(white_level, train_pairs.images)
         skipped: list[str] = []
         all_learned: set[int] | None = None  # known if every mask was read
-        if on_bad_image == "skip":
-            train_pairs, all_learned = _without_broken(PairDataset(train_pairs, code, whole), "training", skipped)
+        if skip:
+            if trains:
+                train_pairs, all_learned = _without_broken(PairDataset(train_pairs, code, whole), "training", skipped)
             val_pairs, _ = _without_broken(PairDataset(val_pairs, code, whole), "evaluation", skipped)
+            train_pairs = train_pairs if trains else val_pairs
         training = PairDataset(train_pairs, code, crop, seed=seed, resize=resize, cache=cache, white=white)
         evaluation = PairDataset(
             val_pairs, code, whole, resize=resize, full_size_masks=full_size_masks, cache=cache, white=white
         )
-        if verify and on_bad_image == "error":
+        if verify and not skip:
             all_learned = _verified(training, evaluation)
-        _check_ids(training, evaluation, all_learned)
+        if trains:
+            _check_ids(training, evaluation, all_learned)
         loaders = SplitLoaders(
             training,
             evaluation,

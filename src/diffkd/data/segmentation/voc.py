@@ -78,8 +78,8 @@ class VocSegmentation(SegmentationData):
         code = MaskCode(len(names), self.ignore_index)
         lists = {"train": train, "val": val}
 
-        def read(split: Split) -> Pairs:
-            pairs = _listed(top, lists[split], masks)
+        def read(split: Split, skip_bad: bool) -> Pairs:
+            pairs = _listed(top, lists[split], masks, skip_bad)
             if split == "train" and classes is None:
                 _warn_about_custom_classes(pairs, code)
             return pairs
@@ -110,7 +110,7 @@ def _warn_about_custom_classes(pairs: Pairs, code: MaskCode) -> None:
         )
 
 
-def _listed(root: Path, split: str, masks: str) -> Pairs:
+def _listed(root: Path, split: str, masks: str, skip_bad: bool) -> Pairs:
     """Pair the images and masks of a list, with one name per line or, as in the lists of SBD, the paths of both."""
     source = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not source.is_file():
@@ -126,9 +126,10 @@ def _listed(root: Path, split: str, masks: str) -> Pairs:
     for path in (path for pair in pairs for path in pair):
         if leads_outside(path, real, named=path.relative_to(root) if path.is_relative_to(root) else path):
             raise ValueError(f"{source}: {path.stem!r} leads to {path.resolve()}, outside of {root}; remove it.")
-    missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
-    refuse(missing, f"{source}: {len(missing)} of the files it names are missing; add them or remove their names")
-    return check_pairs(root, pairs)
+    if not skip_bad:  # otherwise the later check leaves them out
+        missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
+        refuse(missing, f"{source}: {len(missing)} of the files it names are missing; add them or remove their names")
+    return check_pairs(root, pairs, skip_bad=skip_bad)
 
 
 def _pair(root: Path, name: str, masks: str) -> tuple[Path, Path]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.models.extras import require
-from diffkd.models.from_transformers import _first_line, _warn_of_random_weights, keep_constants
+from diffkd.models.from_transformers import _first_line, keep_constants, warn_of_random_weights
 
 # Models with a padding mask, so that images keep their aspect ratio; boxes are relative to the image without padding.
 _MASKED = ("detr", "conditional_detr", "dab-detr", "deformable_detr", "table-transformer")
@@ -60,10 +60,11 @@ class TransformersDetector(nn.Module):
             ]
             return {"loss": self._loss(arguments)}
         output = self.model(**arguments)
-        return [
-            self._detections(logits.float(), boxes.float(), image.shape[-2:])
-            for logits, boxes, image in zip(output.logits, output.pred_boxes, images, strict=True)
-        ]
+        found = []
+        for logits, boxes, image in zip(output.logits, output.pred_boxes, images, strict=True):
+            one = self.detections(logits[None].float(), boxes[None].float(), image.shape[-2:])
+            found.append(dict(zip(("boxes", "scores", "labels"), (part[0] for part in one), strict=True)))
+        return found
 
     def _loss(self, arguments: dict[str, Any]) -> Tensor:
         """Return the model's loss, NaN if its predictions are not finite, for which its box matching would raise."""
@@ -91,19 +92,29 @@ class TransformersDetector(nn.Module):
             )
         return backbone
 
-    def _detections(self, logits: Tensor, boxes: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
-        queries, columns = logits.shape
+    def detections(self, logits: Tensor, boxes: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the detections in a batch of outputs, as many as there are queries, best first.
+
+        Args:
+            logits: (B, Q, K) or, with one more for "no object", (B, Q, K + 1).
+            boxes: (B, Q, 4) centre, width and height relative to the image.
+            size: (H, W) of the images, in pixels.
+
+        Returns:
+            Boxes (B, Q, 4) in pixels, scores (B, Q), labels (B, Q) in 1..K.
+        """
+        queries, columns = logits.shape[1:]
         if columns > self.num_classes:  # one class or none per query
-            scores, labels = logits.softmax(-1)[:, : self.num_classes].max(-1)
-            scores, order = scores.sort(descending=True)
-            labels, query = labels[order], order
+            scores, labels = logits.softmax(-1)[..., : self.num_classes].max(-1)
+            scores, query = scores.sort(descending=True)
+            labels = labels.gather(1, query)
         else:  # classes are independent: the best of all pairs of query and class
-            scores, best = logits.sigmoid().flatten().topk(queries)
+            scores, best = logits.sigmoid().flatten(1).topk(queries)
             labels, query = best % columns, best // columns
         height, width = size
-        x, y, w, h = boxes[query].unbind(-1)
+        x, y, w, h = boxes.gather(1, query[..., None].expand(-1, -1, 4)).unbind(-1)
         corners = torch.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2), dim=-1).clamp(0, 1)
-        return {"boxes": corners * corners.new_tensor([width, height] * 2), "labels": labels + 1, "scores": scores}
+        return corners * corners.new_tensor([width, height] * 2), scores, labels + 1
 
 
 def padding_mask(images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
@@ -164,7 +175,7 @@ def build_transformers_detector(
                 output_loading_info=True,
                 dtype=torch.float32,
             )
-            _warn_of_random_weights(name, report)
+            warn_of_random_weights(name, report)
             if getattr(model.config, "use_pretrained_backbone", False):
                 model.config.use_pretrained_backbone = False  # which would fetch weights
             keep_constants(model, factory)

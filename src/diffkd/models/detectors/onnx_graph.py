@@ -1,10 +1,12 @@
-"""torchvision's detectors as one graph of tensors, for export with one image of a fixed size."""
+"""Detectors as one graph of tensors, for export with images of a fixed size."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffkd.models.detectors.from_transformers import TransformersDetector, padding_mask
 from diffkd.models.extras import require
 
 _SMALLEST = 1e-2  # pixels; torchvision drops the boxes of Faster R-CNN that are smaller
@@ -32,7 +34,7 @@ class DetectorGraph(nn.Module):
         if not isinstance(detector, (kinds.RetinaNet, kinds.FCOS, kinds.FasterRCNN)):
             raise ValueError(
                 f"{type(detector).__name__} cannot be exported as a graph, only torchvision's RetinaNet, FCOS and "
-                "Faster R-CNN can: export it as .safetensors"
+                "Faster R-CNN and the detectors of transformers can: export it as .safetensors"
             )
         self.detector: Any = detector
         self.two_stages = isinstance(detector, kinds.FasterRCNN)
@@ -124,6 +126,50 @@ class DetectorGraph(nn.Module):
         slots = min(rpn.post_nms_top_n(), sum(len(part[0]) for part in found))
         filled = torch.cat([kept, kept.new_zeros(slots, 4)])
         return filled[torch.arange(slots, device=filled.device)]
+
+
+class QueryDetectorGraph(nn.Module):
+    """A detector of transformers that `torch.export` can follow, for batches of images of one size.
+
+    Args:
+        detector: in evaluation mode; shared, not copied.
+        size: (H, W) of the images, in pixels.
+    """
+
+    mean: Tensor
+    std: Tensor
+    mask: Tensor
+
+    def __init__(self, detector: TransformersDetector, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.detector = detector
+        transform: Any = detector.transform
+        batch, _ = transform([torch.zeros(3, *size)], None)
+        self.resized: tuple[int, int] = batch.image_sizes[0]
+        height, width = batch.tensors.shape[-2:]
+        self.padding = (0, width - self.resized[1], 0, height - self.resized[0])
+        self.register_buffer("mean", torch.tensor(transform.image_mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(transform.image_std)[:, None, None])
+        self.register_buffer("mask", padding_mask(batch.tensors, batch.image_sizes))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Find objects.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            `boxes` (B, Q, 4), left, top, right and bottom in pixels; `scores` (B, Q), best first; `labels`
+            (B, Q). Q is the number of the model's queries.
+        """
+        given = (images - self.mean) / self.std
+        if tuple(given.shape[-2:]) != self.resized:
+            given = F.interpolate(given, self.resized, mode="bilinear", align_corners=False)
+        arguments = {"pixel_values": F.pad(given, self.padding)}
+        if self.detector.masked:
+            arguments["pixel_mask"] = self.mask.expand(len(images), -1, -1)
+        output = self.detector.model(**arguments)
+        return self.detector.detections(output.logits.float(), output.pred_boxes.float(), images.shape[-2:])
 
 
 def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, size: tuple[int, int], overlap: float) -> Tensor:
