@@ -125,6 +125,25 @@ def test_a_backbone_of_other_widths_keeps_its_lateral_convolutions():
     )
 
 
+def test_a_segmenter_inherits_decoder_and_head():
+    def build(architecture, encoder, num_classes=3):
+        return load_segmenter(f"smp/{architecture}/timm/{encoder}", num_classes=num_classes)
+
+    student, teacher = build("deeplabv3plus", "test_efficientnet"), build("deeplabv3plus", "test_resnet")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    inherit_neck_and_head(student, teacher)
+    theirs = teacher.state_dict()
+    own = {name for name in before if name.startswith("encoder.") or before[name].shape != theirs[name].shape}
+    # The first convolutions of the five branches of the pooling, and that of the fine map.
+    assert sorted({name.split(".")[1] for name in own if name.startswith("decoder.")}) == ["aspp", "block1"]
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name] if name in own else theirs[name]), name
+    assert not torch.equal(before["segmentation_head.0.weight"], theirs["segmentation_head.0.weight"])
+    for other in (build("linknet", "test_resnet"), build("deeplabv3plus", "test_resnet", num_classes=4)):
+        with pytest.raises(ValueError, match="cannot inherit the teacher's neck and head, which differ in '"):
+            inherit_neck_and_head(other, teacher)
+
+
 class Segmenter(nn.Module):
     """Scores every position, then resizes the scores."""
 

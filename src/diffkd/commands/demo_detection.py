@@ -7,12 +7,13 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from torch import Tensor, nn
+from torchvision.ops import box_iou, nms
 
 from diffkd.commands.compare import RECOMMENDED, compare, cores
 from diffkd.commands.evaluate import data_of
 from diffkd.commands.report import write_report_of
 from diffkd.export.student_file import find_weights, read_card
-from diffkd.reports.predictions import draw_boxes
+from diffkd.reports.predictions import Boxes, draw_boxes
 from diffkd.reports.tables import Row
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.options import DetectionOptions
@@ -24,6 +25,8 @@ METHODS = ("alone", "kd", "fitnet", "diffkd-ae", RECOMMENDED)
 TEACHER = "scenes/detection-teacher.safetensors"
 SHOWN = 5
 """Number of scenes in the figure."""
+THRESHOLD = 0.4
+"""Smallest score of a box in the figure."""
 
 
 def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, console: Console) -> list[Row]:
@@ -62,7 +65,10 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
 
 
 def draw_detections(out: Path) -> Path:
-    """Draw the first evaluation scenes with the boxes of student alone, distilled student, teacher and ground truth.
+    """Draw evaluation scenes with the boxes of student alone, distilled student, teacher and ground truth.
+
+    The first scenes with several objects that lie apart are drawn, then others. Of boxes that overlap by more than
+    half, whatever their classes, the one with the highest score is drawn.
 
     Args:
         out: folder of a finished demonstration.
@@ -87,18 +93,28 @@ def draw_detections(out: Path) -> Path:
         for title, method in (("student alone", "alone"), (f"student, {RECOMMENDED}", RECOMMENDED))
     }
     detectors["teacher"] = teacher
-    images, targets = _first(data, SHOWN)
+    images, targets = _clearest(data, SHOWN)
     with torch.no_grad():
-        columns = {title: detector.eval()(images) for title, detector in detectors.items()}
-    return draw_boxes(out / "boxes.png", images, {**columns, "truth": targets}, facts.classes)
+        columns = {title: [_distinct(found) for found in model.eval()(images)] for title, model in detectors.items()}
+    return draw_boxes(out / "boxes.png", images, {**columns, "truth": targets}, facts.classes, threshold=THRESHOLD)
 
 
-def _first(data: LightningDataModule, count: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    """Return the first evaluation images and their targets."""
+def _distinct(found: Boxes) -> Boxes:
+    """Suppress the lower score of boxes that overlap by more than half, whose classes a detector keeps apart."""
+    kept = nms(found["boxes"], found["scores"], 0.5)
+    return {name: value[kept] for name, value in found.items()}
+
+
+def _clearest(data: LightningDataModule, count: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Return evaluation images and their targets: first those of several objects whose boxes do not overlap."""
     images: list[Tensor] = []
     targets: list[dict[str, Tensor]] = []
     for some, theirs, _ in data.val_dataloader():
         images, targets = [*images, *some], [*targets, *theirs]
-        if len(images) >= count:
-            break
-    return images[:count], targets[:count]
+    order = sorted(range(len(images)), key=lambda index: not _lie_apart(targets[index]["boxes"]))[:count]
+    return [images[index] for index in order], [targets[index] for index in order]
+
+
+def _lie_apart(boxes: Tensor) -> bool:
+    """Whether there are several boxes (n, 4) and none of them overlaps another by more than a twentieth."""
+    return len(boxes) > 1 and bool((box_iou(boxes, boxes).fill_diagonal_(0) < 0.05).all())

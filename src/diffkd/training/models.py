@@ -360,31 +360,37 @@ def _takes(teacher: nn.Module, data: DataFacts) -> bool:
     return True
 
 
+# The parts of a detector on a pyramid and of a segmenter of smp that a student can inherit, and in which layers take
+# the maps of the backbone, whose widths may differ.
+_BODIES = ("backbone.body.", "encoder.")
+_BESIDE_THE_BODY = ("backbone.fpn.inner_blocks.", "decoder.")
+
+
 @torch.no_grad()
 def inherit_neck_and_head(student: nn.Module, teacher: nn.Module) -> None:
     """Copy all weights except the backbone body's from the teacher to the student, in place.
 
     The inheriting strategy of detectors of one family (Kang, Zhang, Zhang, Sun, Zheng, *Instance-Conditional Knowledge
-    Distillation for Object Detection*, NeurIPS 2021), which FGD and MGD use. The pyramid's lateral convolutions, which
-    take the body's maps, stay the student's own where its body has other widths.
+    Distillation for Object Detection*, NeurIPS 2021), which FGD and MGD use; likewise for segmenters of one
+    architecture, decoder and head. Layers that take the body's maps, such as the pyramid's lateral convolutions, stay
+    the student's own where its body has other widths.
 
     Raises:
         ValueError: if other weights differ in name or shape.
     """
-    body, lateral = "backbone.body.", "backbone.fpn.inner_blocks."
     ours, theirs = (
-        {name: value for name, value in model.state_dict().items() if not name.startswith(body)}
+        {name: value for name, value in model.state_dict().items() if not name.startswith(_BODIES)}
         for model in (student, teacher)
     )
     apart = [name for name in ours if name not in theirs or ours[name].shape != theirs[name].shape]
-    own = tuple(
-        name.removesuffix("weight") for name in apart if name.startswith(lateral) and name in theirs
-    )  # with their biases
+    # Layers with all that belongs to them, such as the bias of a convolution.
+    own = tuple(name.rpartition(".")[0] + "." for name in apart if name.startswith(_BESIDE_THE_BODY) and name in theirs)
     apart = [name for name in apart if not name.startswith(own)] + [name for name in theirs if name not in ours]
-    if apart or not any(name.startswith(body) for name in student.state_dict()):
+    if apart or not any(name.startswith(_BODIES) for name in student.state_dict()):
         raise ValueError(
-            f"the student cannot inherit the teacher's neck and head, which differ in {apart[0] if apart else body!r}: "
-            "leave inherit_neck_and_head out, or give detectors of one family with equal pyramids"
+            "the student cannot inherit the teacher's neck and head, which differ in "
+            f"{apart[0] if apart else _BODIES[0]!r}: leave inherit_neck_and_head out, or give detectors of one family "
+            "with equal pyramids, or segmenters of one architecture"
         )
     for name, value in theirs.items():
         if not name.startswith(own):

@@ -69,7 +69,7 @@ class FitOptions:
         student_pretrained: start the student from its published weights.
         pretrained_backbone: start a detector's or segmenter's backbone from published weights.
         backbone_weights: likewise, from the file or run of a classifier.
-        inherit_neck_and_head: start all of a detector but its backbone from the teacher's weights.
+        inherit_neck_and_head: start all but the student's backbone from the teacher's weights.
         method: distillation method: diffkd.DiffKD, diffkd.KD, diffkd.DIST, or one of your own; or a list of them,
             each with its own automatic pairs.
         pairs: which student layer learns from which teacher layer; "auto" pairs them automatically.
