@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from diffkd.commands import cli
@@ -112,7 +113,8 @@ def test_a_comparison_has_a_page(tmp_path, run):
 def test_a_page_without_pictures_needs_no_models(tmp_path, run):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    (folder / "config.yaml").write_text("student: nowhere.py:gone\n")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"student": "nowhere.py:gone"}))
     text = report(str(folder), pictures=False, progress=False).read_text(encoding="utf-8")
     assert "Worst images" not in text
     with pytest.raises(Exception, match="nowhere"):

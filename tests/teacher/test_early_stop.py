@@ -55,8 +55,8 @@ def test_the_output_wants_all_of_it():
 def test_losses_and_gradients_are_those_of_the_whole_run():
     distiller = distil(pairs=feature("stem", "stage"))
     twin = copy.deepcopy(distiller)
-    record = twin._teacher_recorder.record
-    twin._teacher_recorder.record = lambda model, inputs, *, whole: record(model, inputs)
+    record = twin._sources[0].recorder.record
+    twin._sources[0].recorder.record = lambda model, inputs, *, whole: record(model, inputs)
     for one in (distiller, twin):
         torch.manual_seed(2)
         _, one.seen = backward(one)

@@ -86,7 +86,7 @@ def test_features_may_come_from_elsewhere():
     distiller = distil(method=[DiffKD, KD])
     expected = losses_of(distiller, IMAGES)
     features = distiller.teacher_features(IMAGES)
-    distiller._teacher[0] = nn.Identity()  # which would not do
+    distiller._sources[0].model = nn.Identity()  # which would not do
     torch.manual_seed(5)
     losses = distiller(IMAGES, teacher_features=features)[1]
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
