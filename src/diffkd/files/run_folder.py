@@ -150,6 +150,10 @@ def _with_later_options(stored: Any, given: Any) -> Any:
     if not isinstance(stored, Mapping) or not isinstance(given, Mapping):
         return stored
     filled = {key: _with_later_options(value, given.get(key)) for key, value in stored.items()}
+    if {"student", "method"} <= set(stored) and "class_path" not in stored:  # a pair, recorded without its class
+        later = {key: value for key, value in given.items() if key not in filled}
+        defaults = _defaults("diffkd.Pair") if later else {}
+        filled |= {key: value for key, value in later.items() if defaults.get(key, later) == to_yaml_values(value)}
     options, chosen = filled.get("init_args"), given.get("init_args")
     if (
         stored.get("class_path") == given.get("class_path")
