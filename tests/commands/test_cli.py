@@ -1,5 +1,6 @@
 """The command line: commands, recipes, overrides, and errors in one line."""
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 
 from diffkd.commands import cli
+from diffkd.commands.arguments import values_of_fit
 
 RECIPE = """
 student: cifar/compact_resnet8
@@ -408,3 +410,22 @@ def test_more_runs_than_can_be_meant_are_refused_before_they_are_listed(tmp_path
     words = ["compare", "cifar100/resnet56-resnet20", f"--out={tmp_path / 'table'}", "--seeds=1000000000"]
     assert cli.main(words) == 1
     assert "give fewer --seeds" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_found_in_values_of_a_file(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(recipe.parent))
+    values = yaml.safe_load(recipe.read_text())
+    values["data"]["init_args"] |= {"train": "~/train.npz", "test": "~/test.npz"}
+    (tmp_path / "home.yaml").write_text(yaml.safe_dump(values))
+    recorded = values_of_fit([str(tmp_path / "home.yaml"), f"--out={tmp_path / 'run'}"])
+    assert recorded["data"]["init_args"]["train"] == str(recipe.parent / "train.npz")
+
+
+def test_names_that_the_output_cannot_encode_are_escaped(tmp_path, monkeypatch):
+    """As on a console of Windows; a measurement must not be lost for it."""
+    (tmp_path / "data.yaml").write_text("names: [\u72d7, cat]", encoding="utf-8")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.main(["inspect", str(tmp_path / "data.yaml")]) == 0
+    sys.stdout.flush()
+    assert b"\\u72d7, cat" in written.getvalue()

@@ -167,6 +167,52 @@ class TestLoading:
         with pytest.raises(ValueError, match=r"net\.pt holds NaN or infinity in fc\.bias"):
             load_weights(ConvNet(), tmp_path / "net.pt")
 
+    def test_statistics_that_are_not_numbers_are_named_and_infinite_masks_are_not(self, tmp_path):
+        state = ConvNet().state_dict()
+        state["stem.1.running_mean"] = torch.full_like(state["stem.1.running_mean"], float("nan"))
+        torch.save(state, tmp_path / "net.pt")
+        with pytest.raises(ValueError, match=r"net\.pt holds NaN or infinity in stem\.1\.running_mean"):
+            load_weights(ConvNet(), tmp_path / "net.pt")
+        masked = nn.Linear(2, 2)
+        masked.register_buffer("mask", torch.full((2,), -torch.inf))
+        load_weights(masked, save_student(masked, tmp_path / "masked.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("names", "kind"),
+        [
+            (["m/archive_format", "m/models/model.json"], "of torch.export, a program"),
+            (["config.json", "model.weights.h5"], "of Keras"),
+            (["images.npy"], "of arrays of NumPy"),
+            (["best.pt"], r"around other files, such as best\.pt: unpack it first"),
+            (["a.txt"], "without data.pkl"),
+        ],
+    )
+    def test_other_archives_are_called_by_their_kind(self, tmp_path, names, kind):
+        with zipfile.ZipFile(tmp_path / "net.pt", "w") as archive:
+            for name in names:
+                archive.writestr(name, b"{}")
+        with pytest.raises(ValueError, match=f"zip archive {kind}"):
+            read_weights(tmp_path / "net.pt")
+
+    @pytest.mark.parametrize(
+        ("name", "content", "kind"),
+        [
+            ("a.gguf", b"GGUF\3\0\0\0", "is GGUF"),
+            ("a.tflite", b"\x1c\0\0\0TFL3", "is a program of TensorFlow Lite"),
+            ("a.onnx", b"\x08\x08\x12\x07pytorch", "is a program of ONNX"),
+        ],
+    )
+    def test_programs_of_others_are_called_by_their_name(self, tmp_path, name, content, kind):
+        (tmp_path / name).write_bytes(content + bytes(100))
+        with pytest.raises(ValueError, match=kind):
+            read_weights(tmp_path / name)
+
+    def test_what_is_there_instead_of_tensors_is_named(self, tmp_path):
+        arrays = {name: value.numpy() for name, value in ConvNet().state_dict().items()}
+        (tmp_path / "net.pkl").write_bytes(pickle.dumps({"model": arrays}))
+        with pytest.raises(ValueError, match=r"only model\.stem\.0\.weight \(numpy.* and \d+ like it; save"):
+            load_weights(ConvNet(), tmp_path / "net.pkl")
+
 
 class TestSaving:
     def test_tied_and_non_contiguous_entries(self, tmp_path):

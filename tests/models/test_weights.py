@@ -181,3 +181,9 @@ def test_segmenters_may_lack_the_auxiliary_head(tmp_path):
 def test_nothing_is_known_of_models_of_ones_own(tmp_path):
     with pytest.raises(ValueError, match="missing weight"):
         filled(nn.Linear(2, 2), {"kernel": torch.ones(2, 2)}, tmp_path)
+
+
+def test_checkpoints_of_several_processes_say_how_they_are_joined(tmp_path):
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(FileNotFoundError, match="format_utils dcp_to_torch"):
+        find_weights(tmp_path)

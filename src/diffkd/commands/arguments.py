@@ -268,6 +268,9 @@ def _parsed(parser: Any, function: Callable[..., Any], words: list[str]) -> Any:
         options = [option for action in parser._actions for option in action.option_strings]
         message = explain(str(error), options, parser.prog.removeprefix("diffkd "))
         raise UsageError(name_pair(message, given_value(words, "pairs"), partial(_faulty_pairs, parser))) from error
+    for name, value in list(values.items()):  # no shell has seen the values of files
+        if isinstance(value, str) and value.startswith("~/"):
+            values[name] = str(Path(value).expanduser())
     for option in sorted(bare):
         if not _is_on(values, option.removeprefix("--").split(".")):
             raise UsageError(f"{option}: give its value after it; only what is true or false can stand alone")

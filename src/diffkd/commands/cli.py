@@ -1,5 +1,6 @@
 """The command line: `diffkd COMMAND`; each command is a typed function whose arguments are its options."""
 
+import io
 import json
 import os
 import re
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 1 if the command failed, 2 for a usage error, 128 plus the signal's number if it was interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _print_anything()
     wants_traceback = "--traceback" in words or os.environ.get("DIFFKD_TRACEBACK") == "1"
     # A shell does not expand the ~ of --out=~/runs, so a folder named ~ would be created.
     words = [re.sub(r"^(--[\w.]+=)?~(?=/)", _expand_home, word) for word in words if word != "--traceback"]
@@ -85,6 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # a bug in this package: show the whole traceback
         return _fail(str(error), 1)
     return 0
+
+
+def _print_anything() -> None:
+    """Print characters that the output's encoding lacks as escapes, such as names of classes on a Windows console."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _expand_home(found: re.Match[str]) -> str:

@@ -67,6 +67,11 @@ def find_weights(weights: str | Path) -> Path:
     for candidate in (path, path / "student.safetensors", packaged, *(path / name for name in WHOLE_FILES)):
         if candidate.is_file():
             return candidate
+    if (path / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"{path} is a checkpoint of torch.distributed in several files: join them by "
+            f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} weights.pt`, and give that file"
+        )
     raise FileNotFoundError(f"there are no weights at {path}: give a file, or the folder of a finished run")
 
 

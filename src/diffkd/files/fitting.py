@@ -20,6 +20,7 @@ from diffkd.files.weights import (
     choose_key,
     format_names,
     is_averaged,
+    no_state_dict,
     read_contents,
     shard_hint,
     unwrap,
@@ -276,7 +277,7 @@ def fit_contents(
         ValueError: if there are no tensors, the key does not exist, or several sets of weights fit equally well.
     """
     if not contents.tensors:
-        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); save model.state_dict()")
+        raise ValueError(no_state_dict(path, contents))
     own = model.state_dict()
     best, others = best_prefix(path, own, contents, key)
     fits = []
@@ -401,8 +402,14 @@ def _check_finite(model: nn.Module, path: str | Path, fit: Fit) -> None:
     broken = [
         name for name, _ in model.named_parameters() if name in fit.filled and not fit.filled[name].isfinite().all()
     ]
+    # Buffers may hold infinities, as masks do, but no NaN, as the statistics of a diverged training do.
+    broken += [name for name, _ in model.named_buffers() if name in fit.filled and _has_nan(fit.filled[name])]
     if broken:
         raise ValueError(f"{path} holds NaN or infinity in {', '.join(broken[:3])}: fetch or save it again")
+
+
+def _has_nan(value: Tensor) -> bool:
+    return value.is_floating_point() and bool(value.isnan().any())
 
 
 def _converted(value: Any, own: Any) -> bool:

@@ -88,7 +88,7 @@ def _from_zip(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> Any:
     names = {entry.filename: entry for entry in entries}
     main = next((name for name in names if name.count("/") <= 1 and name.rpartition("/")[2] == "data.pkl"), None)
     if main is None:
-        raise ValueError("it is a zip archive without data.pkl, as torch.save writes it")
+        raise ValueError(f"it is a zip archive {_kind_of_archive(list(names))}")
     folder = main.removesuffix("data.pkl")
     if f"{folder}constants.pkl" in names or any(name.startswith(f"{folder}code/") for name in names):
         raise ValueError(
@@ -114,6 +114,20 @@ def _from_zip(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> Any:
         return known[key]
 
     return _Reader(io.BytesIO(archive.read(main)), load).load()
+
+
+def _kind_of_archive(names: list[str]) -> str:
+    """Return what an archive is that has not been written by `torch.save`, by the names in it."""
+    inside = next((name for name in names if name.endswith((".pt", ".pth", ".ckpt", ".safetensors"))), None)
+    if any(name.endswith("archive_format") or "/models/" in name for name in names):
+        return "of torch.export, a program: take the weights that it was made from"
+    if any(name.endswith("weights.h5") for name in names):
+        return "of Keras: convert it to safetensors with the library that it comes from"
+    if any(name.endswith(".npy") for name in names):
+        return "of arrays of NumPy: save them by name as safetensors"
+    if inside is not None:
+        return f"around other files, such as {re.sub(r'[^ -~]', '?', inside)[:80]}: unpack it first"
+    return "without data.pkl, as torch.save writes it"
 
 
 def _from_stream(file: BinaryIO) -> Any:

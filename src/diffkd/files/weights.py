@@ -41,6 +41,7 @@ _STARTS = {
     b"\xfd7zXZ": "is compressed by xz: unpack it first",
     b"7z\xbc\xaf": "is an archive of 7-zip: unpack it first",
     b"\x89HDF": "is HDF5, as Keras writes it: convert it to safetensors with the library that it comes from",
+    b"GGUF": "is GGUF, as llama.cpp reads it: take the weights of PyTorch that it was made from",
     b"\x93NUMPY": "is an array of NumPy, not a state dict: save the weights by name as safetensors",
 }
 
@@ -86,7 +87,7 @@ def read_weights(path: str | Path, *, as_saved: bool = False, key: str | None = 
     """
     contents = read_contents(path)
     if not contents.keys:
-        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors); save model.state_dict()")
+        raise ValueError(no_state_dict(path, contents))
     weights = contents.under(choose_key(path, contents.keys, key))
     return weights if as_saved else without_wrappers(weights)
 
@@ -136,6 +137,13 @@ def read_contents(path: str | Path) -> Contents:
     return Contents(tensors, tuple(sorted(keys)), tuple(skipped))
 
 
+def no_state_dict(path: str | Path, contents: Contents) -> str:
+    """Return the message about a file without tensors."""
+    count = len(contents.skipped)
+    instead = f", only {contents.skipped[0]}{f' and {count - 1} like it' if count > 1 else ''}" if count else ""
+    return f"{path} holds no state dict (a mapping of names to tensors){instead}; save model.state_dict()"
+
+
 def choose_key(path: str | Path, keys: Collection[str], key: str | None = None) -> str:
     """Return the key of the mapping that contains the weights.
 
@@ -183,6 +191,10 @@ def _read_file(path: Path) -> Any:
         raise ValueError(f"{path} is empty: fetch or save it again")
     if found := next((what for mark, what in _STARTS.items() if start.startswith(mark)), None):
         raise ValueError(f"{path} {found}")
+    if start[4:8] == b"TFL3":
+        raise ValueError(f"{path} is a program of TensorFlow Lite, which no network of PyTorch can take")
+    if path.suffix == ".onnx":
+        raise ValueError(f"{path} is a program of ONNX, not weights: take the weights of PyTorch that it was made from")
     if start[257:262] == b"ustar":
         raise ValueError(f"{path} is a tar archive: unpack it first, and give the file of weights in it")
     # A safetensors header begins with its length, which can look like any other format.

@@ -324,3 +324,28 @@ def test_boxes_of_masks_are_those_of_their_pixels(runs, height):
 @pytest.mark.parametrize("counts", [[3], [4, 2, 2, 1, 4], [-1, 13], ["a"], None, "0", "\x7f", "\u00e9", "o" * 50, 3])
 def test_counts_that_are_of_no_mask_make_no_box(counts):
     assert _box_of_runs({"size": [3, 4], "counts": counts}) is None
+
+
+def test_boxes_may_be_texts_of_numbers(read):
+    stated = changed("annotations", 1, "bbox", to=["0", "0.0", "20", "1e1"])
+    assert read(stated).annotations.of(0).boxes.tolist() == [[0, 0, 20, 10]]
+    with pytest.raises(ValueError, match="has the bbox"):
+        read(changed("annotations", 1, "bbox", to=["0", "0", "20", "wide"]))
+
+
+def test_file_names_may_repeat_the_name_of_their_folder(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (20, 10)).save(folder / "a.png")
+    content = {"categories": [{"id": 1, "name": "cat"}], "annotations": []}
+    content["images"] = [{"id": 1, "file_name": "images/a.png", "width": 20, "height": 10}]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    assert read_coco(tmp_path / "boxes.json", folder).paths == (str(folder / "a.png"),)
+    (folder / "images").mkdir()
+    Image.new("RGB", (20, 10)).save(folder / "images" / "a.png")  # now it is the name of this one
+    assert read_coco(tmp_path / "boxes.json", folder).paths == (str(folder / "images" / "a.png"),)
+
+
+def test_categories_of_one_name_are_told_of(read):
+    with pytest.warns(UserWarning, match="several categories are named 'cat'"):
+        read(changed("categories", 0, "name", to="cat"))

@@ -3,9 +3,13 @@
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.data.detection.annotated_files import (
     AnnotatedFiles,
@@ -231,6 +235,12 @@ def _categories(source: str, entries: list[dict[str, Any]]) -> dict[int, str]:
         categories[number] = str(name)
     if not categories:
         raise ValueError(f"{source}: no categories; give at least one.")
+    twice = [name for name, count in Counter(categories.values()).items() if count > 1]
+    if twice:
+        rank_zero_warn(
+            f"{source}: several categories are named {twice[0]!r}, and are learned and measured as different classes; "
+            "give each its own name, or all the same id."
+        )
     return categories
 
 
@@ -270,11 +280,20 @@ def _images(
         seen.add(number)
         names.append(name)
         images.append(ReadImage("", size, number, []))
+    names = [_without_folder(name, folder) for name in names]
     paths = enclosed_files(folder, names, source)
     return [
         image._replace(path=path, size=_read_size(path, skip_bad, as_stored) if image.size == _UNKNOWN else image.size)
         for image, path in zip(images, paths, strict=True)
     ]
+
+
+def _without_folder(name: str, folder: Path) -> str:
+    """Return a file name that repeats the name of its folder, as some tools write it, relative to the folder."""
+    inside = name.removeprefix(f"{folder.name}/")
+    if inside == name or "\0" in name or os.path.lexists(folder / name):
+        return name
+    return inside if (folder / inside).is_file() else name
 
 
 def _read_size(path: str, skip_bad: bool, as_stored: bool) -> tuple[int, int]:
@@ -325,10 +344,19 @@ def _side(entry: Mapping[str, Any], key: str, where: str) -> int:
 
 
 def _numbers(bbox: Any, where: str) -> tuple[float, float, float, float]:
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
-        raise ValueError(f"{where} has the bbox {bbox!r}; write [left, top, width, height] in pixels.")
-    left, top, width, height = map(_float, bbox)
+    numbers = [_number(value) for value in bbox] if isinstance(bbox, list) and len(bbox) == 4 else [None]
+    if None in numbers:
+        raise ValueError(f"{where} has the bbox {bbox!r:.200}; write [left, top, width, height] in pixels.")
+    left, top, width, height = (number for number in numbers if number is not None)
     return left, top, width, height
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, also given as a text; None for anything else."""
+    if isinstance(value, str) and len(value) <= 40:
+        with suppress(ValueError):
+            return float(value)
+    return _float(value) if _is_number(value) else None
 
 
 def _float(value: float) -> float:

@@ -97,7 +97,8 @@ def parse_line(line: str, classes: int, points: tuple[int, int] | None) -> tuple
         raise ValueError(f"is {_short(line)}; write a whole number and then fractions.") from None
     is_polygon = count >= 6 and count % 2 == 0
     if count != 4 and expected is None and not is_polygon and not _holds_points(values, 3):
-        raise ValueError(f"has {len(words)} numbers; {BOX_OR_POLYGON}")
+        why = ", as boxes with a confidence or a track have" if count == 5 else ""
+        raise ValueError(f"has {len(words)} numbers{why}; {BOX_OR_POLYGON}")
     label = int(number)
     if not 0 <= label < classes:
         raise ValueError(f"is of class {label}; there are 0 to {classes - 1}.")
