@@ -40,7 +40,7 @@ def taken(monkeypatch):
     def options(verb):
         seen = []
         monkeypatch.setattr(cli, "call", lambda function, *rest, **others: seen.append(function))
-        monkeypatch.setattr(cli, "fit_with", lambda words: seen.append(FitOptions))
+        monkeypatch.setattr(cli, "fit_with", lambda words, **others: seen.append(FitOptions))
         cli._commands()[verb](["--help"])
         if seen[0] is FitOptions:
             return {field.name for field in dataclasses.fields(FitOptions)} | {"data", "config", "print_config"}
