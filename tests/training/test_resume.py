@@ -104,8 +104,10 @@ def test_asked_twice_it_stops_at_once(tmp_path, image_files, model_file):
 def test_a_finished_run_is_not_repeated(tmp_path, image_files, model_file):
     first = train(arrays(image_files), tmp_path, model_file)
     written = (tmp_path / "student.safetensors").stat().st_mtime_ns
+    (tmp_path / ".report.html.abcd1234.partial").touch()
     assert train(arrays(image_files), tmp_path, model_file, resume=True) == first
     assert (tmp_path / "student.safetensors").stat().st_mtime_ns == written
+    assert not (tmp_path / ".report.html.abcd1234.partial").exists()
 
 
 def test_results_that_were_not_written_are_written(tmp_path, image_files, model_file):

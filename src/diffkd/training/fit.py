@@ -17,7 +17,7 @@ from diffkd.export.student_file import make_card, read_card, versions, with_metr
 from diffkd.files.config import describe
 from diffkd.files.lock import lock_folder
 from diffkd.files.run_folder import RunFolder
-from diffkd.files.weights import save_student
+from diffkd.files.weights import remove_partial, save_student
 from diffkd.recipes.trust import own_code, trust_words
 from diffkd.tasks.data_facts import facts_of
 from diffkd.tasks.distributed import device_name, environments, is_first_process, strategy_for
@@ -70,6 +70,8 @@ def fit(
     console = Console(stderr=True, quiet=not (given.progress and first))
     with lock_folder(folder.path) if first else nullcontext():
         if (finished := folder.check(config, resume=given.resume)) is not None:
+            if first:
+                remove_partial(folder.path)
             console.print(f"{folder.path} is finished", soft_wrap=True)
             console.print(summary(finished), highlight=False, soft_wrap=True)
             return finished
