@@ -4,8 +4,9 @@
 """
 
 import gc
+import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -33,6 +34,20 @@ def _exempt_imports_from_garbage_collection() -> None:
 def pytest_sessionfinish() -> None:
     """Let the interpreter collect everything when it ends, as libraries count what they leak."""
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_comparisons() -> Iterator[None]:
+    """Fork the processes of comparisons, studies and groups from a server that has the imports done; time steps once.
+
+    Commands that tests start as such begin their processes anew, as users do.
+    """
+    multiprocessing.set_forkserver_preload(["diffkd.commands.compare", "torch.distributed"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffkd.commands.compare.START_METHOD", "forkserver")
+        patch.setattr("diffkd.commands.tune.START_METHOD", "forkserver")
+        patch.setattr("diffkd.commands.compare.ROUNDS", 1)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from tiny_recipe import MODELS, TRUST, write_recipe
 
+from diffkd.commands import compare as comparison
 from diffkd.commands.arguments import fit_with
 from diffkd.commands.compare import _start_worker, compare, find_method, report, rich_table
 from diffkd.commands.step_cost import step_costs
@@ -40,7 +41,7 @@ def test_trains_every_method_and_seed_once_and_reports(recipe: Path, tmp_path: P
         assert result["seed"] == seed
     assert "step / alone" in (out / "comparison.md").read_text(encoding="utf-8")
     assert rows[0].step_cost == 1 < rows[1].step_cost
-    assert table["step_cost"]["methods"]["diffkd"]["rounds"] == 12
+    assert table["step_cost"]["methods"]["diffkd"]["rounds"] == comparison.ROUNDS
     assert (out / "comparison.png").stat().st_size > 1000
 
     # Again: nothing is trained twice, a run that was lost is trained again, and to the same end.

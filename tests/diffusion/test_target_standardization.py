@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from diffkd.diffusion.standardization import Standardization
 
@@ -125,7 +125,9 @@ def worker(rank, address, results):
 
 
 def test_processes_share_their_statistics(tmp_path):
-    spawn(partial(worker, address=str(tmp_path / "meet"), results=str(tmp_path)), nprocs=2)
+    start_processes(
+        partial(worker, address=str(tmp_path / "meet"), results=str(tmp_path)), nprocs=2, start_method="forkserver"
+    )
     alone = Standardization(5).double()
     for index in range(2):
         alone(torch.cat(parts_of(index)))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from small_nets import ConvNet
 from torch import nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from diffkd import KD, Balance, DiffKD, Distiller, FitNet, Pair
@@ -193,7 +193,9 @@ def worker(rank, address, results):
 
 
 def test_two_processes_have_the_weight_of_one(tmp_path):
-    spawn(partial(worker, address=str(tmp_path / "meet"), results=str(tmp_path)), nprocs=2)
+    start_processes(
+        partial(worker, address=str(tmp_path / "meet"), results=str(tmp_path)), nprocs=2, start_method="forkserver"
+    )
     alone = make(Pair("stage", method=FitNet, weight=Balance(every=2)), norm=False)
     for _ in range(3):
         alone.zero_grad()

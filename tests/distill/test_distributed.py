@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from small_nets import ConvNet
 from torch import nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from diffkd import DiffKD, Distiller, FitNet, Pair
@@ -57,7 +57,9 @@ def worker(rank: int, address: str, results: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path):
-    spawn(partial(worker, address=str(tmp_path / "meet"), results=str(tmp_path)), nprocs=2)
+    start_processes(
+        partial(worker, address=str(tmp_path / "meet"), results=str(tmp_path)), nprocs=2, start_method="forkserver"
+    )
     alone = make_distiller()
     train(alone, IMAGES)
     for rank in range(2):

@@ -15,12 +15,14 @@ from diffkd.commands import cli
 from diffkd.commands.evaluate import evaluate
 from diffkd.commands.export import export
 from diffkd.data import FashionSubset
+from diffkd.data.classification.fashion_mnist import read_fashion_subset
 from diffkd.export.quantization import quantize
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.inference.predictor import Predictor
 from diffkd.inference.students import load_student
 from diffkd.models import load_detector
 
+TESTS = 300
 QUIET = {"accelerator": "cpu", "progress": False}
 
 
@@ -59,10 +61,23 @@ def test_a_detector_of_transformers_is_a_program_of_batches(tmp_path, kind, suff
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    """The packaged classifier, which has been trained, and its accuracy."""
-    file = find_weights("fashion_mnist/teacher.safetensors")
-    return str(file), evaluate(str(file), **QUIET)["top1"]
+def teacher(tmp_path_factory):
+    """The packaged classifier, which has been trained, and its accuracy on the images that it is measured on here."""
+    folder = tmp_path_factory.mktemp("teacher")
+    packaged = find_weights("fashion_mnist/teacher.safetensors")
+    _, test = read_fashion_subset()
+    card = read_card(packaged)
+    images, labels = test.images[:TESTS, 0].numpy(), test.labels[:TESTS].numpy()
+    np.savez(folder / "images.npz", images=images, labels=labels, classes=card["classes"])
+    given = {name: card["data"]["init_args"][name] for name in ("mean", "std")}
+    values = given | {"train": str(folder / "images.npz"), "test": str(folder / "images.npz")}
+    card["data"] = {"class_path": "diffkd.data.Arrays", "init_args": values}
+    file = folder / "student.safetensors"
+    file.write_bytes(packaged.read_bytes())
+    file.with_suffix(".json").write_text(json.dumps(card))
+    accuracy = evaluate(str(file), **QUIET)["top1"]
+    assert accuracy > 0.85
+    return str(file), accuracy
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int8-dynamic"])
@@ -81,7 +96,7 @@ def test_a_quantised_student_is_smaller_and_measured(tmp_path, teacher, kind, ca
     if whole is not None:
         assert weights < 0.7 * sum(one.ByteSize() for one in onnx.load(whole).graph.initializer)
     assert small.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    assert evaluate(str(out), **QUIET)["top1"] > accuracy - (0.002 if kind == "fp16" else 0.03)
+    assert evaluate(str(out), **QUIET)["top1"] > accuracy - (0.01 if kind == "fp16" else 0.04)
 
 
 def test_int8_needs_the_images_and_the_data_of_the_student(tmp_path, teacher):

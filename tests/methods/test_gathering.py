@@ -73,7 +73,7 @@ def test_alone_nothing_happens():
 
 
 def test_two_processes_hold_what_one_would(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{process}.pt", weights_only=True) for process in range(2))
     assert first["gathered"].tolist() == [0, 10, 1, 11]
     assert first["averaged"].tolist() == [1, 1]

@@ -133,7 +133,7 @@ def work(process, folder):
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(work, (str(tmp_path),), nprocs=2, start_method="forkserver")
     whole = measure(batches())
     assert list(whole) == ["knn", "linear", "cka", "cosine", "teacher_knn", "teacher_linear"]
     for process in range(2):

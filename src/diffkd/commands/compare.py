@@ -49,6 +49,10 @@ COSTS = "step_cost.json"
 # Columns left out on a narrow terminal, in this order.
 _OPTIONAL_COLUMNS = ("MiB", "+ training", "best epoch", "s", "parameters", "n", "vs alone (p)")
 _MOST_RUNS = 10_000
+ROUNDS = 12
+"""Rounds in which the steps of the methods are timed."""
+START_METHOD = "spawn"
+"""How processes of runs start: not forked, as CUDA and threads do not survive a fork."""
 DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
 RECOMMENDED = "diffkd-direct"
 """Name of the recommended preset, of which there is one for each task: the demonstrations show and keep its student."""
@@ -244,7 +248,7 @@ def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) 
     if reference is None or (known.get("reference") == reference and set(commands) <= set(known["methods"])):
         return
     console.print(f"measuring a training step of {len(commands)} methods, side by side")
-    costs = step_costs(commands, reference)
+    costs = step_costs(commands, reference, rounds=ROUNDS)
     facts = {
         "reference": reference,
         "threads": torch.get_num_threads(),
@@ -307,8 +311,7 @@ def train_all(commands: Mapping[Run, list[str]], jobs: int, console: Console) ->
     """
     failed, started = [], time.monotonic()
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // jobs)
-    # Not forked: CUDA and threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     previous = {signum: signal.signal(signum, _stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     with ProcessPoolExecutor(jobs, context, _start_worker, (threads,)) as pool:
         futures = {pool.submit(_train, run, words): run for run, words in commands.items()}

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd.commands.arguments import fit_with, values_of_fit
-from diffkd.commands.compare import cores, find_method
+from diffkd.commands.compare import START_METHOD, cores, find_method
 from diffkd.commands.launchers import LauncherName, check_launcher, on_cluster
 from diffkd.data import hold_out
 from diffkd.files.config import differences
@@ -414,7 +414,7 @@ def _worker(threads: int, work: tuple[Any, ...], job: int) -> None:
 
 def _search_side_by_side(jobs: int, work: tuple[Any, ...]) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // jobs)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START_METHOD)
     processes = [context.Process(target=_worker, args=(threads, work, job)) for job in range(jobs)]
     for process in processes:
         process.start()

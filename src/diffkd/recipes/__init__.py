@@ -1,5 +1,6 @@
 """Recipes: YAML files with the values of published trainings, for `diffkd fit`."""
 
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -8,7 +9,12 @@ _FOLDER = Path(str(files("diffkd"))) / "recipes"
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes in the package, such as "cifar100/resnet56-resnet20", sorted."""
-    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml"))
+    return list(_names())
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    return tuple(sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml")))
 
 
 def find_recipe(name: str) -> Path:
