@@ -120,7 +120,7 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
 
 def _demo(words: list[str]) -> None:
     """Distil a small student with several methods, in minutes, on data of the package."""
-    from diffkd.commands.demo import demo
+    from diffkd.commands.demos import demo
 
     call(demo, words, "demo")
 

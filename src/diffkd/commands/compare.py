@@ -15,7 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -51,7 +51,7 @@ _OPTIONAL_COLUMNS = ("MiB", "+ training", "best epoch", "s", "parameters", "n", 
 _MOST_RUNS = 10_000
 ROUNDS = 12
 """Rounds in which the steps of the methods are timed."""
-START_METHOD = "spawn"
+START_METHOD: Literal["spawn", "forkserver"] = "spawn"
 """How processes of runs start: not forked, as CUDA and threads do not survive a fork."""
 DEFAULT_METHODS = ("alone", "kd", "dist", "fitnet", "diffkd")
 RECOMMENDED = "diffkd-direct"

@@ -414,7 +414,7 @@ def _worker(threads: int, work: tuple[Any, ...], job: int) -> None:
 
 def _search_side_by_side(jobs: int, work: tuple[Any, ...]) -> None:
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // jobs)
-    context = multiprocessing.get_context(START_METHOD)
+    context: Any = multiprocessing.get_context(START_METHOD)
     processes = [context.Process(target=_worker, args=(threads, work, job)) for job in range(jobs)]
     for process in processes:
         process.start()

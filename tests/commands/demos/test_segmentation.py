@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from diffkd.commands.compare import RECOMMENDED
-from diffkd.commands.demo_segmentation import METHODS, RECIPE, TEACHER_WEIGHTS, segmentation_demo
+from diffkd.commands.demos.segmentation import METHODS, RECIPE, TEACHER_WEIGHTS, segmentation_demo
 from diffkd.commands.evaluate import evaluate
 from diffkd.data import SegmentationScenes
 from diffkd.export.student_file import find_weights, read_card

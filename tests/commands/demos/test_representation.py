@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from diffkd.commands.compare import find_method
-from diffkd.commands.demo_representation import METHODS, representation_demo
+from diffkd.commands.demos.representation import METHODS, representation_demo
 from diffkd.data import FashionSubset
 from diffkd.files.fitting import load_weights
 from diffkd.models import load_backbone

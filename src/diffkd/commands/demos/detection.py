@@ -1,6 +1,5 @@
 """`diffkd demo --task detection`: distil the packaged detector into a smaller one, and draw the detections of each."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, nms
 
 from diffkd.commands.compare import RECOMMENDED, compare, cores
+from diffkd.commands.demos import finish, keep_recommended
 from diffkd.commands.evaluate import data_of
-from diffkd.commands.report import write_report_of
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.reports.predictions import Boxes, draw_boxes
 from diffkd.reports.tables import Row
@@ -52,15 +51,9 @@ def detection_demo(out: Path, seeds: int, epochs: int | None, jobs: int | None, 
     options = [] if epochs is None else [f"--epochs={epochs}"]
     methods = [f"detection/{method}" for method in METHODS]
     rows = compare(RECIPE, out, methods=methods, seeds=seeds, jobs=cores() if jobs is None else jobs, options=options)
-    for suffix in (".safetensors", ".json"):
-        shutil.copyfile(out / RECOMMENDED / "seed-0" / f"student{suffix}", out / f"student{suffix}")
+    keep_recommended(out)
     picture = draw_detections(out)
-    write_report_of(out, tell=str)  # again, with the picture
-    console.print(f"table   {out / 'comparison.json'}\npicture {picture}", soft_wrap=True)
-    console.print(
-        f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}",
-        soft_wrap=True,
-    )
+    finish(out, console, str(out / "comparison.json"), picture)
     return rows
 
 

@@ -1,6 +1,5 @@
 """`diffkd demo --task segmentation`: distil the packaged segmenter into a smaller one, and draw their class maps."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from rich.console import Console
 from torch import Tensor
 
 from diffkd.commands.compare import RECOMMENDED, compare, cores
-from diffkd.commands.report import write_report_of
+from diffkd.commands.demos import finish, keep_recommended
 from diffkd.data import SegmentationScenes
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.files.weights import write_text
@@ -51,15 +50,9 @@ def segmentation_demo(
     options = [] if epochs is None else [f"--epochs={epochs}"]
     rows = compare(recipe, out, methods=methods, seeds=seeds, jobs=cores() if jobs is None else jobs, options=options)
     write_text(out / "classes.md", class_table_of(out, METHODS, seeds))
-    for suffix in (".safetensors", ".json"):
-        shutil.copyfile(out / RECOMMENDED / "seed-0" / f"student{suffix}", out / f"student{suffix}")
+    keep_recommended(out)
     draw_class_maps(out, out / "demo.png")
-    write_report_of(out, tell=str)  # again, with the picture
-    console.print(f"tables  {out / 'comparison.md'}, {out / 'classes.md'}\npicture {out / 'demo.png'}", soft_wrap=True)
-    console.print(
-        f"The student of {RECOMMENDED} is a plain model now. Try:\ndiffkd test {out / 'student.safetensors'}",
-        soft_wrap=True,
-    )
+    finish(out, console, f"{out / 'comparison.md'}, {out / 'classes.md'}", out / "demo.png")
     return rows
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffkd.commands import demo as demonstration
+from diffkd.commands.demos import classification, demo
 from diffkd.commands.evaluate import evaluate
 from diffkd.recipes import find_recipe
 
@@ -15,17 +15,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("demo")
     recipe = place / "short.yaml"
     recipe.write_text(
-        find_recipe(demonstration.RECIPE).read_text(encoding="utf-8") + "max_steps: 20\n", encoding="utf-8"
+        find_recipe(classification.RECIPE).read_text(encoding="utf-8") + "max_steps: 20\n", encoding="utf-8"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demonstration, "RECIPE", str(recipe))
-        demonstration.demo(place / "out", seeds=1, epochs=1, jobs=1)
+        patch.setattr(classification, "RECIPE", str(recipe))
+        demo(place / "out", seeds=1, epochs=1, jobs=1)
     return place / "out"
 
 
 def test_every_method_is_trained_and_in_the_table(folder: Path) -> None:
     table = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    assert [row["method"] for row in table["rows"]] == list(demonstration.METHODS)
+    assert [row["method"] for row in table["rows"]] == list(classification.METHODS)
     assert all(10 < row["last"] <= 100 for row in table["rows"])
     assert len({row["parameters"] for row in table["rows"]}) == 1
     for suffix in ("md", "tex"):
@@ -46,5 +46,5 @@ def test_the_picture_is_drawn(folder: Path) -> None:
 @pytest.mark.parametrize("values", [{"seeds": 0}, {"jobs": 0}])
 def test_nothing_is_not_taken_for_the_default(tmp_path: Path, values: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least one seed and job"):
-        demonstration.demo(tmp_path / "out", **values)
+        demo(tmp_path / "out", **values)
     assert not (tmp_path / "out").exists()
