@@ -26,6 +26,7 @@ from diffkd.models.load import load_model, model_names
 from diffkd.models.normalization import Normalization, input_normalization
 from diffkd.models.segmenters.any_size import AnySize, stride_of, upsample
 from diffkd.models.segmenters.load import load_segmenter
+from diffkd.models.sparse_attention import InContextSparseAttention, sparse
 
 __all__ = [
     "AnySize",
@@ -35,6 +36,7 @@ __all__ = [
     "CifarShuffleNetV1",
     "CifarShuffleNetV2",
     "DetectorTeacher",
+    "InContextSparseAttention",
     "Normalization",
     "WideResNet",
     "compact_resnet8",
@@ -58,6 +60,7 @@ __all__ = [
     "resnet110",
     "shufflenetv1",
     "shufflenetv2",
+    "sparse",
     "stride_of",
     "upsample",
     "wrn_16_1",

@@ -12,10 +12,12 @@ from diffkd.models.from_function import build_from_function
 from diffkd.models.from_timm import build_timm, timm_names
 from diffkd.models.from_torchvision import build_torchvision, torchvision_names
 from diffkd.models.from_transformers import build_transformers
+from diffkd.models.sparse_attention import sparse, sparse_options
 from diffkd.models.weights import fill
 
 _FORMS = (
-    "cifar/NAME, timm/NAME, torchvision/NAME, hf/NAME_OR_FOLDER, package.module:function or path/to/file.py:function"
+    "cifar/NAME, timm/NAME, torchvision/NAME, hf/NAME_OR_FOLDER, isa/timm/NAME, package.module:function or "
+    "path/to/file.py:function"
 )
 
 
@@ -34,7 +36,8 @@ def load_model(
     Args:
         name: "cifar/resnet20", "timm/NAME", "torchvision/NAME" (both also as NAME.TAG, which chooses the pretrained
             weights), "hf/NAME_OR_FOLDER", "package.module:function" or "path/to/file.py:function". The last two run
-            the user's own code.
+            the user's own code. "isa/timm/NAME" is a vision transformer with sparse attention
+            (:func:`~diffkd.models.sparse`), with options as "isa,block=32,shortcut=0/timm/NAME".
         num_classes: length of the output; None for the model's own. Functions get it if they take it.
         in_channels: channels of the images; None for the model's own. Functions get it if they take it.
         weights: local file to load strictly (:func:`~diffkd.load_weights`); None for random or pretrained weights.
@@ -110,8 +113,11 @@ def build(name: str, num_classes: int | None, in_channels: int | None, pretraine
     """Build a model by name, without loading a file; arguments as for :func:`load_model`."""
     source, _, rest = name.partition("/")
     # A path may begin with a folder named like a source, and timm's own sources have a colon.
-    if ".py:" in name or (":" in name and source not in ("timm", "hf")):
+    kind, _, options = source.partition(",")
+    if ".py:" in name or (":" in name and kind not in ("timm", "hf", "isa")):
         return build_from_function(name, num_classes, in_channels, pretrained)
+    if kind == "isa":
+        return _build_sparse(name, rest, options, num_classes, in_channels, pretrained)
     match source:
         case "cifar":
             return build_cifar(rest, num_classes, in_channels, pretrained)
@@ -134,3 +140,20 @@ def build(name: str, num_classes: int | None, in_channels: int | None, pretraine
         raise ValueError(f"model '{name}' has no known source; write {' or '.join(same)}")
     known = [f"{prefix}/{rest}" for prefix in ("cifar", "timm", "torchvision", "hf")] + model_names("cifar")
     raise ValueError(f"model '{name}' has no known source; {nearest(name, known)}. Write {_FORMS}.")
+
+
+def _build_sparse(
+    name: str, rest: str, options: str, num_classes: int | None, in_channels: int | None, pretrained: bool
+) -> nn.Module:
+    source, _, inner = rest.partition("/")
+    if source != "timm":
+        raise ValueError(
+            f"model '{name}' cannot be given sparse attention by its name, which is for vision transformers of timm: "
+            "write isa/timm/NAME, or call diffkd.models.sparse in a function of your own"
+        )
+    chosen = sparse_options(options, name)
+    model = build_timm(inner, num_classes, in_channels, pretrained)
+    try:
+        return sparse(model, **chosen)
+    except ValueError as error:
+        raise ValueError(f"model '{name}': {error}") from None

@@ -24,6 +24,7 @@ def input_normalization(model: nn.Module, name: str) -> Normalization | None:
         model's first convolution takes another number of channels.
     """
     source, _, rest = name.partition("/")
+    source = "timm" if source.partition(",")[0] == "isa" else source  # a model of timm with sparse attention
     if ".py:" in name:
         return None
     match source:

@@ -206,7 +206,7 @@ def build_teacher(
     Raises:
         ValueError: if there are no weights, since an untrained teacher is useless.
     """
-    own_code = ":" in name and not name.startswith(("timm/", "hf/"))
+    own_code = ":" in name and not name.startswith(("timm/", "hf/", "isa/", "isa,"))
     if weights is None and not pretrained and not own_code:
         raise ValueError(
             f"teacher {name} has no weights: give --teacher_weights FILE, or --teacher_pretrained for published ones"
