@@ -46,6 +46,24 @@ class Coarse(nn.Module):
         return {"out": self.layer(images)}
 
 
+class Pooled(Coarse):
+    """A segmenter that adds means of 3x3 parts of the image, as PSPNet does, whose borders a graph fixes."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.layer(images)
+        parts = nn.functional.adaptive_avg_pool2d(maps, 3)
+        return {"out": maps + nn.functional.interpolate(parts, maps.shape[-2:], mode="bilinear")}
+
+
+class Tied(FixedBatch):
+    """Returns the best positions of a score that is the same everywhere, as an untrained RT-DETR does."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.layer(images).flatten(2)
+        best = torch.zeros_like(maps[:, 0]).topk(5).indices
+        return maps.gather(2, best[:, None].expand(-1, maps.shape[1], -1)).mean(2)
+
+
 class OneLevel(nn.Module):
     """A backbone of one map of stride 8."""
 
@@ -73,6 +91,14 @@ def random(num_classes: int) -> nn.Module:
 
 def coarse(num_classes: int) -> nn.Module:
     return Coarse(num_classes)
+
+
+def pooled(num_classes: int) -> nn.Module:
+    return Pooled(num_classes)
+
+
+def tied(num_classes: int) -> nn.Module:
+    return Tied(num_classes)
 
 
 def tiny_fcos(num_classes: int, **options: Any) -> nn.Module:

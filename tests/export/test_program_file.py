@@ -16,7 +16,8 @@ from diffkd import save_student
 from diffkd.commands.export import export
 from diffkd.export.program_file import detection_difference
 from diffkd.export.student_file import read_card
-from diffkd.models import load_detector, load_model, load_segmenter
+from diffkd.inference.students import load_student
+from diffkd.models import load_backbone, load_detector, load_model, load_segmenter
 from diffkd.models.segmenters.any_size import AnySize
 
 OWN = str(Path(__file__).parents[1] / "program_models.py")
@@ -97,6 +98,41 @@ def test_a_segmenter_takes_images_of_any_size(tmp_path, capsys):
         assert_rounds(AnySize(model), images, logits)
     names = [size.dim_param for size in onnx.load(out).graph.input[0].type.tensor_type.shape.dim]
     assert (names[0], *names[2:]) == ("batch", "height", "width")
+
+
+@torch.no_grad()
+def test_a_graph_that_would_differ_at_other_sizes_is_of_one_size(tmp_path, capsys):
+    model, source = own("pooled", tmp_path, "segmentation")
+    out = export(source, tmp_path / "s.onnx", model=f"{OWN}:pooled", image_size=[64, 96], normalize=True)
+    text = capsys.readouterr().out
+    assert "batch may change; not height, width: differs from the student by" in text
+    for batch in (1, 3):
+        images = torch.rand(batch, 3, 64, 96)
+        assert_rounds(OfPixels(AnySize(model)), images, run(out, images)[0])
+    height, width = onnx.load(out).graph.input[0].type.tensor_type.shape.dim[2:]
+    assert (height.dim_value, width.dim_value) == (64, 96)
+    assert load_student(out).module(torch.rand(1, 3, 40, 50)).shape == (1, 3, 40, 50)  # resized there and back
+
+
+@torch.no_grad()
+def test_ties_are_resolved_as_onnx_defines_it(tmp_path):
+    model, source = own("tied", tmp_path)
+    out = export(source, tmp_path / "t.onnx", model=f"{OWN}:tied")
+    images = torch.rand(2, 3, 12, 10)
+    first = model.layer(images).flatten(2)[..., :5].mean(2)
+    torch.testing.assert_close(torch.from_numpy(run(out, images)[0]), first)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_a_backbone_returns_its_embedding(tmp_path, suffix):
+    model = load_backbone("cifar/compact_resnet8").eval()
+    facts = {"task": "representation", "classes": []}
+    out = export(saved(model, tmp_path, "cifar/compact_resnet8", **facts), tmp_path / f"b{suffix}")
+    images = torch.rand(3, 3, 12, 10)
+    assert_rounds(model, images, load_student(out).module(images))
+    if suffix == ".onnx":
+        assert [one.name for one in onnxruntime.InferenceSession(str(out)).get_outputs()] == ["embedding"]
 
 
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="PyTorch 2.8 cannot follow what a detector sorts out")

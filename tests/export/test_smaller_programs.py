@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from transformers import YolosConfig
+from transformers import DetrConfig, ResNetConfig, YolosConfig
 
 from diffkd import save_student
 from diffkd.commands import cli
@@ -37,7 +37,16 @@ def yolos():
     )
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [(yolos, ".onnx"), (yolos, ".pt2")])
+def detr():
+    resnet = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    sizes = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16)
+    counts = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    backbone = ResNetConfig(**resnet, out_features=["stage2"])
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "num_queries": 6}
+    return DetrConfig(use_timm_backbone=False, backbone_config=backbone, **sizes, **counts, **layers)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [(yolos, ".onnx"), (detr, ".pt2")])
 @torch.no_grad()
 def test_a_detector_of_transformers_is_a_program_of_batches(tmp_path, kind, suffix, capsys):
     kind().save_pretrained(tmp_path / "model")

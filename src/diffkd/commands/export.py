@@ -47,9 +47,9 @@ def export(
     As .safetensors, its weights under its own names; as .onnx or .pt2 (`torch.export`), a program, which is compared
     with the student before the file is kept. The programs take `images` and return
 
-    - for classifiers and segmenters `logits`, (B, K) or (B, K, H, W), for images (B, C, H, W) normalised as in
-      training. The batch size is dynamic, and for segmenters the image size; the printed line names axes that a model
-      does not allow to change;
+    - for classifiers and segmenters `logits`, (B, K) or (B, K, H, W), and for backbones `embedding`, (B, D), for images
+      (B, C, H, W) normalised as in training. The batch size is dynamic, and for segmenters the image size; the printed
+      line names axes that a model does not allow to change;
     - for torchvision's RetinaNet, FCOS and Faster R-CNN `boxes`, `scores` and `labels` of one image (1, 3, H, W) in [0,
       1] of a fixed size; for detectors of transformers of a batch of such images, as many as the model has queries.
       Detectors of other libraries can be saved only as .safetensors.

@@ -167,7 +167,7 @@ class QueryDetectorGraph(nn.Module):
             given = F.interpolate(given, self.resized, mode="bilinear", align_corners=False)
         arguments = {"pixel_values": F.pad(given, self.padding)}
         if self.detector.masked:
-            arguments["pixel_mask"] = self.mask.expand(len(images), -1, -1)
+            arguments["pixel_mask"] = self.mask.expand(images.shape[0], -1, -1)
         output = self.detector.model(**arguments)
         return self.detector.detections(output.logits.float(), output.pred_boxes.float(), images.shape[-2:])
 
