@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
+from tiny_models import small
 from tiny_recipe import MODELS, TRUST, write_recipe
 
+from diffkd import read_weights, save_student
 from diffkd.commands import compare as comparison
 from diffkd.commands.arguments import fit_with
-from diffkd.commands.compare import _start_worker, compare, find_method, report, rich_table
+from diffkd.commands.compare import _start_worker, compare, find_method, find_pretrained, report, rich_table
 from diffkd.commands.step_cost import step_costs
 from diffkd.recipes.trust import UsageError
 from diffkd.reports.tables import summarize
@@ -130,6 +133,50 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, t
     assert not (out / "alone" / "seed-0" / "result.json").exists()
     assert not (out / "alone" / "seed-1").exists(), "a run was begun after the comparison was asked to stop"
     assert os.access(checkpoint, os.R_OK)
+
+
+def save_pretrained(folder: Path) -> Path:
+    """Write the students of two seeds, as a comparison of the method "cosine" leaves them."""
+    for seed in (0, 1):
+        torch.manual_seed(100 + seed)
+        (folder / "cosine" / f"seed-{seed}").mkdir(parents=True)
+        save_student(small(4, 3), folder / "cosine" / f"seed-{seed}" / "student.safetensors")
+    return folder / "cosine"
+
+
+def test_what_was_pretrained_is_fine_tuned_seed_by_seed(recipe: Path, tmp_path: Path) -> None:
+    cosine, out = save_pretrained(tmp_path / "before"), tmp_path / "after"
+    # As recipes for fine-tuning do, it names weights that the row without pretraining must not want.
+    recipe.write_text(recipe.read_text() + "student_weights: runs/pretrained\n", encoding="utf-8")
+    options = [TRUST, "--epochs=1", "--optimizer.lr=0"]  # so that students keep the weights they start from
+    rows = compare(str(recipe), out, pretrained=[str(cosine.parent)], seeds=2, cost=False, options=options)
+    assert [(row.method, row.seeds) for row in rows] == [("alone", (0, 1)), ("alone-from-cosine", (0, 1))]
+    assert "alone" in rows[1].against
+    for seed in (0, 1):
+        starts, other, ends = (
+            read_weights(folder / f"seed-{seed}" / "student.safetensors")["0.0.weight"]
+            for folder in (cosine, out / "alone", out / "alone-from-cosine")
+        )
+        assert torch.equal(starts, ends)
+        assert not torch.equal(starts, other)
+
+
+def test_a_pretraining_that_lacks_a_run_is_refused_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:
+    cosine = save_pretrained(tmp_path / "before")
+    assert find_pretrained([str(cosine)], 1) == {"cosine": [cosine / "seed-0"]}
+
+    def refused(*pretrained: Path, seeds: int = 2, methods: list[str] | None = None) -> str:
+        with pytest.raises((FileNotFoundError, ValueError)) as refusal:
+            compare(str(recipe), tmp_path / "out", pretrained=list(map(str, pretrained)), seeds=seeds, methods=methods)
+        assert not (tmp_path / "out").exists()
+        return str(refusal.value)
+
+    assert "cosine/seed-2 is no finished run: finish it, give fewer --seeds than 3" in refused(cosine, seeds=3)
+    assert "is no comparison: there is neither seed-0 nor METHOD/seed-0 in it" in refused(tmp_path)
+    assert "two pretrainings are named 'cosine'" in refused(cosine, cosine.parent)
+    own = tmp_path / "kd-from-cosine.yaml"
+    own.write_text("epochs: 1\n", encoding="utf-8")
+    assert "'kd-from-cosine' is both a method's file and a pretraining" in refused(cosine, methods=["kd", str(own)])
 
 
 @pytest.mark.parametrize("values", [{"methods": []}, {"methods": ["kd", "kd"]}, {"seeds": 0}, {"jobs": 0}])

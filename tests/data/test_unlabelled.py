@@ -1,3 +1,7 @@
+import io
+import pickle
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -163,3 +167,73 @@ def test_a_part_can_be_held_back_for_a_search_of_values(tree, probe):
     assert len(list(data.val_dataloader())) == len(data.val_dataloader())
     held = [kind for _, labels, _, kind in data.val_dataloader() for _ in labels].count(HELD_OUT)
     assert held == 4
+
+
+def pack(archive, members, mode="w"):
+    """Write an archive of {name: bytes, or the target of a link}, with a caption beside each file."""
+    archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(archive, mode) as opened:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                opened.addfile(member)
+                continue
+            for each, text in ((member, content), (tarfile.TarInfo(f"{name}.json"), b"{}")):
+                each.size = len(text)
+                opened.addfile(each, io.BytesIO(text))
+
+
+def read(path):
+    return path.read_bytes()
+
+
+def test_images_in_shards_are_those_of_files(tree, tmp_path):
+    paths = sorted(tree.rglob("[0-9]*.png"))
+    for path in paths:  # so that both are in the same order
+        path.rename(tree / path.name)
+    paths = sorted(tree.glob("*.png"))
+    first = {f"./{path.name}": read(path) for path in paths[:7]} | {"._00.png": b"", "link.png": "/etc/hosts"}
+    pack(tmp_path / "shards" / "000.tar", first)
+    pack(tmp_path / "shards" / "001.tar", {f"/{path.name}": read(path) for path in paths[7:]})
+    plain, packed = folder(tree), folder(tmp_path / "shards", verify=True)
+    assert [path.rpartition("/")[2] for path in training_files(packed)] == [
+        path.rpartition("/")[2] for path in training_files(plain)
+    ]
+    for epoch in (0, 1):
+        for loader in (one := [data.train_dataloader() for data in (plain, packed)]):
+            loader.set_epoch(epoch)
+        for ours, theirs in zip(*one, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    member = training_files(packed)[0]
+    again = pickle.loads(pickle.dumps(member))  # as worker processes receive it
+    assert (again, again.read()) == (member, member.read())
+
+    # One archive alone, one named in a list, and one to hold out.
+    assert len(training_files(folder(tmp_path / "shards" / "000.tar", val_share=0.3))) == 5
+    names = tmp_path / "names.txt"
+    names.write_text("001.tar\n")
+    assert len(training_files(folder(tmp_path / "shards", files=names, val_share=0.4))) == 3
+    # Beside images archives may hold the same ones again.
+    (tmp_path / "shards" / "000.tar").rename(tree / "000.tar")
+    with pytest.warns(UserWarning, match=r"1 file\(s\) are passed over.*'\.tar'"):
+        assert len(training_files(folder(tree))) == 9
+
+
+@pytest.mark.parametrize(
+    ("members", "mode", "kept", "message"),
+    [
+        ({"a.png": b"x"}, "w:gz", None, r"no whole, uncompressed tar archive .*gunzip or unzstd"),
+        ({"../a.png": b"x"}, "w", None, r"'\.\./a\.png' leads out of the archive"),
+        ({"a.png": b"x" * 3000}, "w", 2000, r"it is cut off in 'a\.png'; copy or download it again"),
+        ({"a.txt": b"x"}, "w", None, r"no images in 1 tar archive\(s\), only '\.json', '\.txt'; give archives"),
+        ({}, "w", 0, r"no whole, uncompressed tar archive \(empty file\)"),
+        ({"a.png": b"", "b.png": b"x", "c.png": b"x", "d.png": b"x"}, "w", None, r"000\.tar/a\.png is empty"),
+    ],
+)
+def test_archives_that_cannot_be_read_are_named_with_the_mend(tmp_path, members, mode, kept, message):
+    archive = tmp_path / "shards" / "000.tar"
+    pack(archive, members, mode)
+    archive.write_bytes(archive.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=message):
+        folder(tmp_path / "shards")

@@ -72,6 +72,7 @@ def compare(
     out: Path,
     *,
     methods: list[str] | None = None,
+    pretrained: list[str] | None = None,
     seeds: int = 3,
     jobs: int | None = None,
     devices: list[int] | None = None,
@@ -97,6 +98,10 @@ def compare(
             "methods/"), or files that set other values of the recipe. A plain name selects the values for the recipe's
             pair of networks, data or task, if there are any (:func:`find_method`). If the recipe's method has the same
             class, its other options are kept.
+        pretrained: folders of comparisons, or of single methods in them, whose students are trained on here: beside
+            each of `methods` (by default "alone"), which starts from random weights if its file or `options` name no
+            others, stands a row for each pretraining, such as "alone-from-cosine", whose seed N starts from the
+            student of seed N (`student_weights`).
         seeds: number of seeds, from 0.
         jobs: runs at the same time; None: 1, or all that a cluster has room for. On a CPU they share the cores equally.
         devices: GPUs to distribute the runs over, such as [0, 1]; None: the first, or the CPU.
@@ -119,35 +124,47 @@ def compare(
     Raises:
         ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
             other values; nothing is trained then.
+        FileNotFoundError: if a preset or a pretrained student is missing; nothing is trained then.
         UsageError: if options are not valid for `diffkd fit` or for a method; nothing is trained then.
         ImportError: if the launcher's library is not installed.
         RuntimeError: if runs failed; the others are finished and in the table, and the message names the logs.
     """
     out = out.expanduser()
-    methods = list(DEFAULT_METHODS) if methods is None else methods
+    if methods is None:
+        methods = ["alone"] if pretrained else list(DEFAULT_METHODS)
     names = [Path(method).stem for method in methods]
     check_launcher(launcher, launcher_options)
     if launcher != "processes" and devices:
         raise ValueError("devices are GPUs of this machine: give a cluster's by --launcher_options, and leave them out")
     if not methods or len(set(names)) < len(names) or seeds < 1 or (jobs is not None and jobs < 1):
         raise ValueError(f"give different methods, and at least one seed and job; got {methods}, {seeds} and {jobs}")
-    if len(methods) * seeds > _MOST_RUNS:
+    starts = find_pretrained(pretrained or (), seeds)
+    if len(methods) * (1 + len(starts)) * seeds > _MOST_RUNS:
         raise ValueError(
-            f"{len(methods)} methods from {seeds} seeds each are more than {_MOST_RUNS} runs: give fewer --seeds"
+            f"{len(methods) * (1 + len(starts))} methods from {seeds} seeds each are more than {_MOST_RUNS} runs: give "
+            "fewer --seeds"
         )
     recipe_file = find_recipe(recipe)
     presets = {name: find_method(method, recipe) for name, method in zip(names, methods, strict=True)}
+    started = {f"{name}-from-{start}": (name, start) for start in starts for name in names}
+    if doubled := next((name for name in started if name in presets), None):
+        raise ValueError(f"{doubled!r} is both a method's file and a pretraining's row: give the file another name")
+    names += started
+    presets |= {row: presets[name] for row, (name, _) in started.items()}
     # For all runs, also those without a teacher, whose options that name code are removed.
     trusted = [f"--trust={name}" for name in dict.fromkeys([*(trust or ()), *named_code(options)])]
     # Runs without a teacher stay so, even if the options set a teacher for the others.
     alone = [*_without_method(options), "--teacher=null"]
     meant = {name: alone if _sets_no_teacher(preset) else options for name, preset in presets.items()}
+    # Recipes for fine-tuning name weights of their own, which a row beside those of the pretrainings does without.
+    afresh = ["--student_weights=null"] if starts else []
     # Seed by seed, so that an interrupted comparison has results of every method.
     runs = [Run(name, seed, out / name / f"seed-{seed}") for seed in range(seeds) for name in names]
     console = Console(stderr=True)
     commands = {
         run: [
-            *(str(recipe_file), f"--config={presets[run.method]}", *meant[run.method]),
+            *(str(recipe_file), *afresh, f"--config={presets[run.method]}", *meant[run.method]),
+            *([f"--student_weights={starts[started[run.method][1]][run.seed]}"] if run.method in started else []),
             *(f"--seed={run.seed}", f"--out={run.folder}", "--resume=true", "--progress=false"),
             *([f"--devices=[{devices[index % len(devices)]}]"] if devices else []),
             *trusted,
@@ -201,6 +218,38 @@ def find_method(method: str, recipe: str | None = None) -> Path:
             if folder and f"methods/{folder}/{method}" in known:
                 return find_recipe(f"methods/{folder}/{method}")
     return find_recipe(f"methods/{method}")
+
+
+def find_pretrained(folders: Sequence[str], seeds: int) -> dict[str, list[Path]]:
+    """Return the folders of pretrained students, of seed 0 and so on, by the name of their pretraining.
+
+    Args:
+        folders: of comparisons, each of which holds a folder for a method, or of methods, each of which holds `seed-N`.
+        seeds: number of seeds.
+
+    Raises:
+        FileNotFoundError: if there is no finished run of a seed.
+        ValueError: if two pretrainings have one name.
+    """
+    found: dict[str, list[Path]] = {}
+    for folder in (Path(one).expanduser() for one in folders):
+        below = [folder] if (folder / "seed-0").is_dir() else sorted(run.parent for run in folder.glob("*/seed-0"))
+        if not below:
+            raise FileNotFoundError(
+                f"pretrained {folder} is no comparison: there is neither seed-0 nor METHOD/seed-0 in it; give the "
+                "folder that `diffkd compare` wrote (--out), or that of a method in it"
+            )
+        for method in below:
+            if method.name in found:
+                raise ValueError(f"two pretrainings are named {method.name!r}: rename one of their folders")
+            found[method.name] = [method / f"seed-{seed}" for seed in range(seeds)]
+            for run in found[method.name]:
+                if not RunFolder(run).student.is_file():
+                    raise FileNotFoundError(
+                        f"pretrained {run} is no finished run: finish it, give fewer --seeds than {seeds}, or name the "
+                        "methods to start from by their own folders"
+                    )
+    return found
 
 
 def _preset_name(preset: Path) -> str:

@@ -180,13 +180,19 @@ def _samples(split: Path, classes: tuple[str, ...], root: Path, others: Counter[
     return samples
 
 
-def image_files(folder: Path | str, root: Path, others: Counter[str] | None = None) -> list[str]:
+def image_files(
+    folder: Path | str,
+    root: Path,
+    others: Counter[str] | None = None,
+    extensions: frozenset[str] = EXTENSIONS,
+) -> list[str]:
     """Return the image files below a folder, sorted; links to files may point anywhere inside the root.
 
     Args:
         folder: where to look, at any depth.
         root: the folder that no link may leave.
         others: counter that receives the extensions of ignored files, except hidden ones.
+        extensions: of the files to return.
     """
     paths = []
     with os.scandir(folder) as entries:
@@ -200,9 +206,9 @@ def image_files(folder: Path | str, root: Path, others: Counter[str] | None = No
                         f"{entry.path}: a link to a folder inside a class could loop; move the images here."
                     )
             if entry.is_dir():
-                paths.extend(image_files(entry.path, root, others))
+                paths.extend(image_files(entry.path, root, others, extensions))
                 continue
-            if _is_image(entry.name):
+            if _extension(entry.name) in extensions:
                 if not entry.is_symlink() and not entry.is_file(follow_symlinks=False):
                     raise ValueError(f"{entry.path}: a pipe, socket or device, and no image; remove it.")
                 paths.append(entry.path)

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from diffkd.data.folders import FolderSamples, absent_classes, format_names
+from diffkd.data.shards import TarMember
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
@@ -75,9 +76,11 @@ def with_open_image(file: str | os.PathLike[str] | bytes, use: Callable[[Image.I
     """Open an image and return `use(image)`; text chunks of a PNG that are too large for Pillow are removed first.
 
     Args:
-        file: the image file, or its content.
+        file: the image file, also one in a tar archive, or its content.
         use: function of the opened image, which is closed afterwards.
     """
+    if isinstance(file, TarMember):
+        file = file.read()
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             return use(_checked(image))
@@ -285,12 +288,18 @@ def verify_images(samples: FolderSamples, threads: int = 1) -> Verified:
 
 def check_readable(samples: FolderSamples) -> None:
     """Raise ValueError for the first file that is empty or not readable; quick, since nothing is decoded."""
-    bad = [path for path in samples.paths if not os.access(path, os.R_OK) or not Path(path).stat().st_size]
+    bad = [path for path in samples.paths if _is_empty(path)]
     if bad:
         raise ValueError(
             f"image {bad[0]} is empty or may not be read ({len(bad)} such files); replace or remove it, "
             'or set on_bad_image="skip" to leave such images out.'
         )
+
+
+def _is_empty(path: str) -> bool:
+    if isinstance(path, TarMember):
+        return not path.size
+    return not os.access(path, os.R_OK) or not Path(path).stat().st_size
 
 
 def check_every_class(train: FolderSamples | None, val: FolderSamples, classes: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from diffkd.data.images import OnBadImage, check_on_bad_image, check_readable, v
 from diffkd.data.images import white_level as white_level_of
 from diffkd.data.loaders import UnlabelledLoaders
 from diffkd.data.seeding import mix_seed, split_by_class
+from diffkd.data.shards import SHARD, members_of
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD, check_statistics
 
 NO_LABEL = -1
@@ -46,11 +47,12 @@ class UnlabelledFolder(ImageData):
     """Serve the images of a folder tree without labels, to distil the representation of a teacher.
 
     Images are found by extension at any depth below `root`; hidden files are ignored and other files are passed over
-    with a warning. Training images get a random resized crop; held-out images are resized and centre-cropped. All are
-    converted to upright 8-bit RGB (`diffkd.data.images`).
+    with a warning. Where there is no image but uncompressed tar archives, these are shards, as WebDataset packs them,
+    whose images are read at their places, in the same order as those of files. Training images get a random resized
+    crop; held-out images are resized and centre-cropped. All are converted to upright 8-bit RGB (`diffkd.data.images`).
 
     Args:
-        root: the folder.
+        root: the folder, or one tar archive.
         batch_size: images per batch and process.
         augmentation: augmentation of training images besides the random resized crop; `crop_padding` must be 0.
         seed: seed of order and augmentation.
@@ -63,8 +65,10 @@ class UnlabelledFolder(ImageData):
         mean: three values, in units of [0, 1].
         std: three values, in units of [0, 1].
         follow_links: allow symbolic links that lead out of the folder. Set it only if you trust the links.
-        files: text file with the names of the images to use, one a line, relative to `root`; None uses all.
-        val: folder of images to hold out, below `root` or by its absolute path; None draws `val_share` of the images.
+        files: text file with the names of the images (or archives) to use, one a line, relative to `root`; None uses
+            all.
+        val: folder of images (or archives) to hold out, below `root` or by its absolute path; None draws `val_share`
+            of the images.
         val_share: share of the images to hold out, drawn by `seed`. At least two are.
         probe: folder of labelled images, `train/<class>/` and `val/<class>/` as for `ImageFolder` (without `val`, a
             fifth of `train` takes its place), by which student and teacher are measured; nothing learns from its
@@ -220,6 +224,8 @@ def hold_out_paths(
 
 def _scan(root: Path, files: str | Path | None, val: str | None) -> tuple[list[str], list[str]]:
     """Return the images to train on and, where `val` names their folder, those to hold out."""
+    if root.suffix.lower() == SHARD and root.is_file() and files is None:
+        return _packed([str(root)]), [] if val is None else _images_below(enclosed_folder(root.parent, val))
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; give a folder of images, at any depth.")
     held = [] if val is None else _images_below(enclosed_folder(root, val))
@@ -231,6 +237,8 @@ def _scan(root: Path, files: str | Path | None, val: str | None) -> tuple[list[s
 def _images_below(folder: Path) -> list[str]:
     others: Counter[str] = Counter()
     paths = image_files(folder, folder.resolve(), others)
+    if not paths and others[SHARD]:
+        return _packed(image_files(folder, folder.resolve(), extensions=frozenset({SHARD})))
     if not paths:
         kinds = f"only {format_names(sorted(others))}" if others else "no files"
         raise ValueError(f"{folder}: no images, {kinds}; add images ({', '.join(sorted(EXTENSIONS))}).")
@@ -240,6 +248,16 @@ def _images_below(folder: Path) -> list[str]:
             f"({format_names(sorted(others))}); save images as .png or .jpg."
         )
     return paths
+
+
+def _packed(shards: Sequence[str]) -> list[str]:
+    """Return the images in tar archives. Other files in them are not told of: each image has its labels beside it."""
+    others: Counter[str] = Counter()
+    paths = [member for shard in shards for member in members_of(shard, EXTENSIONS, others)]
+    if not paths:
+        kinds = f"only {format_names(sorted(others))}" if others else "no files"
+        raise ValueError(f"{shards[0]}: no images in {len(shards)} tar archive(s), {kinds}; give archives of images.")
+    return list(paths)
 
 
 def _listed(root: Path, source: Path) -> list[str]:
@@ -255,7 +273,7 @@ def _listed(root: Path, source: Path) -> list[str]:
         raise FileNotFoundError(f"{source}: {len(missing)} of its files are not in {root}, first {missing[0]!r}.")
     if not paths:
         raise ValueError(f"{source}: names no image; give one a line.")
-    return paths
+    return [one for path in paths for one in (_packed([path]) if path.lower().endswith(SHARD) else [path])]
 
 
 def _readable(
