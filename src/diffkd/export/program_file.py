@@ -198,7 +198,7 @@ def _largest_difference(
     for batch in (1, 3) if "batch" in axes else (1,):
         for size in sizes:
             images = torch.rand(batch, channels, *size, generator=draw)
-            with _threshold_zero(student.original), _TiesByIndex(), _export_errors():
+            with _threshold_zero(student.original), _TiesByIndex(), _export_errors():  # type: ignore[no-untyped-call]
                 expected = student.original(images)
                 found = run(images)
             expected = [expected] if isinstance(expected, Tensor) else list(expected)
@@ -269,7 +269,7 @@ def _threshold_zero(original: nn.Module) -> Iterator[None]:
             heads.score_thresh = before
 
 
-class _TiesByIndex(TorchDispatchMode):
+class _TiesByIndex(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets `topk` take the first of equal values within this context, as ONNX defines it and PyTorch leaves open.
 
     An untrained RT-DETR gives all positions the same score; the queries that it starts from are then up to the ties.
