@@ -237,7 +237,7 @@ def table(lines: Sequence[Mapping[str, Any]], bed: str, share: float = 0.0) -> s
 
 
 def prepare(cifar100: Path, lite0: Path | None) -> None:
-    """Write 100 training and 50 test images of each class at 64 px, and EfficientNet-Lite0's weights as timm's.
+    """Write training images of each class (100, 50 and 10) and 50 test images at 64 px, and Lite0's weights as timm's.
 
     Args:
         cifar100: folder with train.npz and test.npz.
@@ -245,16 +245,16 @@ def prepare(cifar100: Path, lite0: Path | None) -> None:
     """
     target = Path("data/cifar100")
     target.mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", 100), ("test", 50)):
+    # A half without labels and ten labelled images a class are what representations are trained and fine-tuned on.
+    for split, parts in (("train", {"train-64": 100, "half-64": 50, "few-64": 10}), ("test", {"test-64": 50})):
         with np.load(cifar100 / f"{split}.npz") as arrays:
             images, labels = arrays["images"], arrays["labels"]
             names = {"classes": arrays["classes"]} if "classes" in arrays else {}
-        first = np.sort(np.concatenate([np.flatnonzero(labels == one)[:count] for one in np.unique(labels)]))
-        larger = interpolate(
-            torch.from_numpy(images[first]).permute(0, 3, 1, 2).float(), size=(64, 64), mode="bilinear", antialias=True
-        )
-        pixels = larger.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-        np.savez(target / f"{split}-64.npz", images=pixels, labels=labels[first], **names)
+        for part, count in parts.items():
+            first = np.sort(np.concatenate([np.flatnonzero(labels == one)[:count] for one in np.unique(labels)]))
+            pixels = torch.from_numpy(images[first]).permute(0, 3, 1, 2).float()
+            pixels = interpolate(pixels, size=(64, 64), mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+            np.savez(target / f"{part}.npz", images=pixels.permute(0, 2, 3, 1).numpy(), labels=labels[first], **names)
     if lite0 is not None:
         import timm
         from safetensors.torch import save_file
