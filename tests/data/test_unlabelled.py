@@ -160,6 +160,11 @@ def test_labels_may_be_left_out_of_labelled_data(probe, tmp_path):
         kinds = [kind for _, labels, _, kind in data.val_dataloader() for _ in labels]
         assert (kinds.count(HELD_OUT), kinds.count(BANK)) == counts
     assert facts_of(FashionSubset()).task == "classification"
+    # Of one class the probe would call every student perfect: such images are distilled without it.
+    np.savez(tmp_path / "one.npz", images=images, labels=np.zeros(20, dtype=int))
+    with pytest.warns(UserWarning, match=r"all images are of one class \(0\).* no probe; give images of two classes"):
+        one = Arrays(tmp_path / "one.npz", tmp_path / "one.npz", batch_size=8, labels=False)
+    assert (facts_of(one).probe, facts_of(of_arrays).probe) == (False, True)
 
 
 def test_a_part_can_be_held_back_for_a_search_of_values(tree, probe):

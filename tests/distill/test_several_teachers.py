@@ -99,6 +99,13 @@ def test_what_does_not_fit_is_refused(models):
         Distiller(student, [], example=IMAGES)
     with pytest.raises(ValueError, match="teacher_input has 1 values for 2 teacher"):
         Distiller(student, teachers, example=IMAGES, teacher_input=[None])
+    for count in (1, 3):
+        with pytest.raises(
+            ValueError, match=rf"teacher_weights has {count} values for 2 teacher\(s\): give one for each"
+        ):
+            Distiller(student, teachers, example=IMAGES, method=FitNet, teacher_weights=[1.0] * count)
+    with pytest.raises(ValueError, match=r"weight=-1\.0 of pair 'teacher1:.*' is no factor of a loss: give 0 or more"):
+        Distiller(student, teachers, example=IMAGES, method=FitNet, teacher_weights=[1.0, -1.0])
     with pytest.raises(ValueError, match="learns from teacher 2, but there are 2, counted from 0"):
         Distiller(student, teachers, [Pair("0", method=FitNet, source=2)], example=IMAGES)
     with pytest.raises(ValueError, match="no teacher: count from 0"):

@@ -4,6 +4,8 @@ from transformers import (
     BertConfig,
     CLIPConfig,
     CLIPModel,
+    CLIPTextConfig,
+    SiglipTextConfig,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -94,9 +96,18 @@ def test_of_an_image_text_model_the_vision_tower_is_taken(tmp_path):
         assert torch.equal(model(images).pooler_output, expected)
 
 
-def test_a_text_model_is_refused_in_one_line(tmp_path):
-    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\(bert\) is given .* only images are: name a vision model"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BertConfig(), r"\(bert\) is given input_ids, .* only images are: name a vision model"),
+        (CLIPTextConfig(), r"\(clip_text_model\) is given input_ids, .* only images are: name a vision model"),
+        (SiglipTextConfig(), r"\(siglip_text_model\) is no model that AutoModel builds, .* name a vision model"),
+    ],
+    ids=["text model", "text tower", "text tower without a model of its own"],
+)
+def test_a_text_model_is_refused_in_one_line(tmp_path, text, message):
+    text.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
         load_backbone(f"hf/{tmp_path}")
 
 

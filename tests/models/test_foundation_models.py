@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import transformers
+from scripts.foundation_models import HEAD, MODELS, PAGE, line
 from transformers import PreTrainedConfig
 
 from diffkd import Distiller, FitNet
@@ -81,3 +82,10 @@ def test_tokens_of_several_sizes_of_images_are_refused(tmp_path):
     config("Siglip2", vision_config=vision).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="spatial_shapes, and here only images are: name a vision model"):
         load_backbone(f"hf/{tmp_path}")
+
+
+def test_the_table_of_published_sizes_has_every_model():
+    """Its rows take minutes, and are made by hand: python scripts/foundation_models.py --write."""
+    page = PAGE.read_text(encoding="utf-8")
+    table = page.partition(line(HEAD))[2].partition("\n\n")[0].splitlines()[2:]
+    assert [row.split("`")[1] for row in table] == list(MODELS)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.data.sampler import EpochSampler
 
@@ -90,7 +91,12 @@ class ImageData(LightningDataModule):
         self.classes = tuple(classes) if labels else ()
         if not labels:
             self.task = "representation"
-        self.has_probe = not labels
+        self.has_probe = not labels and len(classes) > 1
+        if not labels and not self.has_probe:
+            rank_zero_warn(
+                f"all images are of one class ({', '.join(classes)}), among which every neighbour is right: there is "
+                "no probe; give images of two classes or more to measure the student by their labels"
+            )
         self.num_classes = len(self.classes)
         self.in_channels = len(mean)
         self.image_size = image_size

@@ -113,7 +113,7 @@ def _of_transformers(name: str, in_channels: int | None, pretrained: bool) -> nn
     wanted = None if kind is None else getattr(kind, "main_input_name", None)
     arguments = [] if kind is None else list(inspect.signature(kind.forward).parameters)
     if wanted != "pixel_values" or {"spatial_shapes", "input_ids"} & set(arguments):
-        takes = "is unknown to transformers" if kind is None else f"is given {', '.join(arguments[1:4])}"
+        takes = "is no model that AutoModel builds" if kind is None else f"is given {', '.join(arguments[1:4])}"
         raise ValueError(
             f"model 'hf/{name}' ({config.model_type}) {takes}, and here only images are: name a vision model, such as "
             "hf/facebook/dinov2-small, or the vision tower of one for images of a fixed size"
