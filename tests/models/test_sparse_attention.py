@@ -211,6 +211,20 @@ def test_compiled() -> None:
         torch.testing.assert_close(one.grad, other.grad, **EXACT)
 
 
+def test_exported_for_any_number_of_images(tmp_path: Any) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer = timm.layers.AttentionRope(8, num_heads=2, num_prefix_tokens=1).eval()
+    sparse(layer := nn.Sequential(layer), block=4, exact_ratio=0.3, prefix_tokens=1, context_tokens=11)
+    x = torch.randn(2, 38, 8, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    batch = torch.cat([x, -x, x[:1]])
+    torch.testing.assert_close(program.module()(batch), layer(batch))
+    torch.onnx.export(program, dynamo=True).save(tmp_path / "layer.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    (out,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), layer(batch), rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_keeps_the_mean() -> None:
     q, k, v = (x.float() for x in sequence(64, factor=0.3))
     attention = InContextSparseAttention(block=8)

@@ -71,7 +71,7 @@ class _Parts:
         parts = [x[:, self.prefix : end], x[:, end:]]
         padded = [F.pad(part, (0, 0, 0, -part.shape[1] % self.block)) for part in parts if part.shape[1]]
         whole = torch.cat(padded, 1) if len(padded) > 1 else padded[0]
-        return whole.reshape(len(x), self.count, self.block, x.shape[-1])
+        return whole.reshape(x.shape[0], self.count, self.block, x.shape[-1])
 
     def tokens(self, blocks: Tensor) -> Tensor:
         """Return blocks (G, n, b, d) as target and context (G, S - prefix, d)."""
@@ -147,7 +147,7 @@ class _Sparsity:
         scores = compressed.detach()
 
         # Context selection. What is kept: `columns` (G, m) of the blocks; keys and values in `kept_k`, `kept_v`.
-        columns = torch.arange(n, device=q.device).expand(len(q), n)
+        columns = torch.arange(n, device=q.device).expand(q.shape[0], n)
         kept_k, kept_v, kept_mask = k, v, None
         kept = _count(self.context_ratio, n - n_target)
         if kept < n - n_target:
@@ -160,7 +160,7 @@ class _Sparsity:
             )
             if parts.context % self.block:  # the short block may be among those kept
                 there = held[columns[:, n_target:]].flatten(1)
-                kept_mask = torch.cat([there.new_ones(len(q), begin), there], 1)[:, None]  # (G, 1, S')
+                kept_mask = torch.cat([there.new_ones(q.shape[0], begin), there], 1)[:, None]  # (G, 1, S')
 
         def full(queries: Tensor) -> Tensor:
             return _attention(queries, kept_k, kept_v, kept_mask, dropout, scale)
@@ -176,7 +176,7 @@ class _Sparsity:
             order = _largest(scores[:, :, :n_target].topk(largest, -1).values.sum(-1))  # (G, n): the sharpest first
             sharpest = _take(q_blocks, order[:, :sharp]).flatten(1, 2)
             out = full(torch.cat([q[:, :prefix], sharpest], 1) if prefix else sharpest)
-            first, out = out[:, :prefix], out[:, prefix:].reshape(len(q), sharp, self.block, v.shape[-1])
+            first, out = out[:, :prefix], out[:, prefix:].reshape(q.shape[0], sharp, self.block, v.shape[-1])
 
             # The others, by blocks of queries (G, l, b, d), and for each the keys (G, l, e b + prefix + m, d): tokens
             # of the exact blocks, the prefix, and the means of all kept blocks; the mask hides those of exact ones.
@@ -518,14 +518,16 @@ def _count(ratio: float, blocks: int) -> int:
 
 def _largest(x: Tensor) -> Tensor:
     """Return the places of the last dimension's entries, the largest first, of equal ones the earlier first."""
+    if torch.compiler.is_exporting():  # ONNX lacks the stable sort, and has TopK, which takes the earlier one too
+        return torch.sort(x, dim=-1, descending=True).indices
     return torch.sort(x, stable=True, dim=-1, descending=True).indices
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Return rows (G, k, ...) of (G, n, ...), by their numbers (G, k) in each of G."""
-    start = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    start = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     rows = x.flatten(0, 1).index_select(0, (index + start).flatten())
-    return rows.reshape(len(x), index.shape[1], *x.shape[2:])
+    return rows.reshape(x.shape[0], index.shape[1], *x.shape[2:])
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
