@@ -8,10 +8,10 @@ Nothing is downloaded: timm has its configurations, those of transformers are wr
 """
 
 import argparse
-import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -30,7 +30,7 @@ SMALL = BASE | {"hidden_size": 384, "num_attention_heads": 6}
 DINOV2 = SMALL | {"patch_size": 14, "image_size": 518}
 # By name on the Hub: the class of the configuration, and its sizes where they are not its defaults. Of RADIO's tokens
 # before the patches the defaults are taken, which are those of its largest model.
-PUBLISHED = {
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "facebook/dinov2-small": ("Dinov2Config", DINOV2),
     "facebook/dinov2-with-registers-small": ("Dinov2WithRegistersConfig", DINOV2 | {"num_register_tokens": 4}),
     "facebook/dinov3-vits16-pretrain-lvd1689m": ("DINOv3ViTConfig", SMALL | {"num_register_tokens": 4}),
@@ -149,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,8 +18,8 @@ from tiny_recipe import MODELS, TRUST, write_recipe
 
 from diffkd import read_weights, save_student
 from diffkd.commands import compare as comparison
-from diffkd.commands.arguments import fit_with
-from diffkd.commands.compare import _start_worker, compare, find_method, find_pretrained, report, rich_table
+from diffkd.commands.arguments import fit_with, values_of_fit
+from diffkd.commands.compare import Run, _start_worker, compare, find_method, find_pretrained, report, rich_table
 from diffkd.commands.step_cost import step_costs
 from diffkd.recipes.trust import UsageError
 from diffkd.reports.tables import summarize
@@ -159,6 +159,29 @@ def test_what_was_pretrained_is_fine_tuned_seed_by_seed(recipe: Path, tmp_path: 
         )
         assert torch.equal(starts, ends)
         assert not torch.equal(starts, other)
+
+
+def test_a_pretraining_takes_the_place_of_what_a_recipe_starts_from(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, dict[str, Any]] = {}
+
+    def read(commands: dict[Run, list[str]], *others: object) -> list[Run]:
+        seen.update({run.method: values_of_fit(words) for run, words in commands.items()})
+        return list(commands)  # as if all had failed
+
+    monkeypatch.setattr("diffkd.commands.compare.train_all", read)
+    cosine = save_pretrained(tmp_path / "before")
+    recipe.write_text(
+        recipe.read_text() + "student_weights: own\nstudent_pretrained: true\npretrained_backbone: true\n"
+    )
+    with pytest.raises(RuntimeError, match="2 of 2 runs failed"):
+        compare(str(recipe), tmp_path / "out", pretrained=[str(cosine)], seeds=1, trust=[str(MODELS)])
+    starts = {
+        method: [values.get(name) for name in ("student_weights", "student_pretrained", "pretrained_backbone")]
+        for method, values in seen.items()
+    }
+    assert starts == {"alone": [None, True, True], "alone-from-cosine": [str(cosine / "seed-0"), False, False]}
 
 
 def test_a_pretraining_that_lacks_a_run_is_refused_before_anything_is_trained(recipe: Path, tmp_path: Path) -> None:

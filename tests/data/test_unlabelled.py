@@ -226,6 +226,25 @@ def test_images_in_shards_are_those_of_files(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("start", "content"),
+    [
+        (512 * 4, b"\xff" * 512),  # the header of the second image
+        (512 * 4 + 124, b"\xff" * 11 + b"\x80"),  # its size, which would lead back: some versions of tarfile never end
+    ],
+)
+def test_damaged_archives_are_not_read_in_part(tmp_path, start, content):
+    archive = tmp_path / "shards" / "000.tar"
+    pack(archive, {f"{name}.png": b"x" for name in "abcde"})
+    whole = bytearray(archive.read_bytes())
+    whole[start : start + len(content)] = content
+    archive.write_bytes(whole)
+    with pytest.raises(
+        ValueError, match=r"000\.tar: no whole, uncompressed tar archive .* download a damaged one again"
+    ):
+        folder(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
     ("members", "mode", "kept", "message"),
     [
         ({"a.png": b"x"}, "w:gz", None, r"no whole, uncompressed tar archive .*gunzip or unzstd"),

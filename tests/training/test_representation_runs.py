@@ -1,13 +1,17 @@
 """Trainings without labels: resumed, cached, measured by a probe, and refused where they cannot work."""
 
 import json
+import multiprocessing
+import os
 import signal
+import socket
+import warnings
 
 import pytest
 import torch
 from short_trainings import arrays, same_weights, signal_self, train
 
-from diffkd import KD, RKD, Balance, DiffKD, FitNet
+from diffkd import KD, RKD, Balance, DiffKD, FitNet, read_weights
 from diffkd.commands.evaluate import evaluate
 from diffkd.data import Augmentation
 from diffkd.files.history import read_csv
@@ -100,3 +104,56 @@ def test_images_may_be_mixed(tmp_path, image_files, model_file):
     data = unlabelled(image_files, augmentation=Augmentation(mixup=0.5))
     assert train(data, tmp_path, model_file, method=FitNet, epochs=1)["last"]["train/embedding/kd"] > 0
     assert torch.is_tensor(data.example())
+
+
+NETS = """
+import torch
+from torch import nn
+
+def net(width, in_channels, seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(in_channels, width, 3, 2, 1), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def small(in_channels): return net(4, in_channels, 0)
+def large(in_channels): return net(12, in_channels, 1)
+"""
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def work(rank, port, data, out, nets):
+    """Train as a process that torchrun started; forked, which saves the imports."""
+    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    started |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
+    os.environ.update({name: str(value) for name, value in started.items()})
+    warnings.simplefilter("ignore")
+    train(data, out, nets, method=FitNet, devices=2, epochs=2, precision="64-true")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
+def test_two_processes_train_and_measure_what_one_does(tmp_path, image_files):
+    """Half of each batch on either, and nothing that is a process's own: statistics, or augmentation, of a batch."""
+    nets = tmp_path / "nets.py"
+    nets.write_text(NETS)
+    whole, halves = (unlabelled(image_files, batch_size=size, augmentation=Augmentation()) for size in (10, 5))
+    port = free_port()
+    forked = multiprocessing.get_context("fork")
+    both = [forked.Process(target=work, args=(rank, port, halves, tmp_path / "two", str(nets))) for rank in (0, 1)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join(300)
+        one.kill()
+    assert [one.exitcode for one in both] == [0, 0]
+    train(whole, tmp_path / "one", str(nets), method=FitNet, epochs=2, precision="64-true")
+    alone, together = (rows(tmp_path / name)[-1] for name in ("one", "two"))
+    assert alone.keys() == together.keys()
+    # Losses are means of 60 numbers in another order, in float64; measurements are made of embeddings in float32.
+    assert together == pytest.approx(alone, rel=1e-5)
+    alone, together = (read_weights(tmp_path / name / "student.safetensors") for name in ("one", "two"))
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-9, atol=1e-11, msg=name)

@@ -99,9 +99,9 @@ def compare(
             pair of networks, data or task, if there are any (:func:`find_method`). If the recipe's method has the same
             class, its other options are kept.
         pretrained: folders of comparisons, or of single methods in them, whose students are trained on here: beside
-            each of `methods` (by default "alone"), which starts from random weights if its file or `options` name no
-            others, stands a row for each pretraining, such as "alone-from-cosine", whose seed N starts from the
-            student of seed N (`student_weights`).
+            each of `methods` (by default "alone") stands a row for each pretraining, such as "alone-from-cosine",
+            whose seed N starts from the student of seed N (`student_weights`). The methods themselves start as without
+            this option, but not from the recipe's own `student_weights`.
         seeds: number of seeds, from 0.
         jobs: runs at the same time; None: 1, or all that a cluster has room for. On a CPU they share the cores equally.
         devices: GPUs to distribute the runs over, such as [0, 1]; None: the first, or the CPU.
@@ -164,7 +164,7 @@ def compare(
     commands = {
         run: [
             *(str(recipe_file), *afresh, f"--config={presets[run.method]}", *meant[run.method]),
-            *([f"--student_weights={starts[started[run.method][1]][run.seed]}"] if run.method in started else []),
+            *(_start_from(starts[started[run.method][1]][run.seed]) if run.method in started else []),
             *(f"--seed={run.seed}", f"--out={run.folder}", "--resume=true", "--progress=false"),
             *([f"--devices=[{devices[index % len(devices)]}]"] if devices else []),
             *trusted,
@@ -250,6 +250,12 @@ def find_pretrained(folders: Sequence[str], seeds: int) -> dict[str, list[Path]]
                         "methods to start from by their own folders"
                     )
     return found
+
+
+def _start_from(student: Path) -> list[str]:
+    """Return the options of `diffkd fit` that start a student from another one, whatever the recipe starts it from."""
+    others = ["--student_pretrained=false", "--pretrained_backbone=false", "--backbone_weights=null"]
+    return [f"--student_weights={student}", *others]
 
 
 def _preset_name(preset: Path) -> str:

@@ -3,6 +3,7 @@
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -58,32 +59,46 @@ def members_of(archive: str, extensions: frozenset[str], others: Counter[str] | 
         ValueError: if it is no uncompressed tar archive or is cut off, a name in it leads out of it, or an image is
             larger than 1 GiB.
     """
+    end = Path(archive).stat().st_size
     found = []
+    for member in _entries(archive):
+        name = PurePosixPath(member.name.lstrip("/"))
+        if ".." in name.parts:
+            raise ValueError(f"{archive}: {member.name!r} leads out of the archive; pack it again without.")
+        if any(part.startswith(".") for part in name.parts) or member.isdir():
+            continue
+        extension = os.path.splitext(name.name)[1].lower()  # noqa: PTH122 - as for folders
+        if not member.isreg() or member.issparse() or extension not in extensions:
+            if others is not None:
+                others[extension or name.name] += 1
+            continue
+        if member.size > _LARGEST:
+            raise ValueError(
+                f"{archive}: {member.name!r} has {member.size} bytes, more than any image; pack it again without."
+            )
+        if member.offset_data + member.size > end:
+            raise ValueError(f"{archive}: it is cut off in {member.name!r}; copy or download it again.")
+        found.append(TarMember(archive, str(name), member.offset_data, member.size))
+    return found
+
+
+def _entries(archive: str) -> Iterator[tarfile.TarInfo]:
+    """Yield what an archive lists; raise ValueError where tarfile fails, stops early, or would never stop."""
     try:
         with tarfile.open(archive, "r:") as opened:
-            end = Path(archive).stat().st_size
+            reached = -1
             while (member := opened.next()) is not None:
+                if opened.offset <= reached or member.size < 0:
+                    raise tarfile.ReadError(f"an entry at byte {reached} has no size")
+                reached = opened.offset
                 opened.members = []  # type: ignore[attr-defined]  # would grow with each file that is passed
-                name = PurePosixPath(member.name.lstrip("/"))
-                if ".." in name.parts:
-                    raise ValueError(f"{archive}: {member.name!r} leads out of the archive; pack it again without.")
-                if any(part.startswith(".") for part in name.parts) or member.isdir():
-                    continue
-                extension = os.path.splitext(name.name)[1].lower()  # noqa: PTH122 - as for folders
-                if not member.isreg() or member.issparse() or extension not in extensions:
-                    if others is not None:
-                        others[extension or name.name] += 1
-                    continue
-                if member.size > _LARGEST:
-                    raise ValueError(
-                        f"{archive}: {member.name!r} has {member.size} bytes, more than any image; pack it without."
-                    )
-                if member.offset_data + member.size > end:
-                    raise ValueError(f"{archive}: it is cut off in {member.name!r}; copy or download it again.")
-                found.append(TarMember(archive, str(name), member.offset_data, member.size))
-    except (tarfile.TarError, OverflowError, MemoryError, UnicodeError) as error:
+                yield member
+            with Path(archive).open("rb") as file:  # at a damaged header the list ends as at its last one
+                file.seek(opened.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise tarfile.ReadError(f"there is no header at byte {opened.offset}")
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(
             f"{archive}: no whole, uncompressed tar archive ({error}); unpack a compressed one by gunzip or unzstd, "
             "since images are read from it in any order, and download a damaged one again."
         ) from error
-    return found
