@@ -99,6 +99,7 @@ def test_a_comparison_and_a_study_by_submitit_end_as_without(recipe, tmp_path, c
         main(["tune", str(recipe), f"--out={tmp_path / 'study'}", space, "--trials=2", "--jobs=2", *local, TRUST]) == 0
     )
     assert (tmp_path / "study" / "best.yaml").is_file()
+    assert len((tmp_path / "study" / "trials.csv").read_text().splitlines()) == 1 + 2
     assert "best: trial" in capsys.readouterr().err
 
 

@@ -5,13 +5,14 @@ import json
 import re
 import shutil
 
+import optuna
 import pytest
 import yaml
 from tiny_recipe import MODELS, TRUST, write_recipe
 
 from diffkd.commands import cli
 from diffkd.commands.arguments import values_of_fit
-from diffkd.commands.tune import Axis, found_space, tune, with_values
+from diffkd.commands.tune import Axis, _taken, found_space, tune, with_values
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +104,25 @@ def test_what_can_be_searched_is_found():
     assert values["method"][1] == "diffkd.DIST"
 
 
+def test_trials_of_other_jobs_are_counted_but_not_what_a_lost_worker_left():
+    study = optuna.create_study()
+    study.tell(study.ask(), 0.5)
+    for owner in (["now", 0], ["now", 1], ["before", 1], None):
+        trial = study.ask()
+        if owner is not None:
+            trial.set_user_attr("job", owner)
+    assert [_taken(study, "now", job) for job in (0, 1, 2)] == [2, 2, 3]
+    assert _taken(study, "later", 0) == 1
+
+
 def test_options_that_do_not_go_together_and_bad_recipes(tmp_path):
     recipe = write_recipe(tmp_path, epochs=1)
     space = "{method.init_args.path: [diffusion, flow], method.init_args.prediction: [noise, clean]}"
     options = ["--accelerator=cpu"]
     found = tune(str(recipe), tmp_path / "study", space=space, trials=2, jobs=2, trust=[str(MODELS)], options=options)
     assert found["score"] == "top1"
+    with (tmp_path / "study" / "trials.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2  # the job that ends first begins no third
     broken = ["--accelerator=cpu", "--optimizer.lr=1e30"]
     with pytest.raises(FloatingPointError):
         tune(str(recipe), tmp_path / "broken", space=space, trials=1, trust=[str(MODELS)], options=broken)

@@ -142,6 +142,7 @@ def test_openvino_gives_the_same_answers(tmp_path, teacher):
     [
         (["--out={folder}/a.pt2", "--quantize=fp16"], "quantize fp16 is for .onnx"),
         (["--out={folder}/a.onnx", "--quantize=int4"], "int4"),
+        ([f"--out={__file__}/a.onnx"], "test_smaller_programs.py is a file and no folder; give another --out"),
         (
             ["--out={folder}/a.onnx", "--quantize=int8", "--calibration_images=0"],
             "calibration_images must be at least 1",

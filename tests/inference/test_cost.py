@@ -93,6 +93,11 @@ def test_a_name_is_profiled_and_written(tmp_path, capsys):
     [
         (["nowhere/net"], "nowhere/net is no run, no file, and no model that can be built"),
         (["a.onnx"], "is a program already"),
+        (["hub:small"], "a student of the Hub is hub:USER/NAME"),
+        (
+            ["cifar/compact_resnet8", f"--out={__file__}/p.json"],
+            "test_cost.py is a file and no folder; give another --out",
+        ),
         (["cifar/compact_resnet8", "--rounds=0"], "must be at least 1"),
         (["cifar/compact_resnet8", "--batch_sizes", "0"], "must be at least 1"),
         (["cifar/compact_resnet8", "--runtimes", "tensorrt"], "tensorrt"),

@@ -16,9 +16,11 @@ from diffkd.commands.predict import predict
 from diffkd.data import CocoDetection, DetectionScenes, FashionSubset, SegmentationScenes
 from diffkd.data.images import read_rgb
 from diffkd.export.student_file import find_weights, read_card
+from diffkd.files.weights import save_student
 from diffkd.inference.predictor import Predictor, find_images, predict_files
 from diffkd.inference.results import PredictionFiles
 from diffkd.inference.students import load_student
+from diffkd.models import load_backbone
 
 QUIET = {"accelerator": "cpu", "progress": False}
 TEACHERS = {
@@ -301,6 +303,8 @@ def test_masks_of_many_classes_have_16_bits(tmp_path):
     [
         (["nowhere", "{images}"], "there is no run and no file nowhere"),
         (["nowhere.onnx", "{images}"], r"there is no file nowhere.onnx"),
+        (["hub:small", "{images}"], "'hub:small' is no name of the Hub: write hub:USER/NAME"),
+        (["{backbone}", "{images}"], "is a backbone, which predicts no classes: fine-tune it first"),
         (["{images}/0.png", "{images}"], "has no card that says which model"),
         (["{student}", "{empty}"], "there is no image in"),
         (["{student}", "nothing/*.jpg"], "no image matches nothing/*.jpg"),
@@ -324,6 +328,9 @@ def test_what_cannot_be_used_is_named(pictures, tmp_path, capsys, words, message
     for name, file in {"file": "file", "damaged": "d.onnx", "damaged2": "d.pt2", "inside": "full/a"}.items():
         (tmp_path / file).write_bytes(b"damaged")
         names[name] = str(tmp_path / file)
+    names["backbone"] = str(tmp_path / "backbone.safetensors")
+    card = {"model": "cifar/resnet8", "task": "representation", "num_classes": 10, "in_channels": 3}
+    save_student(load_backbone("cifar/resnet8"), names["backbone"], card | {"image_size": [32, 32]})
     words = [word.format(**names) for word in words]
     out = [] if any(word.startswith("--out") for word in words) else [f"--out={tmp_path / 'out'}"]
     assert cli.main(["predict", *words, *out, "--progress=false"]) in (1, 2)

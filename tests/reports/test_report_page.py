@@ -129,6 +129,8 @@ def test_what_cannot_be_reported_is_named(tmp_path, run, capsys):
     assert "images must be at least 1" in capsys.readouterr().err
     assert cli.main(["report", str(run), f"--out={tmp_path}"]) == 1
     assert "is a folder; give a file" in capsys.readouterr().err
+    assert cli.main(["report", str(run), f"--out={run / 'config.yaml' / 'page.html'}"]) == 1
+    assert "config.yaml is a file and no folder; give another --out" in capsys.readouterr().err
     (tmp_path / "comparison.json").write_text("{")
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "comparison.json is no JSON" in capsys.readouterr().err

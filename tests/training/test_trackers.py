@@ -14,8 +14,9 @@ from tiny_recipe import TRUST, write_recipe
 
 from diffkd.commands import cli
 from diffkd.recipes.trust import Gate, Trust, UsageError, named_code, own_code
+from diffkd.tasks.data_facts import DataFacts
 from diffkd.training.options import FitOptions
-from diffkd.training.trackers import build_callbacks, build_loggers
+from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers
 
 
 def test_loggers_are_built_by_name_path_and_options(tmp_path):
@@ -53,7 +54,7 @@ def test_callbacks_are_built_by_name_and_options():
         ({"class_path": "csv", "init_args": {"nam": "x"}}, r"has no option 'nam'; nearest: 'name'"),
         ({"class_path": "csv", "name": "x"}, "put options into init_args"),
         ({"class_path": "comet", "init_args": {"api_key": "secret"}}, "would be recorded with the run"),
-        (5, "names no logger"),
+        (5, "names no Logger"),
     ],
 )
 def test_what_is_no_logger_is_named(tmp_path, described, message):
@@ -62,8 +63,14 @@ def test_what_is_no_logger_is_named(tmp_path, described, message):
 
 
 def test_a_callback_without_what_it_needs_is_named():
-    with pytest.raises(ValueError, match="EarlyStopping cannot be made"):
+    with pytest.raises(ValueError, match="--callbacks: EarlyStopping cannot be made"):
         build_callbacks("EarlyStopping")
+
+
+def test_a_representation_has_no_predictions_to_draw(tmp_path):
+    data = DataFacts(4, 3, (8, 8), (0.0,) * 3, (1.0,) * 3, (), None, task="representation")
+    with pytest.raises(ValueError, match="sample_every=2 draws predictions, and a representation makes none"):
+        SamplePictures(tmp_path, data, 2)
 
 
 def test_a_training_logs_to_several_and_stops_early(tmp_path, image_files, model_file):
@@ -140,10 +147,11 @@ def test_mlflow_writes_into_the_folder_of_the_run(tmp_path, image_files, model_f
     assert list((tmp_path / "run" / "mlflow").rglob("*.png"))
 
 
+@pytest.mark.filterwarnings("default")  # what its own dependencies are told about is not ours to mend
 def test_wandb_logs_offline(tmp_path, image_files, model_file, monkeypatch):
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     described = {"class_path": "wandb", "init_args": {"offline": True}}
     train(arrays(image_files), tmp_path / "run", model_file, epochs=1, logger=described, sample_every=1)
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/*.png"))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["score"] == "top1"

@@ -18,7 +18,7 @@ from diffkd.export.quantization import Quantization, write_openvino
 from diffkd.export.quantization import quantize as write_quantized
 from diffkd.export.student_file import PROGRAMS, Which, card_file, find_student, read_card
 from diffkd.files.run_folder import RunFolder
-from diffkd.files.weights import read_weights, write_text, write_whole
+from diffkd.files.weights import check_target, read_weights, write_text, write_whole
 from diffkd.inference.students import load_program
 from diffkd.official import split_checkpoint
 from diffkd.teacher.view import TeacherInput
@@ -85,6 +85,7 @@ def export(
     target = Path("student.safetensors" if out is None else out)
     if target.suffix not in _SUFFIXES:
         raise ValueError(f"a student is exported as {', '.join(_SUFFIXES)}; got --out {target}")
+    check_target(target, "student.onnx")
     if quantize is not None and target.suffix != ".onnx":
         raise ValueError(f"quantize {quantize} is for .onnx, got --out {target}: leave it out, or give an .onnx")
     if calibration_images < 1:
@@ -146,7 +147,7 @@ def export(
 def _calibration_images(
     graph: Path, card: Mapping[str, Any], count: int, trust: Sequence[str] | None
 ) -> Iterator[Tensor]:
-    """Yield batches of one evaluation image, as the graph takes them.
+    """Return batches of one evaluation image, as the graph takes them.
 
     Raises:
         ValueError: if the card names no data, or they are not there.
@@ -165,10 +166,8 @@ def _calibration_images(
     facts = facts_of_card(card, graph)
     given = tuple(getattr(data, "mean", facts.mean)), tuple(getattr(data, "std", facts.std))
     convert = TeacherInput(*given, student.mean, student.std) if facts.task != "detection" else None
-    images = (image for batch in loader for image in batch[0])
-    for image in islice(images, count):
-        one = image[None].float().cpu()
-        yield one if convert is None else convert(one)
+    images = (image[None].float().cpu() for batch in loader for image in batch[0])
+    return (one if convert is None else convert(one) for one in islice(images, count))
 
 
 def _measure(target: Path, *, required: bool, trust: Sequence[str] | None) -> None:

@@ -16,9 +16,10 @@ from diffkd.commands.layers import facts_of_size, usual_size
 from diffkd.commands.predict import torch_device
 from diffkd.export.student_file import PROGRAMS, Which
 from diffkd.files.run_folder import RunFolder
-from diffkd.files.weights import write_text
+from diffkd.files.weights import check_target, write_text
 from diffkd.inference.cost import RUNTIMES, Runtime, Subject, measure_costs
 from diffkd.inference.students import load_student
+from diffkd.models.hub import is_hub
 from diffkd.reports.tables import cost_tables
 from diffkd.tasks.data_facts import TaskName
 from diffkd.tasks.task_of_data import load
@@ -89,8 +90,8 @@ def profile(
             named["num_classes"] = facts.num_classes
         subjects.append(_subject("teacher", teacher, image_size or size, **named))
     target = RunFolder(student).path / "profile.json" if out is None and RunFolder(student).config.is_file() else out
-    if target is not None and target.is_dir():
-        raise ValueError(f"{target} is a folder; give a file as --out, such as profile.json")
+    if target is not None:
+        check_target(target, "profile.json")
     console = Console(stderr=True, quiet=not progress)
     with TemporaryDirectory() as folder:
         found = measure_costs(
@@ -135,7 +136,7 @@ def _subject(
     if path.suffix in PROGRAMS:
         raise ValueError(f"{source} is a program already: give the run or the weights that it was exported from")
     packaged = source.endswith(".safetensors")
-    if path.exists() or packaged:
+    if path.exists() or packaged or is_hub(source):
         saved = load_student(source, which=which, model=model, trust=trust)
         facts = saved.facts if image_size is None else replace(saved.facts, image_size=_sides(image_size))
         return Subject(name, str(model or saved.card.get("model")), saved.module, facts)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from diffkd.commands.plot import plot_training, saved_training
 from diffkd.files.run_folder import RunFolder
+from diffkd.files.weights import check_target
 from diffkd.recipes.trust import UsageError
 from diffkd.reports.contents import comparison_sections, run_sections
 from diffkd.reports.html_page import check_libraries, write_page
@@ -59,8 +60,7 @@ def report(
     folder = Path(source).expanduser()
     console = Console(stderr=True, quiet=not progress)
     target = folder / PAGE if out is None else out.expanduser()
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder; give a file as --out, such as {PAGE}")
+    check_target(target, PAGE)
     if (folder / "comparison.json").is_file():
         headline, sections = comparison_sections(folder)
         write_page(target, folder.resolve().name, headline, sections)

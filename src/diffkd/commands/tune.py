@@ -6,6 +6,7 @@ import json as json_lines
 import math
 import multiprocessing
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 import yaml
+from filelock import FileLock
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -158,14 +160,14 @@ def tune(
         study.set_user_attr("task", task)
         own = {name: axis.stored(value_at(values, name)) for name, axis in axes.items()}
         study.enqueue_trial({name: value for name, value in own.items() if value is not None})
-    work: tuple[Any, ...] = (str(out), task["values"], axes, trials, seeds, share, prune, trusted)
+    work: tuple[Any, ...] = (str(out), task["values"], axes, trials, seeds, share, prune, trusted, secrets.token_hex(8))
     if launcher != "processes":
         calls = [(*work, job) for job in range(jobs)]
         ended = on_cluster(_search, calls, out, launcher=launcher, jobs=jobs, options=launcher_options)
         if failed := [outcome for _, outcome in ended if isinstance(outcome, Exception)]:
             raise RuntimeError(f"{len(failed)} of {jobs} workers of the study failed: {failed[0]}")
     elif jobs == 1:
-        _search(*work)
+        _search(*work, 0)
     else:
         _search_side_by_side(jobs, work)
     return _report(_study(out, prune), out, task["values"], axes, Console(stderr=True))
@@ -317,30 +319,44 @@ def _search(
     share: float,
     prune: bool,
     trusted: Sequence[str],
-    job: int = 0,
+    call: str,
+    job: int,
 ) -> None:
-    """Run trials until the study has `trials` trials."""
-    from optuna.trial import TrialState
-
+    """Run trials until the study has `trials` trials, with those that other jobs of the same call are running."""
     study = _study(Path(out), prune, job)
     console = Console(stderr=True)
+    lock = FileLock(Path(out) / ".study.lock")  # no two jobs begin the last trial
     while True:
-        done = [
-            trial
-            for trial in study.get_trials(deepcopy=False)
-            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
-        ]
-        if len(done) >= trials:
-            return
         begun: list[int] = []
 
         def run(trial: Any, begun: list[int] = begun) -> float:
             begun.append(trial.number)
+            trial.set_user_attr("job", [call, job])
+            lock.release()
             return _trial(trial, Path(out), values, axes, seeds, share, trusted)
 
-        study.optimize(run, n_trials=1)
+        lock.acquire()
+        try:
+            if _taken(study, call, job) >= trials:
+                return
+            study.optimize(run, n_trials=1)
+        finally:
+            lock.release()  # also where no trial could begin; else it is released already
         last = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == begun[0])
         console.print(_describe_trial(last), highlight=False, markup=False, soft_wrap=True)
+
+
+def _taken(study: Any, call: str, job: int) -> int:
+    """Return the number of trials that are done, or that other jobs of this call are running.
+
+    What runs under the name of this job was left by a worker that was lost, and in whose place this one is.
+    """
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False)
+    done = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
+    owners = [trial.user_attrs.get("job") for trial in trials if trial.state == TrialState.RUNNING]
+    return done + sum(owner is not None and owner[0] == call and owner[1] != job for owner in owners)
 
 
 def _describe_trial(trial: Any) -> str:

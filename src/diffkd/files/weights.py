@@ -348,6 +348,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def check_target(path: Path, example: str) -> None:
+    """Check that a file can be at a place, before what it is for is computed.
+
+    Args:
+        path: the file to write later.
+        example: a name for it, for the message.
+
+    Raises:
+        ValueError: if there is a folder, or a file where its folder should be.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file as --out, such as {example}")
+    above = next((parent for parent in path.absolute().parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"{path} cannot be written, since {above} is a file and no folder; give another --out")
+
+
 def _free_space(path: Path, error: Exception) -> str:
     """Return the space left for a file, for a message: writers other than Python's do not say that a disk is full."""
     if not isinstance(error, OSError):

@@ -54,12 +54,19 @@ class Predictor:
         crop_ratio: for classification, share of the shorter side that the centre crop keeps; None: as in training.
 
     Raises:
-        ValueError: if the card describes the preparation of images wrongly, or `crop_ratio` is out of range.
+        ValueError: if it is a backbone without classifier, its card describes the preparation of images wrongly, or
+            `crop_ratio` is out of range.
     """
 
     def __init__(
         self, student: SavedStudent, *, device: torch.device | str = "cpu", crop_ratio: float | None = None
     ) -> None:
+        if student.facts.task == "representation":
+            raise ValueError(
+                f"{student.path} is a backbone, which predicts no classes: fine-tune it first (`diffkd fit "
+                f"finetune/classification --student_weights {student.path} --data.root FOLDER`), or take its "
+                "embeddings from a program (`diffkd export`)"
+            )
         self.student, self.device = student, torch.device(device)
         self.task, self.classes = student.facts.task, _class_names(student)
         self.options = SegmentationOptions(**_tuples(student.card.get("segmentation") or {}))

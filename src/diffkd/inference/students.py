@@ -90,6 +90,8 @@ def load_student(
         try:
             path = find_weights(source)  # a teacher of the package
         except FileNotFoundError:
+            if str(source).startswith("hub:"):
+                raise ValueError(f"{str(source)!r} is no name of the Hub: write hub:USER/NAME") from None
             raise FileNotFoundError(
                 f"there is no run and no file {source}: give a run's folder, or a student's .safetensors, .onnx or .pt2"
             ) from None

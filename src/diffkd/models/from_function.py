@@ -77,9 +77,10 @@ def _import_module(name: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise
+    hub = "; a student of the Hub is hub:USER/NAME" if name == "hub" else ""
     raise ValueError(
         f"module '{name}' cannot be found: install it, add its folder to PYTHONPATH, "
-        "or give a path as path/to/file.py:function"
+        f"or give a path as path/to/file.py:function{hub}"
     )
 
 

@@ -75,7 +75,7 @@ def fetch_student(name: str) -> Path:
             f"{name}: the repository has no revision {found['revision']!r}: give a branch, tag or commit of it"
         ) from error
     except OSError as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = " ".join(str(error).split()).partition(". ")[0][:160] or type(error).__name__
         raise OSError(
             f"{name} could not be fetched ({reason}): try again where there is a network, or give the student's file"
         ) from error

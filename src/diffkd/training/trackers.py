@@ -115,7 +115,7 @@ def build_callbacks(described: Any) -> list[Callback]:
         ValueError: if there is no such callback, it is none, or it does not take the arguments.
     """
     known = {name.lower(): name for name in callbacks.__all__ if name != "Callback"}
-    return [_built(one, "callback", Callback, callbacks, known, None) for one in _listed(described or [])]
+    return [_built(one, "callbacks", Callback, callbacks, known, None) for one in _listed(described or [])]
 
 
 def _listed(described: Any) -> Sequence[Any]:
@@ -127,7 +127,7 @@ def _built(one: Any, what: str, base: type, home: Any, known: Mapping[str, str],
         return one
     values: Any = {"class_path": one} if isinstance(one, str) else one
     if not isinstance(values, Mapping) or not isinstance(values.get("class_path"), str):
-        raise ValueError(f"--{what} {one!r} names no {what}: give a name, or class_path and init_args")
+        raise ValueError(f"--{what} {one!r} names no {base.__name__}: give a name, or class_path and init_args")
     if extra := sorted(set(values) - {"class_path", "init_args"}):
         raise ValueError(f"--{what}: {extra[0]!r} is neither class_path nor init_args: put options into init_args")
     name, given = values["class_path"], dict(values.get("init_args") or {})
@@ -210,12 +210,14 @@ class SamplePictures(Callback):
         count: number of images.
 
     Raises:
-        ValueError: if a number is less than 1.
+        ValueError: if a number is less than 1, or the data are for representations, which predict nothing to draw.
     """
 
     def __init__(self, folder: Path, facts: DataFacts, every: int, count: int = 8) -> None:
         if every < 1 or count < 1:
             raise ValueError(f"sample_every={every} is no number of epochs: give at least 1, or leave it out")
+        if facts.task == "representation":
+            raise ValueError(f"sample_every={every} draws predictions, and a representation makes none: leave it out")
         self.folder, self.facts, self.every, self.count = folder, facts, every, count
         self._batch: Any = None
 
