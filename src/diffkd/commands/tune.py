@@ -167,7 +167,7 @@ def tune(
         if failed := [outcome for _, outcome in ended if isinstance(outcome, Exception)]:
             raise RuntimeError(f"{len(failed)} of {jobs} workers of the study failed: {failed[0]}")
     elif jobs == 1:
-        _search(*work, 0)
+        _search(*(*work, 0))
     else:
         _search_side_by_side(jobs, work)
     return _report(_study(out, prune), out, task["values"], axes, Console(stderr=True))
@@ -356,7 +356,7 @@ def _taken(study: Any, call: str, job: int) -> int:
     trials = study.get_trials(deepcopy=False)
     done = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
     owners = [trial.user_attrs.get("job") for trial in trials if trial.state == TrialState.RUNNING]
-    return done + sum(owner is not None and owner[0] == call and owner[1] != job for owner in owners)
+    return int(done + sum(owner is not None and owner[0] == call and owner[1] != job for owner in owners))
 
 
 def _describe_trial(trial: Any) -> str:
