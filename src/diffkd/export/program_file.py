@@ -275,6 +275,9 @@ class _TiesByIndex(TorchDispatchMode):  # type: ignore[no-untyped-call]
     An untrained RT-DETR gives all positions the same score; the queries that it starts from are then up to the ties.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.topk.default:
             return _topk_by_index(*args, **(kwargs or {}))
