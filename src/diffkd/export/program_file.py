@@ -198,7 +198,7 @@ def _largest_difference(
     for batch in (1, 3) if "batch" in axes else (1,):
         for size in sizes:
             images = torch.rand(batch, channels, *size, generator=draw)
-            with _threshold_zero(student.original), _TiesByIndex(), _export_errors():  # type: ignore[no-untyped-call]
+            with _threshold_zero(student.original), _TiesByIndex(), _export_errors():
                 expected = student.original(images)
                 found = run(images)
             expected = [expected] if isinstance(expected, Tensor) else list(expected)
