@@ -135,6 +135,7 @@ def test_the_command_line_takes_one_or_several(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.filterwarnings("default")  # what its own dependencies are told about is not ours to mend
 def test_mlflow_writes_into_the_folder_of_the_run(tmp_path, image_files, model_file, monkeypatch):
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     import sqlite3
