@@ -213,8 +213,7 @@ def test_compiled() -> None:
 
 def test_exported_for_any_number_of_images(tmp_path: Any) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    layer = timm.layers.AttentionRope(8, num_heads=2, num_prefix_tokens=1).eval()
-    sparse(layer := nn.Sequential(layer), block=4, exact_ratio=0.3, prefix_tokens=1, context_tokens=11)
+    layer = sparse(timm.layers.AttentionRope(8, num_heads=2), block=4, exact_ratio=0.3, context_tokens=11).eval()
     x = torch.randn(2, 38, 8, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     batch = torch.cat([x, -x, x[:1]])
