@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from rounding import EXACT, units_of
 from torch import Tensor, nn
 
-from diffkd.models import load_backbone, load_model
+from diffkd.models import load_backbone, load_model, sparse_attention
 from diffkd.models.sparse_attention import InContextSparseAttention, SparseSelfAttention, sparse
+from diffkd.models.sparse_attention import _attention as attend
 
 DEFAULTS = {
     "context_ratio": 0.125,
@@ -132,6 +133,18 @@ def test_equals_the_dense_derivation(case: dict[str, Any]) -> None:
     attention = InContextSparseAttention(block=block, **options)
     out = attention(*qkv, prefix_tokens=tokens["prefix"], context_tokens=tokens["context"])
     torch.testing.assert_close(out, dense_of_all(*qkv, block, **tokens, **options), **EXACT)
+
+
+def test_without_gradients_the_same_little_by_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = sequence(61)
+    attention = InContextSparseAttention(block=4, exact_ratio=0.2)
+    tokens = {"prefix_tokens": 1, "context_tokens": 17}
+    whole = attention(*(x.clone().requires_grad_() for x in qkv), **tokens)
+    monkeypatch.setitem(sparse_attention._GATHERED, "cpu", 6000)  # of several query blocks, and not all
+    calls = []
+    monkeypatch.setattr(sparse_attention, "_attention", lambda *given: calls.append(1) or attend(*given))
+    torch.testing.assert_close(attention(*qkv, **tokens), whole, **EXACT)
+    assert 4 < len(calls) < 20
 
 
 @pytest.mark.parametrize("options", [{"sharp_ratio": 1.0}, {"exact_ratio": 1.0}], ids=["all sharp", "all exact"])
