@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from rounding import EXACT, units_of
 from torch import Tensor, nn
 
-from diffkd.models import load_backbone, load_model
+from diffkd.models import load_backbone, load_model, sparse_attention
 from diffkd.models.sparse_attention import InContextSparseAttention, SparseSelfAttention, sparse
+from diffkd.models.sparse_attention import _attention as attend
 
 DEFAULTS = {
     "context_ratio": 0.125,
@@ -134,6 +135,18 @@ def test_equals_the_dense_derivation(case: dict[str, Any]) -> None:
     torch.testing.assert_close(out, dense_of_all(*qkv, block, **tokens, **options), **EXACT)
 
 
+def test_without_gradients_the_same_little_by_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = sequence(61)
+    attention = InContextSparseAttention(block=4, exact_ratio=0.2)
+    tokens = {"prefix_tokens": 1, "context_tokens": 17}
+    whole = attention(*(x.clone().requires_grad_() for x in qkv), **tokens)
+    monkeypatch.setitem(sparse_attention._GATHERED, "cpu", 6000)  # of several query blocks, and not all
+    calls = []
+    monkeypatch.setattr(sparse_attention, "_attention", lambda *given: calls.append(1) or attend(*given))
+    torch.testing.assert_close(attention(*qkv, **tokens), whole, **EXACT)
+    assert 4 < len(calls) < 20
+
+
 @pytest.mark.parametrize("options", [{"sharp_ratio": 1.0}, {"exact_ratio": 1.0}], ids=["all sharp", "all exact"])
 def test_is_full_attention_where_everything_is_exact(options: dict[str, float]) -> None:
     qkv = sequence(75)
@@ -213,8 +226,7 @@ def test_compiled() -> None:
 
 def test_exported_for_any_number_of_images(tmp_path: Any) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    layer = timm.layers.AttentionRope(8, num_heads=2, num_prefix_tokens=1).eval()
-    sparse(layer := nn.Sequential(layer), block=4, exact_ratio=0.3, prefix_tokens=1, context_tokens=11)
+    layer = sparse(timm.layers.AttentionRope(8, num_heads=2), block=4, exact_ratio=0.3, context_tokens=11).eval()
     x = torch.randn(2, 38, 8, generator=torch.Generator().manual_seed(0))
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     batch = torch.cat([x, -x, x[:1]])

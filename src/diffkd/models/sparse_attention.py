@@ -34,6 +34,8 @@ from torch import Tensor, nn
 
 from diffkd.models.extras import nearest, require
 
+# Bytes of keys and values that are gathered at once where no gradient is wanted, by the type of the device.
+_GATHERED = {"cpu": 2**20, "cuda": 2**28}
 _MEND = "give a vision transformer of timm, such as timm/vit_small_patch16_224"
 
 
@@ -69,7 +71,11 @@ class _Parts:
         """Return a sequence (G, S, d) without its prefix as (G, n, b, d), short blocks filled with zeros."""
         end = self.prefix + self.target
         parts = [x[:, self.prefix : end], x[:, end:]]
-        padded = [F.pad(part, (0, 0, 0, -part.shape[1] % self.block)) for part in parts if part.shape[1]]
+        padded = [
+            F.pad(part, (0, 0, 0, -part.shape[1] % self.block)) if part.shape[1] % self.block else part
+            for part in parts
+            if part.shape[1]
+        ]
         whole = torch.cat(padded, 1) if len(padded) > 1 else padded[0]
         return whole.reshape(x.shape[0], self.count, self.block, x.shape[-1])
 
@@ -185,17 +191,37 @@ class _Sparsity:
             best = _largest(rows)[..., :exact]  # (G, l, e), places in `columns`
             blocks = columns[:, None].expand(-1, n - sharp, -1).gather(-1, best)  # and the blocks themselves
 
-            def around(x: Tensor, in_blocks: Tensor, means: Tensor) -> Tensor:
-                near = _take(in_blocks, blocks.flatten(1)).reshape(*diffuse.shape, exact * self.block, x.shape[-1])
-                shared = torch.cat([x[:, :prefix], _take(means, columns).to(x.dtype)], 1)
-                return torch.cat([near, shared[:, None].expand(-1, n - sharp, -1, -1)], 2)
-
             hidden = q.new_zeros(n, self.block).masked_fill(~held, -math.inf)[blocks].flatten(2)  # (G, l, e b)
             weights = sizes.log().to(q.dtype)[columns][:, None].expand(-1, n - sharp, -1)
             weights = weights.scatter(-1, best, -math.inf)  # (G, l, m)
             mask = torch.cat([hidden, q.new_zeros(*diffuse.shape, prefix), weights], -1)[:, :, None]
-            near_k, near_v = around(k, k_blocks, k_mean), around(v, v_blocks, v_mean)
-            rest = _attention(_take(q_blocks, diffuse), near_k, near_v, mask, dropout, scale)
+            shared_k, shared_v = (  # (G, prefix + m, d)
+                torch.cat([x[:, :prefix], _take(means, columns).to(x.dtype)], 1)
+                for x, means in ((k, k_mean), (v, v_mean))
+            )
+            diffuse_q = _take(q_blocks, diffuse)
+
+            def attend(of: slice, some: slice) -> Tensor:
+                chosen = blocks[of, some]
+
+                def around(in_blocks: Tensor, shared: Tensor) -> Tensor:
+                    near = _take(in_blocks[of], chosen.flatten(1))
+                    near = near.reshape(*chosen.shape[:2], exact * self.block, shared.shape[-1])
+                    return torch.cat([near, shared[of, None].expand(-1, chosen.shape[1], -1, -1)], 2)
+
+                near_k, near_v = around(k_blocks, shared_k), around(v_blocks, shared_v)
+                return _attention(diffuse_q[of, some], near_k, near_v, mask[of, some], dropout, scale)
+
+            size = mask.shape[-1] * (q.shape[-1] + v.shape[-1]) * q.element_size()  # bytes gathered for a query block
+            at_once = max(1, _GATHERED.get(q.device.type, _GATHERED["cuda"]) // size)
+            if torch.compiler.is_compiling() or _needs_gradient(q, k, v) or at_once >= n - sharp:
+                rest = attend(slice(None), slice(None))
+            else:  # little by little, so that what is gathered stays in the cache, and takes little memory
+                rest = v.new_empty(*diffuse.shape, self.block, v.shape[-1])
+                for one in range(q.shape[0]):
+                    for begin in range(0, n - sharp, at_once):
+                        of, some = slice(one, one + 1), slice(begin, begin + at_once)
+                        rest[of, some] = attend(of, some)
             out = parts.tokens(_take(torch.cat([out, rest], 1), order.argsort(-1)))
         if self.shortcut:
             summary = self.shortcut * (compressed @ v_mean).to(out.dtype)
@@ -528,6 +554,10 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     start = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     rows = x.flatten(0, 1).index_select(0, (index + start).flatten())
     return rows.reshape(x.shape[0], index.shape[1], *x.shape[2:])
+
+
+def _needs_gradient(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
