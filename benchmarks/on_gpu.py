@@ -129,7 +129,7 @@ def _run(task: Task, log: Path, seconds: float) -> str:
         try:
             return "done" if process.wait(seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGTERM)  # not SIGINT, which is ignored below a shell's background jobs
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE - 2)
         with contextlib.suppress(ProcessLookupError):

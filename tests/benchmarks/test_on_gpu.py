@@ -11,7 +11,8 @@ from benchmarks.on_gpu import GRACE, Task, main, tasks, work_through
 def noting(folder, word, seconds=0.0):
     """Write a module that notes a word once it has slept, or that it was interrupted."""
     code = (
-        "import time, pathlib\n"
+        "import time, pathlib, signal\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         f"log = pathlib.Path({str(folder / 'log.txt')!r})\n"
         f"try:\n    time.sleep({seconds})\n    said = {word!r}\nexcept KeyboardInterrupt:\n    said = 'saved'\n"
         "log.open('a').write(said + '\\n')\n"
