@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
+from diffkd.data.classification.in_memory import ImageSet, InMemoryData, check_image_set
 from diffkd.data.folders import absent_classes, format_names
-from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val
+from diffkd.data.image_data import evaluated_classes, train_or_val
 
 Layout = Literal["auto", "NHWC", "NCHW"]
 
@@ -131,7 +131,7 @@ NO_AUGMENTATION = Augmentation()
 _MOST_CLASSES = 1_000_000  # larger labels are not class indices, and so many names could fill the memory
 
 
-class Arrays(ImageData):
+class Arrays(InMemoryData):
     """Serve images and labels of two `.npz` files from memory.
 
     Both files are read and checked when the module is created, before training.
@@ -196,9 +196,10 @@ class Arrays(ImageData):
                 f"{test}: images are {test_set.images.dtype} {test_shape} (C, H, W), those of {train} are "
                 f"{train_set.images.dtype} {shape}; write both alike."
             )
-        memory = InMemory(
+        super().__init__(
             train_set,
             test_set,
+            classes,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
@@ -206,12 +207,7 @@ class Arrays(ImageData):
             std=std,
             labels=labels,
         )
-        super().__init__(
-            memory, classes, image_size=(shape[1], shape[2]), mean=memory.mean, std=memory.std, labels=labels
-        )
         self.multi_label = several and labels
-        self.augmentation = augmentation
-        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
 
 

@@ -7,8 +7,8 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
-from diffkd.data.image_data import ImageData, train_or_val
+from diffkd.data.classification.in_memory import ImageSet, InMemoryData, check_image_set
+from diffkd.data.image_data import train_or_val
 
 # Computed from the 50,000 training images of each, in units of [0, 1].
 _STATISTICS = {
@@ -18,7 +18,7 @@ _STATISTICS = {
 CROP_AND_FLIP = Augmentation(crop_padding=4, flip=True)
 
 
-class Cifar(ImageData):
+class Cifar(InMemoryData):
     """Serve CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) from memory, read by torchvision.
 
     The archives are pickles; torchvision opens them only if their MD5 sums are the official ones. Evaluation is on the
@@ -56,9 +56,10 @@ class Cifar(ImageData):
         )
         test = _read(root, classes, False, download) if trains else train
         default_mean, default_std = _STATISTICS[classes]
-        memory = InMemory(
+        super().__init__(
             _image_set(train),
             _image_set(test),
+            train.classes,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
@@ -66,11 +67,8 @@ class Cifar(ImageData):
             std=std or default_std,
             labels=labels,
         )
-        super().__init__(memory, train.classes, image_size=(32, 32), mean=memory.mean, std=memory.std, labels=labels)
         # The argument is a number; the attribute holds the names.
         self.save_hyperparameters("classes", logger=False)
-        self.augmentation = augmentation
-        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.root, self.download = root, download
 
 

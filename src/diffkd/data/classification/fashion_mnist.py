@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffkd.data.classification.arrays import check_unpacked
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.classification.in_memory import ImageSet, InMemory, check_image_set
-from diffkd.data.image_data import ImageData, train_or_val
+from diffkd.data.classification.in_memory import ImageSet, InMemoryData, check_image_set
+from diffkd.data.image_data import train_or_val
 from diffkd.data.seeding import mix_seed
 
 
@@ -72,7 +72,7 @@ CROP = Augmentation(crop_padding=2)
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
-class FashionMNIST(ImageData):
+class FashionMNIST(InMemoryData):
     """Serve the whole of Fashion-MNIST (Xiao et al., 2017, arXiv 1708.07747) from memory.
 
     The four IDX files are read and checked when the module is created. Evaluation uses the official test set.
@@ -106,9 +106,10 @@ class FashionMNIST(ImageData):
         train, _ = train_or_val(
             lambda: read_fashion_mnist(folders, "train"), lambda: read_fashion_mnist(folders, "t10k")
         )
-        memory = InMemory(
+        super().__init__(
             train,
             read_fashion_mnist(folders, "t10k"),
+            CLASSES,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
@@ -116,9 +117,6 @@ class FashionMNIST(ImageData):
             std=std,
             labels=labels,
         )
-        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
-        self.augmentation = augmentation
-        self.batch_size, self.seed, self.labels = batch_size, seed, labels
         self.root = root
 
 
@@ -161,7 +159,7 @@ def _find(folders: list[Path], name: str) -> Path:
     return found
 
 
-class FashionSubset(ImageData):
+class FashionSubset(InMemoryData):
     """Serve a fixed, class-balanced subset of Fashion-MNIST that comes with the package.
 
     It holds the first 800 training and the first 200 test images of each class, in their official order and bit-exact,
@@ -189,9 +187,10 @@ class FashionSubset(ImageData):
         train, test = read_fashion_subset()
         if per_class is not None:
             train = _some_of_each(train, per_class, seed)
-        memory = InMemory(
+        super().__init__(
             train,
             test,
+            CLASSES,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
@@ -199,9 +198,7 @@ class FashionSubset(ImageData):
             std=std,
             labels=labels,
         )
-        super().__init__(memory, CLASSES, image_size=(28, 28), mean=memory.mean, std=memory.std, labels=labels)
-        self.augmentation = augmentation
-        self.batch_size, self.seed, self.labels, self.per_class = batch_size, seed, labels, per_class
+        self.per_class = per_class
 
 
 def _some_of_each(data: ImageSet, count: int, seed: int) -> ImageSet:
@@ -214,7 +211,7 @@ def _some_of_each(data: ImageSet, count: int, seed: int) -> ImageSet:
     return ImageSet(data.images[chosen], data.labels[chosen])
 
 
-class FashionPairs(ImageData):
+class FashionPairs(InMemoryData):
     """Serve pairs of garments side by side, whose class is the ordered pair of their classes: a hundred classes.
 
     Composed of the packaged subset, or of the whole of Fashion-MNIST for training: a task with many classes that are
@@ -256,20 +253,18 @@ class FashionPairs(ImageData):
             )
         folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
         source = read_fashion_mnist(folders, "train") if whole else read_fashion_part("train")
-        memory = InMemory(
+        names = tuple(f"{left} and {right}" for left in CLASSES for right in CLASSES)
+        super().__init__(
             compose_pairs(source, count, seed=1),
             compose_pairs(read_fashion_part("test"), test_count, seed=2),
+            names,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
             mean=mean,
             std=std,
         )
-        names = tuple(f"{left} and {right}" for left in CLASSES for right in CLASSES)
-        super().__init__(memory, names, image_size=(28, 56), mean=memory.mean, std=memory.std)
         self.count, self.test_count, self.whole, self.root = count, test_count, whole, root
-        self.augmentation = augmentation
-        self.batch_size, self.seed = batch_size, seed
 
 
 def compose_pairs(single: ImageSet, count: int, *, seed: int) -> ImageSet:

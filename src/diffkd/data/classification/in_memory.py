@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.device_loader import DeviceLoader
-from diffkd.data.image_data import placement
+from diffkd.data.image_data import ImageData, placement
 from diffkd.data.loaders import BANK, HELD_OUT, InTurn
 from diffkd.data.statistics import channel_statistics
 
@@ -152,3 +152,43 @@ class InMemory:
         two = ImageSet(self.train.images[[0, -1]], self.train.labels[[0, -1]]).to(placement(None).device)
         images, _, _ = next(iter(DeviceLoader(*two, batch_size=2, mean=self.mean, std=self.std)))
         return images
+
+
+class InMemoryData(ImageData):
+    """A data module over a training and an evaluation set in memory; its subclasses read them.
+
+    Args:
+        train: training images and labels.
+        val: evaluation images and labels.
+        classes: names of the K classes.
+        batch_size: as the following, of :class:`InMemory`.
+        augmentation, seed, mean, std, labels: likewise.
+    """
+
+    def __init__(
+        self,
+        train: ImageSet,
+        val: ImageSet,
+        classes: Sequence[str],
+        *,
+        batch_size: int,
+        augmentation: Augmentation,
+        seed: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        labels: bool = True,
+    ) -> None:
+        memory = InMemory(
+            train,
+            val,
+            batch_size=batch_size,
+            augmentation=augmentation,
+            seed=seed,
+            mean=mean,
+            std=std,
+            labels=labels,
+        )
+        height, width = train.images.shape[-2:]
+        super().__init__(memory, classes, image_size=(height, width), mean=memory.mean, std=memory.std, labels=labels)
+        self.augmentation = augmentation
+        self.batch_size, self.seed, self.labels = batch_size, seed, labels
