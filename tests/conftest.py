@@ -15,6 +15,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+multiprocessing.set_forkserver_preload(["diffkd.commands.compare", "torch.distributed"])  # when the first one is forked
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: results depend on the number of threads
 
 # The first example may import half of torch, and a test that fails must fail again.
@@ -36,13 +37,12 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _short_comparisons() -> Iterator[None]:
-    """Fork the processes of comparisons, studies and groups from a server that has the imports done; time steps once.
+@pytest.fixture(scope="module")
+def short_comparisons() -> Iterator[None]:
+    """Fork the processes of comparisons and studies from the server that has the imports done; time steps once.
 
     Commands that tests start as such begin their processes anew, as users do.
     """
-    multiprocessing.set_forkserver_preload(["diffkd.commands.compare", "torch.distributed"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffkd.commands.compare.START_METHOD", "forkserver")
         patch.setattr("diffkd.commands.tune.START_METHOD", "forkserver")

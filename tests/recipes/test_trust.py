@@ -396,6 +396,7 @@ def test_the_denoiser_of_the_benchmarks_is_named_with_trust():
         Gate(fit_arguments(), Trust()).check(values, "diffkd-unet.yaml")
 
 
+@pytest.mark.usefixtures("short_comparisons")
 def test_own_code_trains_resumes_compares_tests_and_plots(tmp_path, capsys, monkeypatch):
     recipe = write_recipe(tmp_path, epochs=1)
     method = "method: {class_path: mine_code.Mine, init_args: {scale: 0.5}}\n"
