@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -207,6 +208,7 @@ class Contained:
         """Watch the process."""
         extra["acts"] = []
         os.chdir(self.allowed)
+        tempfile.tempdir = self.allowed
         size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         limit = size + self.memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -38,7 +38,7 @@ def problems(done: Outcome, folder: Path) -> list[str]:
     wrong = {one for one in done.err + done.out if not one.isprintable() and one != "\n"}
     if wrong:
         found.append(f"printed {wrong}")
-    if longest := max((len(line) for line in done.lines), default=0) > LONGEST:
+    if (longest := max((len(line) for line in done.lines), default=0)) > LONGEST:
         found.append(f"printed a line of {longest} characters")
     grown = done.peak[0] - done.peak[1]
     if grown > RESIDENT:

@@ -429,3 +429,12 @@ def test_names_that_the_output_cannot_encode_are_escaped(tmp_path, monkeypatch):
     assert cli.main(["inspect", str(tmp_path / "data.yaml")]) == 0
     sys.stdout.flush()
     assert b"\\u72d7, cat" in written.getvalue()
+
+
+def test_a_word_as_long_as_a_file_is_shortened(capsys):
+    """As a name in an archive or a table may be; the start and the end of it say which."""
+    assert cli.main(["inspect", f"first{'x' * 100_000}last"]) == 1
+    message = capsys.readouterr().err
+    assert len(message) < 1_000
+    assert "first" in message
+    assert "last" in message

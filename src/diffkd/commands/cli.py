@@ -291,7 +291,9 @@ def _reason(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"diffkd: {_printable(' '.join(message.split()))}", file=sys.stderr)  # noqa: T201
+    # A name in a file from elsewhere may be as long as the file.
+    words = (word if len(word) <= 512 else f"{word[:240]}...{word[-240:]}" for word in message.split())
+    print(f"diffkd: {_printable(' '.join(words))}", file=sys.stderr)  # noqa: T201
     return code
 
 
