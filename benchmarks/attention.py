@@ -49,7 +49,7 @@ Step = Callable[[], None]
 
 
 def attention_steps(
-    length: int, backward: bool, device: str, *, sharp_ratio: float = 0.5
+    length: int, backward: bool, device: str, *, sharp_ratio: float = 0.5, flex: bool = False
 ) -> dict[str, Callable[[], Step]]:
     """Return makers of steps: attention of one image with tokens of the wanted number, full and sparse."""
 
@@ -68,7 +68,7 @@ def attention_steps(
 
     return {
         "full": partial(make, F.scaled_dot_product_attention),
-        "sparse": partial(make, InContextSparseAttention(sharp_ratio=sharp_ratio)),
+        "sparse": partial(make, InContextSparseAttention(sharp_ratio=sharp_ratio, flex=flex)),
     }
 
 
@@ -102,6 +102,8 @@ CASES: dict[str, tuple[Callable[[int, bool, str], dict[str, Callable[[], Step]]]
     "attention forward": (attention_steps, False),
     "attention forward and backward": (attention_steps, True),
     "attention forward, a quarter sharp": (partial(attention_steps, sharp_ratio=0.25), False),
+    "attention forward, block masks": (partial(attention_steps, flex=True), False),
+    "attention forward and backward, block masks": (partial(attention_steps, flex=True), True),
     "network forward": (network_steps, False),
     "network forward and backward": (network_steps, True),
 }
@@ -303,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--runs", type=Path, default=Path("runs/sparse"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), help="by default all, block masks on a GPU alone")
     parser.add_argument("--rounds", type=int, default=9, help="at 4,096 tokens; fewer, but three, above")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -312,7 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=1)
     options = parser.parse_args(argv)
     if options.what == "time":
-        time(options.out, options.lengths, options.cases, options.rounds, options.device)
+        usual = [name for name in CASES if options.device == "cuda" or "block masks" not in name]
+        time(options.out, options.lengths, options.cases or usual, options.rounds, options.device)
     else:
         accuracy(options.out, options.runs, options.methods, options.seeds, options.per_class, options.epochs)
 

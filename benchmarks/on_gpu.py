@@ -56,6 +56,7 @@ def tasks(data: Path, out: Path, device: str, jobs: int, *, small: bool) -> list
     quick = [] if small else ["--precision=bf16-mixed", "--compile=reduce-overhead"]
     # Strategy A1 in a quarter of its epochs, with the learning rate for batches of 256.
     schedule = ["--optimizer.lr=0.2", "--schedule.kind=cosine", "--schedule.warmup_epochs=1", "--schedule.per=step"]
+    lengths = ["--rounds", "3", "--lengths", "1024"] if small else ["--rounds", "31"]
     teacher = out / "teacher"
 
     def step(name: str, case: str, *more: str) -> Task:
@@ -81,6 +82,9 @@ def tasks(data: Path, out: Path, device: str, jobs: int, *, small: bool) -> list
         step("imagenet-eager", "imagenet"),
         step("imagenet224-bf16-graphs", "imagenet224", *bf16, "--compile", "default" if small else "reduce-overhead"),
         Task("dense", ("benchmarks.step", "--case", "fpn", "segmentation", *price, "--name", "dense")),
+        Task(
+            "attention", ("benchmarks.attention", "time", "--device", device, "--out", str(out / "attention"), *lengths)
+        ),
         Task("growth", ("benchmarks.growth", "--device", device, "--clock", "wall", "--out", str(out / "growth"))),
     ]
 

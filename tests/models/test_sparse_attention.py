@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from rounding import EXACT, units_of
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from diffkd.models import load_backbone, load_model, sparse_attention
 from diffkd.models.sparse_attention import InContextSparseAttention, SparseSelfAttention, sparse
@@ -133,6 +135,34 @@ def test_equals_the_dense_derivation(case: dict[str, Any]) -> None:
     attention = InContextSparseAttention(block=block, **options)
     out = attention(*qkv, prefix_tokens=tokens["prefix"], context_tokens=tokens["context"])
     torch.testing.assert_close(out, dense_of_all(*qkv, block, **tokens, **options), **EXACT)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_block_masks_give_the_same(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the unfused FlexAttention, for its kernels want a GPU; they read the lists of blocks instead of the mask."""
+    masks = []
+
+    def unfused(*arguments: Any, **options: Any) -> Tensor:
+        masks.append((arguments[4], arguments[0].shape[2], arguments[1].shape[2]))
+        return flex_attention(*arguments, **options)
+
+    monkeypatch.setattr(sparse_attention, "_compiled_flex_attention", lambda: unfused)
+    monkeypatch.setattr(sparse_attention._Sparsity, "_flexible", lambda self, *_: self.flex)
+    qkv, block, tokens, options = options_of(case)
+    tokens = {f"{name}_tokens": count for name, count in tokens.items()}
+    plain, by_masks = (InContextSparseAttention(block=block, flex=flex, **options) for flex in (False, True))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        out = by_masks(*qkv, **tokens)
+    torch.testing.assert_close(out, plain(*qkv, **tokens), **EXACT)
+    for mask, queries, keys in masks:
+        full = create_mask(mask.mask_mod, 1, 4, queries, keys, "cpu")
+        blocks = full.unflatten(3, (-1, block)).unflatten(2, (-1, block)).float().mean((3, 5))
+        assert torch.equal(mask.to_dense() > 0, blocks > 0)  # the lists name the blocks that the mask opens; and
+        listed = torch.arange(keys // block) < mask.full_kv_num_blocks[..., None]
+        # those listed as full are: there the kernels do not look at the mask.
+        assert bool((blocks.gather(3, mask.full_kv_indices.long())[listed] == 1).all())
+    assert masks or 1.0 in (options.get("exact_ratio"), options.get("sharp_ratio"))
 
 
 def test_without_gradients_the_same_little_by_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,15 +22,17 @@ A ratio of so many blocks is rounded down, and gives at least one block unless i
 is chosen. The choices have no gradient; everything computed with them has.
 """
 
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from diffkd.models.extras import nearest, require
 
@@ -98,10 +100,13 @@ class _Sparsity:
     sharpness_ratio: float = 0.0625
     exact_ratio: float = 0.0625
     shortcut: float = 1.0
+    flex: bool = False
 
     def __post_init__(self) -> None:
         _check_count("block", self.block, 1, "the number of tokens in a block, such as 64")
-        for field in fields(self)[1:]:
+        if not isinstance(self.flex, bool):
+            raise ValueError(f"flex is {self.flex!r}: give true or false")
+        for field in fields(self)[1:-1]:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value!r}: give a number, such as {field.default}")
@@ -180,55 +185,84 @@ class _Sparsity:
         else:
             largest = max(1, _count(self.sharpness_ratio, n_target))
             order = _largest(scores[:, :, :n_target].topk(largest, -1).values.sum(-1))  # (G, n): the sharpest first
-            sharpest = _take(q_blocks, order[:, :sharp]).flatten(1, 2)
-            out = full(torch.cat([q[:, :prefix], sharpest], 1) if prefix else sharpest)
-            first, out = out[:, :prefix], out[:, prefix:].reshape(q.shape[0], sharp, self.block, v.shape[-1])
+            diffuse = order[:, sharp:]  # (G, l)
+            seen = columns[:, None].expand(-1, n - sharp, -1)
+            best = _largest(_take(logits.detach(), diffuse).gather(-1, seen))[
+                ..., :exact
+            ]  # (G, l, e), places in `seen`
+            near = seen.gather(-1, best)  # the exact blocks of each diffuse query block
 
-            # The others, by blocks of queries (G, l, b, d), and for each the keys (G, l, e b + prefix + m, d): tokens
-            # of the exact blocks, the prefix, and the means of all kept blocks; the mask hides those of exact ones.
-            diffuse = order[:, sharp:]
-            rows = _take(logits.detach(), diffuse).gather(-1, columns[:, None].expand(-1, n - sharp, -1))  # (G, l, m)
-            best = _largest(rows)[..., :exact]  # (G, l, e), places in `columns`
-            blocks = columns[:, None].expand(-1, n - sharp, -1).gather(-1, best)  # and the blocks themselves
+            def by_gathering() -> tuple[Tensor, Tensor]:
+                sharpest = _take(q_blocks, order[:, :sharp]).flatten(1, 2)
+                out = full(torch.cat([q[:, :prefix], sharpest], 1) if prefix else sharpest)
+                first, out = out[:, :prefix], out[:, prefix:].reshape(q.shape[0], sharp, self.block, v.shape[-1])
 
-            hidden = q.new_zeros(n, self.block).masked_fill(~held, -math.inf)[blocks].flatten(2)  # (G, l, e b)
-            weights = sizes.log().to(q.dtype)[columns][:, None].expand(-1, n - sharp, -1)
-            weights = weights.scatter(-1, best, -math.inf)  # (G, l, m)
-            mask = torch.cat([hidden, q.new_zeros(*diffuse.shape, prefix), weights], -1)[:, :, None]
-            shared_k, shared_v = (  # (G, prefix + m, d)
-                torch.cat([x[:, :prefix], _take(means, columns).to(x.dtype)], 1)
-                for x, means in ((k, k_mean), (v, v_mean))
-            )
-            diffuse_q = _take(q_blocks, diffuse)
+                # The others, by blocks of queries (G, l, b, d), and for each the keys (G, l, e b + prefix + m, d):
+                # tokens of the exact blocks, the prefix, means of all kept blocks; the mask hides those of exact ones.
+                hidden = q.new_zeros(n, self.block).masked_fill(~held, -math.inf)[near].flatten(2)  # (G, l, e b)
+                weights = sizes.log().to(q.dtype)[columns][:, None].expand(-1, n - sharp, -1)
+                weights = weights.scatter(-1, best, -math.inf)  # (G, l, m)
+                mask = torch.cat([hidden, q.new_zeros(*diffuse.shape, prefix), weights], -1)[:, :, None]
+                shared_k, shared_v = (  # (G, prefix + m, d)
+                    torch.cat([x[:, :prefix], _take(means, columns).to(x.dtype)], 1)
+                    for x, means in ((k, k_mean), (v, v_mean))
+                )
+                diffuse_q = _take(q_blocks, diffuse)
 
-            def attend(of: slice, some: slice) -> Tensor:
-                chosen = blocks[of, some]
+                def attend(of: slice, some: slice) -> Tensor:
+                    chosen = near[of, some]
 
-                def around(in_blocks: Tensor, shared: Tensor) -> Tensor:
-                    near = _take(in_blocks[of], chosen.flatten(1))
-                    near = near.reshape(*chosen.shape[:2], exact * self.block, shared.shape[-1])
-                    return torch.cat([near, shared[of, None].expand(-1, chosen.shape[1], -1, -1)], 2)
+                    def around(in_blocks: Tensor, shared: Tensor) -> Tensor:
+                        tokens = _take(in_blocks[of], chosen.flatten(1))
+                        tokens = tokens.reshape(*chosen.shape[:2], exact * self.block, shared.shape[-1])
+                        return torch.cat([tokens, shared[of, None].expand(-1, chosen.shape[1], -1, -1)], 2)
 
-                near_k, near_v = around(k_blocks, shared_k), around(v_blocks, shared_v)
-                return _attention(diffuse_q[of, some], near_k, near_v, mask[of, some], dropout, scale)
+                    near_k, near_v = around(k_blocks, shared_k), around(v_blocks, shared_v)
+                    return _attention(diffuse_q[of, some], near_k, near_v, mask[of, some], dropout, scale)
 
-            size = mask.shape[-1] * (q.shape[-1] + v.shape[-1]) * q.element_size()  # bytes gathered for a query block
-            at_once = max(1, _GATHERED.get(q.device.type, _GATHERED["cuda"]) // size)
-            if torch.compiler.is_compiling() or _needs_gradient(q, k, v) or at_once >= n - sharp:
-                rest = attend(slice(None), slice(None))
-            else:  # little by little, so that what is gathered stays in the cache, and takes little memory
-                rest = v.new_empty(*diffuse.shape, self.block, v.shape[-1])
-                for one in range(q.shape[0]):
-                    for begin in range(0, n - sharp, at_once):
-                        of, some = slice(one, one + 1), slice(begin, begin + at_once)
-                        rest[of, some] = attend(of, some)
-            out = parts.tokens(_take(torch.cat([out, rest], 1), order.argsort(-1)))
+                size = mask.shape[-1] * (q.shape[-1] + v.shape[-1]) * q.element_size()  # bytes for a query block
+                at_once = max(1, _GATHERED.get(q.device.type, _GATHERED["cuda"]) // size)
+                if torch.compiler.is_compiling() or _needs_gradient(q, k, v) or at_once >= n - sharp:
+                    rest = attend(slice(None), slice(None))
+                else:  # little by little, so that what is gathered stays in the cache, and takes little memory
+                    rest = v.new_empty(*diffuse.shape, self.block, v.shape[-1])
+                    for one in range(q.shape[0]):
+                        for begin in range(0, n - sharp, at_once):
+                            of, some = slice(one, one + 1), slice(begin, begin + at_once)
+                            rest[of, some] = attend(of, some)
+                return first, parts.tokens(_take(torch.cat([out, rest], 1), order.argsort(-1)))
+
+            def by_block_masks() -> tuple[Tensor, Tensor]:
+                kept_blocks = q.new_zeros(q.shape[0], n, dtype=torch.bool).scatter(1, columns, True)
+                exact_blocks = kept_blocks[:, None].expand(-1, n, -1)  # (G, n, n): which each query block sees
+                of_diffuse = torch.zeros_like(exact_blocks[:, sharp:]).scatter(2, near, True)
+                rows = diffuse[..., None].expand(-1, -1, n)
+                exact_blocks = exact_blocks.scatter(1, rows, of_diffuse)
+                by_mean = torch.zeros_like(exact_blocks).scatter(1, rows, kept_blocks[:, None] & ~of_diffuse)
+                bias = sizes.log().to(q.dtype).masked_fill(~by_mean, -math.inf)
+                return _by_block_masks(
+                    parts,
+                    held,
+                    [(x[:, :prefix], blocks) for x, blocks in ((q, q_blocks), (k, k_blocks), (v, v_blocks))],
+                    (k_mean.to(k.dtype), v_mean.to(v.dtype)),
+                    kept_blocks,
+                    exact_blocks,
+                    bias,
+                    scale,
+                )
+
+            first, out = by_block_masks() if self._flexible(q, dropout) else by_gathering()
         if self.shortcut:
             summary = self.shortcut * (compressed @ v_mean).to(out.dtype)
             out = out + parts.tokens(summary[:, :, None].expand(-1, -1, self.block, -1))
         if prefix:
             out = torch.cat([first, out], 1)
         return out.reshape(batch, -1, *out.shape[1:])
+
+    def _flexible(self, q: Tensor, dropout: float) -> bool:
+        """Return whether FlexAttention is wanted, and its kernels can do it: not on a CPU, nor with dropout."""
+        tiles = self.block >= 16 and not self.block & (self.block - 1)
+        return self.flex and q.is_cuda and tiles and not dropout and not torch.compiler.is_exporting()
 
 
 class InContextSparseAttention(nn.Module):
@@ -246,6 +280,8 @@ class InContextSparseAttention(nn.Module):
         sharpness_ratio: share of the target's blocks whose attention makes a query block's sharpness, at least one.
         exact_ratio: share of the kept key blocks to which the other query blocks attend token by token.
         shortcut: weight of the attention between the blocks' means, which is added to each block; 0 for none.
+        flex: compute it by FlexAttention's block masks, in one kernel that gathers nothing, where it can: on a GPU,
+            without dropout, in blocks of a power of two from 16 on. The numbers are the same up to rounding.
 
     Raises:
         ValueError: if the block is no positive integer, a ratio is not in [0, 1], or a value is not finite.
@@ -264,9 +300,10 @@ class InContextSparseAttention(nn.Module):
         sharpness_ratio: float = 0.0625,
         exact_ratio: float = 0.0625,
         shortcut: float = 1.0,
+        flex: bool = False,
     ) -> None:
         super().__init__()
-        self._options = _Sparsity(block, context_ratio, sharp_ratio, sharpness_ratio, exact_ratio, shortcut)
+        self._options = _Sparsity(block, context_ratio, sharp_ratio, sharpness_ratio, exact_ratio, shortcut, flex)
 
     def forward(
         self,
@@ -395,6 +432,7 @@ def sparse(
     sharpness_ratio: float = 0.0625,
     exact_ratio: float = 0.0625,
     shortcut: float = 1.0,
+    flex: bool = False,
     prefix_tokens: int | None = None,
     context_tokens: int = 0,
 ) -> nn.Module:
@@ -407,7 +445,7 @@ def sparse(
     Args:
         model: changed in place. Its full-attention weights load strictly, before or after.
         block: as the following, of :class:`InContextSparseAttention`.
-        context_ratio, sharp_ratio, sharpness_ratio, exact_ratio, shortcut: likewise.
+        context_ratio, sharp_ratio, sharpness_ratio, exact_ratio, shortcut, flex: likewise.
         prefix_tokens: class and register tokens at the beginning of the sequence; None: the `num_prefix_tokens` of the
             part of the model that holds the layer, or of the layer.
         context_tokens: tokens at its end that are context.
@@ -425,7 +463,7 @@ def sparse(
     >>> sparse(vit, block=16, shortcut=0.0).load_state_dict(full)
     <All keys matched successfully>
     """
-    options = _Sparsity(block, context_ratio, sharp_ratio, sharpness_ratio, exact_ratio, shortcut)
+    options = _Sparsity(block, context_ratio, sharp_ratio, sharpness_ratio, exact_ratio, shortcut, flex)
     if prefix_tokens is not None:
         _check_count("prefix_tokens", prefix_tokens, 0, "the number of class and register tokens")
     _check_count("context_tokens", context_tokens, 0, "the number of tokens at the end that are context")
@@ -457,8 +495,8 @@ def sparse_options(text: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: if an option is unknown, given twice, or its value is no number.
     """
-    known: dict[str, type] = {field.name: int if field.name == "block" else float for field in fields(_Sparsity)}
-    known |= {"prefix_tokens": int, "context_tokens": int}
+    known: dict[str, Any] = {field.name: float for field in fields(_Sparsity)}
+    known |= {"block": int, "flex": _truth, "prefix_tokens": int, "context_tokens": int}
     options: dict[str, Any] = {}
     for one in filter(None, text.split(",")):
         option, equals, value = one.partition("=")
@@ -472,9 +510,13 @@ def sparse_options(text: str, name: str) -> dict[str, Any]:
         try:
             options[option] = known[option](value)
         except ValueError:
-            number = "a whole number" if known[option] is int else "a number"
-            raise ValueError(f"model '{name}' gives {option} as '{equals and value}': give {number}") from None
+            wanted = {int: "a whole number", _truth: "0 or 1"}.get(known[option], "a number")
+            raise ValueError(f"model '{name}' gives {option} as '{equals and value}': give {wanted}") from None
     return options
+
+
+def _truth(text: str) -> bool:
+    return bool(("0", "1").index(text))
 
 
 def _kinds() -> tuple[type, ...]:
@@ -554,6 +596,83 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     start = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     rows = x.flatten(0, 1).index_select(0, (index + start).flatten())
     return rows.reshape(x.shape[0], index.shape[1], *x.shape[2:])
+
+
+def _by_block_masks(
+    parts: _Parts,
+    held: Tensor,
+    sequences: list[tuple[Tensor, Tensor]],
+    means: tuple[Tensor, Tensor],
+    kept: Tensor,
+    exact: Tensor,
+    bias: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the outputs of the prefix (G, prefix, d) and of the other tokens (G, S - prefix, d) by FlexAttention.
+
+    The keys are [prefix | tokens by blocks | means], each filled up to whole blocks; a query block sees the blocks that
+    its row of the block mask names, and nothing is gathered.
+
+    Args:
+        parts: of the sequence.
+        held: (n, b), the places of the blocks that hold a token.
+        sequences: queries, keys and values, each as prefix (G, prefix, d) and blocks (G, n, b, d).
+        means: of the keys and values over the blocks (G, n, d).
+        kept: (G, n), the blocks that the prefix sees.
+        exact: (G, n, n), the blocks that each query block sees token by token.
+        bias: (G, n, n), what is added to the product with a block's mean: -inf where that is not seen.
+        scale: of the products.
+    """
+    n, block = parts.count, parts.block
+    ahead, behind = -(-parts.prefix // block), -(-n // block)  # blocks of the prefix, and of the means
+    means_at = (ahead + n) * block
+
+    def filled(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, -x.shape[1] % block))
+
+    query, key, value = (torch.cat([filled(first), blocks.flatten(1, 2)], 1) for first, blocks in sequences)
+    key, value = (torch.cat([x, filled(mean)], 1)[None] for x, mean in zip((key, value), means, strict=True))
+    is_key = torch.cat(
+        [
+            torch.arange(ahead * block, device=held.device) < parts.prefix,
+            held.flatten(),
+            torch.arange(behind * block, device=held.device) < n,
+        ]
+    )
+    blocks_seen = F.pad(torch.cat([kept[:, None].expand(-1, ahead, -1), exact], 1), (ahead, 0), value=True)
+    by_mean = (bias > -math.inf).any(2)  # (G, n): the diffuse query blocks
+    means_seen = F.pad(by_mean, (ahead, 0))[..., None].expand(-1, -1, behind)
+    seen = torch.cat([blocks_seen, means_seen], 2)[None]  # (1, G, ahead + n, ahead + n + behind)
+    whole = is_key.view(-1, block).all(1) & (torch.arange(ahead + n + behind, device=held.device) < ahead + n)
+
+    def listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.sort(chosen.int(), dim=-1, descending=True, stable=True).indices
+        return chosen.sum(-1, dtype=torch.int32), first.int().contiguous()
+
+    def add_bias(score: Tensor, _: Tensor, group: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        of, mean = (q // block - ahead).clamp(min=0), (k - means_at).clamp(0, n - 1)
+        return torch.where(k < means_at, score, score + bias[group, of, mean])
+
+    mask = BlockMask.from_kv_blocks(
+        *listed(seen & ~whole),
+        *listed(seen & whole),
+        BLOCK_SIZE=block,
+        mask_mod=lambda _, group, q, k: is_key[k] & seen[0, group, q // block, k // block],
+        seq_lengths=(query.shape[1], key.shape[2]),
+    )
+    tile = min(block, 64)
+    options = {f"fwd_BLOCK_{name}": tile for name in "MN"} | {
+        f"bwd_BLOCK_{name}": tile for name in ("M1", "N1", "M2", "N2")
+    }
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    out = attend(query[None], key, value, add_bias, mask, scale, kernel_options=options)[0]
+    return out[:, : parts.prefix], parts.tokens(out[:, ahead * block :].unflatten(1, (n, block)))
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    """Return FlexAttention as a kernel of its own: it is made for the first call, which takes a minute."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _needs_gradient(*inputs: Tensor) -> bool:
