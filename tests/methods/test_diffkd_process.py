@@ -259,6 +259,30 @@ def test_standardised_logits_are_compared_as_logits():
     close(result.losses["kd"], expected)
 
 
+@kinds
+@pytest.mark.parametrize("path", ["diffusion", "flow"])
+def test_what_is_denoised_is_matched_too(kind, path):
+    """With a weight of its own, beside the other losses, which do not change."""
+    model = build(kind, path=path, inference_steps=2, source_weight=0.25, kd_weight=3.0)
+    plain = copy.deepcopy(model)
+    plain.weights["source"] = 0.0
+    student, teacher, given = case(kind)
+    result, without = model(student, teacher, **given), plain(student, teacher, **given)
+    close(result.losses.pop("source"), 0.25 * (plain.student_projection(student) - teacher).square().mean())
+    assert set(result.losses) == set(without.losses)
+    for term, loss in without.losses.items():
+        close(result.losses[term], loss)
+
+
+def test_a_source_of_logits_is_compared_in_their_units():
+    model = build("vector", path="flow", inference_steps=1, source_weight=1.0, standardize=True, distance="kl")
+    student, teacher, _ = case("vector")
+    loss = model(student, teacher).losses["source"]
+    mean, deviation = teacher.mean(0), teacher.var(0, correction=0).sqrt()
+    scores = model.student_projection(student) * deviation + mean
+    close(loss, F.kl_div(scores.log_softmax(1), teacher.softmax(1), reduction="batchmean"))
+
+
 def test_the_state_of_the_default_is_as_it_was():
     names = {name.split(".")[0] for name in DiffKD(6, 8, ae_channels=4).state_dict()}
     parts = {"student_projection", "autoencoder", "denoiser", "noise_adapter", "output_projection"}
@@ -271,7 +295,7 @@ COMBINED = {
     "clean film every": {"time": "film", "prediction": "clean", "every_step": True, "standardize": True},
     "velocity gamma": {"prediction": "velocity", "start_timestep": "gamma", "standardize": True},
     "flow": {"path": "flow", "time": "film", "inference_steps": [1, 2], "standardize": True},
-    "flow embedding": {"path": "flow", "inference_steps": 2},
+    "flow embedding": {"path": "flow", "inference_steps": 2, "source_weight": 1.0},
 }
 combined = pytest.mark.parametrize("options", COMBINED.values(), ids=COMBINED)
 with_ae = pytest.mark.parametrize("ae", [None, 4])

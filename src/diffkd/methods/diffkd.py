@@ -36,8 +36,8 @@ class DiffKDOutput(NamedTuple):
     Attributes:
         denoised: the student's denoised feature, (B, C, H, W) or (B, C), C the latent channels.
         target: the teacher's latent of the same shape, which `denoised` was compared with.
-        losses: scalars "kd", "diffusion" (not on the path of a flow) and, with an autoencoder, "reconstruction", each
-            times its weight.
+        losses: scalars "kd", "diffusion" (not on the path of a flow), "reconstruction" with an autoencoder and "source"
+            with a `source_weight`, each times its weight.
         gamma: (B,) weight of the student's feature against the added noise, in (0, 1); ones without noise adapter.
     """
 
@@ -82,6 +82,9 @@ class DiffKD(nn.Module):
     - `start_timestep="gamma"`: each sample starts at the timestep whose noise level the noise adapter chose,
       from (gamma z + (1 - gamma) eps) / sqrt(gamma^2 + (1 - gamma)^2), which Eq. 3 gives for
       abar = gamma^2 / (gamma^2 + (1 - gamma)^2); see :func:`~diffkd.diffusion.schedule.timesteps_of_level`.
+    - `source_weight`: d of Eq. 7 between the projected student's feature itself, before noise and denoising, and the
+      target, times this weight: the estimate before the first step, which is FitNet's loss where d is the mean squared
+      error. It pulls the student while the denoiser is still young.
     - `path="flow"`: flow matching (Shao et al., *FM-KT*, arXiv 2402.02012, Eq. 5 to 9). No Gaussian noise and no
       gamma: from the projected student's feature S, for i = N..1 and t = i / N, v_i = Phi(Z, t), Z <- Z - v_i / N;
       the loss is (1 / N) sum_i d(S - v_i, target), and `denoised` is the last Z. There is no Eq. 4, and neither
@@ -109,6 +112,7 @@ class DiffKD(nn.Module):
         kd_weight: lambda 3 of Eq. 9, of the distance.
         diffusion_weight: lambda 1, of the denoiser's loss.
         reconstruction_weight: lambda 2, of the autoencoder's loss.
+        source_weight: of the distance of what is denoised, see above; 0 leaves it out.
         denoiser: factory of a network that replaces the light :class:`~diffkd.diffusion.modules.Denoiser` (Table 12),
             called with the latent's channels and whether it is a map. The network takes the noisy latent and the
             timesteps, (B,) int64, and returns the noise, in the latent's shape. `denoiser_norm` is for the light one.
@@ -147,6 +151,7 @@ class DiffKD(nn.Module):
         kd_weight: float = 1.0,
         diffusion_weight: float = 1.0,
         reconstruction_weight: float = 1.0,
+        source_weight: float = 0.0,
         denoiser: Callable[[int, bool], nn.Module] | None = None,
         checkpoint: bool = False,
         variant: Literal["code", "paper"] = "code",
@@ -214,6 +219,7 @@ class DiffKD(nn.Module):
         self.error = error or "mean"
         self.detach_target = paper if detach_target is None else detach_target
         self.weights = {"kd": kd_weight, "diffusion": diffusion_weight, "reconstruction": reconstruction_weight}
+        self.weights["source"] = source_weight
         if is_logits:
             distance = logits_distance or distance or ("dist" if self.is_map else "kl")
         if distance in ("kl", "dist"):
@@ -325,20 +331,20 @@ class DiffKD(nn.Module):
             predicted = passes.extra()
 
         projections = [at_least_float32(self.output_projection(one.to(self.dtype))) for one in estimates]
+        source = [latent] if self.weights["source"] else []
         denoised = projections[-1]
         if clean_student is not estimates[-1]:
             denoised = at_least_float32(self.output_projection(clean_student.to(self.dtype)))
         scale = self.latent_standardization or self.standardization
         if self.restores and scale is not None:
-            projections, denoised, compared = (
-                [scale.restore(one) for one in projections],
-                scale.restore(denoised),
-                unscaled,
-            )
+            projections, source = ([scale.restore(one) for one in some] for some in (projections, source))
+            denoised, compared = scale.restore(denoised), unscaled
         else:
             compared = target
         distances = [self.distance(one, compared) for one in projections]
         losses = {"kd": distances[0] if len(distances) == 1 else torch.stack(distances).mean()}  # Eq. 7
+        if source:
+            losses["source"] = self.distance(source[0], compared)
         if predicted is not None and diffusion_noise is not None:
             wanted = learned(target, diffusion_noise, abar, self.prediction)
             losses["diffusion"] = self._squared_error(predicted, wanted)  # Eq. 4
