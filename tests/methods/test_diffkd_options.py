@@ -18,7 +18,7 @@ class TestOptions:
     def test_no_noise_adapter(self):
         model = DiffKD(6, 8, noise_adapter=False)
         result = self.run(model)
-        assert torch.equal(result.gamma, torch.ones(4))
+        assert result.gamma is None
         assert not any("noise_adapter" in name for name in model.state_dict())
         student, teacher = torch.randn(4, 6, 3, 3), torch.randn(4, 8, 3, 3)
         model.eval()

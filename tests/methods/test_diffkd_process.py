@@ -143,7 +143,7 @@ def test_the_flow(kind, n):
     close(result.denoised, z)
     close(result.losses["kd"], sum(losses) / n)
     assert sorted(result.losses) == ["kd", "reconstruction"]
-    assert torch.equal(result.gamma, torch.ones(5).double())
+    assert result.gamma is None
     sum(result.losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

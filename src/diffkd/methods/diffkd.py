@@ -38,13 +38,13 @@ class DiffKDOutput(NamedTuple):
         target: the teacher's latent of the same shape, which `denoised` was compared with.
         losses: scalars "kd", "diffusion" (not on the path of a flow), "reconstruction" with an autoencoder and "source"
             with a `source_weight`, each times its weight.
-        gamma: (B,) weight of the student's feature against the added noise, in (0, 1); ones without noise adapter.
+        gamma: (B,) weight of the student's feature against the added noise, in (0, 1); None without noise adapter.
     """
 
     denoised: Tensor
     target: Tensor
     losses: dict[str, Tensor]
-    gamma: Tensor
+    gamma: Tensor | None
 
 
 class DiffKD(nn.Module):
@@ -303,7 +303,8 @@ class DiffKD(nn.Module):
         target, unscaled, reconstruction, reconstructed = self._encoded(teacher)
         latent = at_least_float32(projected)
         shape = latent.shape
-        gamma, predicted = latent.new_ones(shape[0]), None
+        gamma: Tensor | None = None
+        predicted: Tensor | None = None
         if self.flows:
             estimates, clean_student = self._flow(latent)
         else:
@@ -325,7 +326,8 @@ class DiffKD(nn.Module):
             abar = levels[timesteps].to(latent.dtype)
             noisy_target = add_noise(target, diffusion_noise, abar)
 
-            chain = timesteps_of_level(levels, gamma, len(self.steps)) if self.from_gamma else self.visited
+            starts = gamma if self.from_gamma else None
+            chain = self.visited if starts is None else timesteps_of_level(levels, starts, len(self.steps))
             passes = DenoiserPasses(self.denoiser, chain, noisy_target, timesteps, checkpoint=self.checkpoint)
             estimates, clean_student = self._denoised(passes, noisy_student, chain, levels)
             predicted = passes.extra()

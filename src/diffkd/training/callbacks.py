@@ -27,7 +27,6 @@ from rich.progress import (
 from rich.table import Table
 from torch import nn
 
-from diffkd.diffusion.modules import NoiseAdapter
 from diffkd.diffusion.standardization import Standardization
 from diffkd.distill.distiller import Distiller
 from diffkd.distill.ramp import ALWAYS
@@ -286,11 +285,7 @@ def stuck_gammas(training: Training, means: Mapping[str, float]) -> list[str]:
     """Return the pairs whose gamma (noise adapter) was above 0.99 on average over an epoch."""
     if training.distiller is None:
         return []
-    return [
-        name
-        for name, method in zip(training.distiller.names, training.distiller.methods, strict=True)
-        if means.get(f"gamma/{name}", 0.0) > 0.99 and any(isinstance(part, NoiseAdapter) for part in method.modules())
-    ]
+    return [name for name in training.distiller.names if means.get(f"gamma/{name}", 0.0) > 0.99]
 
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
