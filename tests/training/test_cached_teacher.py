@@ -1,14 +1,9 @@
 """Trainings that read their teacher from a cache learn what they would have learned from the teacher itself."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from short_trainings import Tripwire, arrays, fail, same_weights, train
+from two_processes import run_in_two
 
 from diffkd import KD, FitNet, TeacherOptions, read_weights, save_student
 from diffkd.data import Augmentation
@@ -185,30 +180,17 @@ def test_random_parts_are_found(image_files):
     assert random_parts(object()) is None
 
 
-SCRIPT = """
-import json, sys, torch
-from short_trainings import arrays, train
-from diffkd import FitNet
-from diffkd.data import Augmentation
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    data = arrays(json.loads(sys.argv[1]), augmentation=Augmentation(), batch_size=5)
-    options = {"teacher_cache": sys.argv[4], "teacher_weights": sys.argv[5], "devices": 2, "epochs": 1}
-    train(data, sys.argv[2], sys.argv[3], method=FitNet, **options)
-"""
+def train_half(files, out, models, teacher, folder):
+    data = arrays(files, augmentation=Augmentation(), batch_size=5)
+    options = {"teacher_cache": folder, "teacher_weights": teacher, "devices": 2, "epochs": 1}
+    train(data, out, models, method=FitNet, **options)
 
 
 def test_two_processes_share_it(tmp_path, learn, image_files, model_file, teacher_file, passes):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     folder = tmp_path / "cache"
-    words = [sys.executable, "-W", "ignore", str(script), json.dumps(image_files), str(tmp_path / "run"), model_file]
-    done = subprocess.run(
-        [*words, str(folder), teacher_file], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = (image_files, tmp_path / "run", model_file, teacher_file, folder)
+    codes, said = run_in_two(tmp_path / "log", train_half, *given)
+    assert codes == [0, 0], said
     assert sorted(path.name for path in folder.glob("valid-*")) == ["valid-0.bin", "valid-1.bin"]
     marks = [(folder / f"valid-{rank}.bin").read_bytes() for rank in (0, 1)]
     assert [max(pair) for pair in zip(*marks, strict=True)] == [1] * 60

@@ -3,52 +3,31 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from short_trainings import arrays
+from short_trainings import METHODS, arrays, train
+from two_processes import run_in_two
 
 from diffkd.files.weights import read_weights
 from diffkd.models import load_model
-
-SCRIPT = """
-import sys
-from functools import partial
-from short_trainings import METHODS, arrays, train
-import json, os, signal, torch
 from diffkd.training.checkpointing import Interrupted
 
-files, out, models, trip, strategy = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
-first = os.environ.get("LOCAL_RANK", "0") == "0"
 
-def action():
-    if first:  # only one of the two hears the signal
+def stop_the_first():
+    """Let only one of the two hear the signal."""
+    if os.environ["RANK"] == "0":
         os.kill(os.getpid(), signal.SIGTERM)
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    data = arrays(files, trip if trip >= 0 else None, action, batch_size=7)
+
+def train_half(files, out, models, strategy, trip):
+    data = arrays(files, trip, stop_the_first, batch_size=7)
+    told = {"devices": 2, "epochs": 2, "log_every": 2, "resume": True, "progress": True, "strategy": strategy}
     try:
-        told = {"devices": 2, "epochs": 2, "log_every": 2, "resume": True, "progress": True, "strategy": strategy}
         train(data, out, models, method=METHODS["diffkd"], ema=0.8, **told)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
-"""
-
-
-def launch(files, out, models, strategy, trip=-1):
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "PYTHONWARNINGS": "ignore",
-    }
-    script = Path(out).with_suffix(".py")
-    script.write_text(SCRIPT)
-    words = [sys.executable, str(script), json.dumps(files), str(out), models, str(trip), strategy]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +38,16 @@ def run_with(tmp_path_factory, image_files, model_file):
     def run(strategy):
         if strategy not in done:
             out = tmp_path_factory.mktemp(strategy) / "run"
-            stopped = launch(image_files, out, model_file, strategy, trip=1)
-            if "adds up the gradients" in stopped.stderr and torch.__version__ < "2.15":
+            given = (image_files, out, model_file, strategy)
+            codes, said = run_in_two(out.with_name("stopped"), train_half, *given, 1)
+            if "adds up the gradients" in said and torch.__version__ < "2.15":
                 pytest.skip("this PyTorch cannot, and says so")
-            assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr[-3000:]
+            assert codes == [128 + signal.SIGTERM] * 2, said[-3000:]
             content = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
             assert content["global_step"] == 2  # the next step at which both look up
-            finished = launch(image_files, out, model_file, strategy)
-            assert finished.returncode == 0, finished.stderr[-3000:]
-            done[strategy] = out, finished.stderr
+            codes, said = run_in_two(out.with_name("finished"), train_half, *given, None)
+            assert codes == [0, 0], said[-3000:]
+            done[strategy] = out, said
         return done[strategy]
 
     return run

@@ -1,15 +1,12 @@
 """Trainings without labels: resumed, cached, measured by a probe, and refused where they cannot work."""
 
 import json
-import multiprocessing
-import os
 import signal
-import socket
-import warnings
 
 import pytest
 import torch
 from short_trainings import arrays, same_weights, signal_self, train
+from two_processes import run_in_two
 
 from diffkd import KD, RKD, Balance, DiffKD, FitNet, read_weights
 from diffkd.commands.evaluate import evaluate
@@ -119,36 +116,17 @@ def large(in_channels): return net(12, in_channels, 1)
 """
 
 
-def free_port():
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
-
-
-def work(rank, port, data, out, nets):
-    """Train as a process that torchrun started; forked, which saves the imports."""
-    started = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-    started |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "none"}
-    os.environ.update({name: str(value) for name, value in started.items()})
-    warnings.simplefilter("ignore")
+def train_half(data, out, nets):
     train(data, out, nets, method=FitNet, devices=2, epochs=2, precision="64-true")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
 def test_two_processes_train_and_measure_what_one_does(tmp_path, image_files):
     """Half of each batch on either, and nothing that is a process's own: statistics, or augmentation, of a batch."""
     nets = tmp_path / "nets.py"
     nets.write_text(NETS)
     whole, halves = (unlabelled(image_files, batch_size=size, augmentation=Augmentation()) for size in (10, 5))
-    port = free_port()
-    forked = multiprocessing.get_context("fork")
-    both = [forked.Process(target=work, args=(rank, port, halves, tmp_path / "two", str(nets))) for rank in (0, 1)]
-    for one in both:
-        one.start()
-    for one in both:
-        one.join(300)
-        one.kill()
-    assert [one.exitcode for one in both] == [0, 0]
+    codes, said = run_in_two(tmp_path / "log", train_half, halves, tmp_path / "two", str(nets))
+    assert codes == [0, 0], said
     train(whole, tmp_path / "one", str(nets), method=FitNet, epochs=2, precision="64-true")
     alone, together = (rows(tmp_path / name)[-1] for name in ("one", "two"))
     assert alone.keys() == together.keys()

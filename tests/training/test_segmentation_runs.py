@@ -2,10 +2,7 @@
 
 import functools
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 from PIL import Image
 from short_trainings import Tripwire, same_weights, signal_self
 from torch.nn import functional as F
+from two_processes import run_in_two
 
 from diffkd import CIRKD, KD, DiffKD, FitNet
 from diffkd.commands.arguments import fit_with
@@ -192,30 +190,14 @@ def test_every_preset_trains(tmp_path, preset):
     assert all(np.isfinite(value) for value in result["last"].values())
 
 
-SCRIPT = """
-import sys
-import torch
-from test_segmentation_runs import DiffKD, scenes, train
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train(scenes(), sys.argv[1], method=DiffKD, devices=2, ema=0.8)
-"""
+def train_half(out):
+    train(scenes(), out, method=DiffKD, devices=2, ema=0.8)
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
     """Five images over two processes; exact counts, whoever has which."""
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{here}{os.pathsep}{here.parent}",
-        "PYTHONWARNINGS": "ignore",
-    }
-    words = [sys.executable, str(script), str(tmp_path / "run")]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    codes, said = run_in_two(tmp_path / "log", train_half, tmp_path / "run")
+    assert codes == [0, 0], said
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["device"] == "2 x cpu"
     found = evaluate(str(tmp_path / "run"), model=f"{MODELS}:small", progress=False)
