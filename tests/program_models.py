@@ -1,5 +1,6 @@
 """Models of one's own that are exported as programs, or cannot be."""
 
+import math
 from collections import OrderedDict
 from typing import Any
 
@@ -55,6 +56,14 @@ class Pooled(Coarse):
         return {"out": maps + nn.functional.interpolate(parts, maps.shape[-2:], mode="bilinear")}
 
 
+class Halved(Coarse):
+    """A segmenter that looks at half of the rows, a number that the format of exported programs cannot compute."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        rows = math.ceil(0.5 * images.shape[2])
+        return {"out": self.layer(nn.functional.interpolate(images, (rows, images.shape[3])))}
+
+
 class Tied(FixedBatch):
     """Returns the best positions of a score that is the same everywhere, as an untrained RT-DETR does."""
 
@@ -95,6 +104,10 @@ def coarse(num_classes: int) -> nn.Module:
 
 def pooled(num_classes: int) -> nn.Module:
     return Pooled(num_classes)
+
+
+def halved(num_classes: int) -> nn.Module:
+    return Halved(num_classes)
 
 
 def tied(num_classes: int) -> nn.Module:

@@ -115,6 +115,15 @@ def test_a_graph_that_would_differ_at_other_sizes_is_of_one_size(tmp_path, capsy
 
 
 @torch.no_grad()
+def test_a_program_that_cannot_be_written_for_other_sizes_is_of_one_size(tmp_path, capsys):
+    model, source = own("halved", tmp_path, "segmentation")
+    out = export(source, tmp_path / "s.pt2", model=f"{OWN}:halved", image_size=[64, 96])
+    assert "batch may change; not height, width: op <built-in function ceil>" in capsys.readouterr().out
+    images = torch.rand(3, 3, 64, 96)
+    assert_rounds(AnySize(model), images, torch.export.load(out).module()(images))
+
+
+@torch.no_grad()
 def test_ties_are_resolved_as_onnx_defines_it(tmp_path):
     model, source = own("tied", tmp_path)
     out = export(source, tmp_path / "t.onnx", model=f"{OWN}:tied")

@@ -165,10 +165,10 @@ def _name_axes(model: Any, axes: Sequence[str]) -> None:
 
 def _write_pt2(program: Any, file: Path, card: str) -> Callable[[Tensor], list[Tensor]]:
     content = io.BytesIO()
-    torch.export.save(program, content, extra_files={f"{_CARD}.json": card})
+    with _export_errors():  # sizes can be computed by functions that the format does not know
+        torch.export.save(program, content, extra_files={f"{_CARD}.json": card})
+        loaded = torch.export.load(io.BytesIO(content.getvalue()))
     file.write_bytes(content.getvalue())
-    content.seek(0)
-    loaded = torch.export.load(content)
     if "score_threshold" in loaded.state_dict:
         loaded.state_dict["score_threshold"].zero_()
     module = loaded.module()
