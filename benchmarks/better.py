@@ -42,6 +42,7 @@ FACTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "balance": ({"balance": None}, {"balance": {"balance": 1.0}}),
 }
 Levels = tuple[bool, ...]
+START_METHOD = "spawn"  # of the processes of trainings
 
 
 def design(factors: int, runs: int) -> list[Levels]:
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Seed by seed, so that an interrupted one has whole seeds.
     missing = [(one, seed) for seed in range(given.seeds) for one in settings if (one, seed) not in scores]
     given.out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context(START_METHOD)) as pool:
         futures = {}
         for levels, seed in missing:
             name = "".join(str(int(level)) for level in levels)

@@ -32,7 +32,8 @@ def test_main_effects_are_recovered():
     assert [error for *_, error in rows] == pytest.approx([0.0, 0.005, 0.0])
 
 
-def test_it_goes_on_where_it_was(tmp_path, capsys):
+def test_it_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("benchmarks.better.START_METHOD", "forkserver")
     recipe = write_recipe(tmp_path, epochs=1)
     words = [f"--recipe={recipe}", f"--out={tmp_path}/out", "--factors", "one_step", "balance", "--runs=4", "--seeds=1"]
     main([*words, "--", "--accelerator=cpu", TRUST])
