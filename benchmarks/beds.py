@@ -70,18 +70,19 @@ _SEGMENTATION = tuple(
     f"segmentation/{name}"
     for name in ("alone", "kd", "dist", "cwd", "diffkd", "fitnet-direct-standardized", "diffkd-direct")
 )
+_INHERITING = str(HERE / "beds/inheriting.yaml")  # students of the generated scenes start with the teacher's head
 BEDS = {
     "demo": Bed("demo (a)", "demo", _CLASSIFICATION),
     "cifar100": Bed(
         "CIFAR-100, 10,000 images, real teacher (b)",
         str(HERE / "beds/cifar100.yaml"),
         _CLASSIFICATION,
-        views=5,
+        views=6,
     ),
     "bccd": Bed("BCCD, real backbone (c)", str(HERE / "beds/bccd.yaml"), _DETECTION),
-    "scenes-detection": Bed("generated scenes, boxes (c)", "scenes/detection", _DETECTION),
+    "scenes-detection": Bed("generated scenes, boxes (c)", "scenes/detection", (*_DETECTION, _INHERITING)),
     "camvid": Bed("CamVid, real encoder (d)", str(HERE / "beds/camvid.yaml"), _SEGMENTATION, views=4),
-    "scenes-segmentation": Bed("generated scenes, masks (d)", "scenes/segmentation", _SEGMENTATION),
+    "scenes-segmentation": Bed("generated scenes, masks (d)", "scenes/segmentation", (*_SEGMENTATION, _INHERITING)),
 }
 
 

@@ -125,6 +125,20 @@ def test_the_prediction_of_a_perfect_network_recovers_the_clean_feature(kind):
 
 
 @kinds
+@pytest.mark.parametrize("options", [{}, {"time": "film"}, {"denoiser_norm": True}], ids=str)
+def test_a_flow_begins_with_the_students_feature(kind, options):
+    model = DiffKD(6, 8, kind=kind, path="flow", inference_steps=2, **options).double()
+    student, teacher, _ = case(kind)
+    result = model(student, teacher)
+    projected = model.student_projection(student)
+    close(result.denoised, projected)
+    close(result.losses["kd"], (projected - teacher).square().mean())
+    result.losses["kd"].backward()
+    last = [layer for layer in model.denoiser.pred if list(layer.parameters())][-1]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in last.parameters())  # it does not stay there
+
+
+@kinds
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_the_flow(kind, n):
     model = build(kind, path="flow", inference_steps=n, ae_channels=4)

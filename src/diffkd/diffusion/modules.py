@@ -144,6 +144,13 @@ class Denoiser(nn.Module):
         return x
 
 
+def begin_at_zero(denoiser: nn.Module) -> None:
+    """Set the last layer of a light denoiser to zero, so that it predicts zeros until it is trained."""
+    last = [layer for layer in denoiser.get_submodule("pred").children() if list(layer.parameters())][-1]
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+
+
 def _denoiser_layers(channels: int, is_map: bool, output_norm: bool, activate: bool) -> nn.Sequential:
     if is_map:
         return nn.Sequential(

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from diffkd.diffusion.distances import Distance, at_least_float32, check_several_classes, distance_by_name, mse
-from diffkd.diffusion.modules import BatchNorm, Denoiser, FilmDenoiser, LinearAutoencoder, NoiseAdapter, pointwise
+from diffkd.diffusion.modules import (
+    BatchNorm,
+    Denoiser,
+    FilmDenoiser,
+    LinearAutoencoder,
+    NoiseAdapter,
+    begin_at_zero,
+    pointwise,
+)
 from diffkd.diffusion.passes import DenoiserPasses
 from diffkd.diffusion.schedule import (
     BetaSchedule,
@@ -88,7 +96,8 @@ class DiffKD(nn.Module):
     - `path="flow"`: flow matching (Shao et al., *FM-KT*, arXiv 2402.02012, Eq. 5 to 9). No Gaussian noise and no
       gamma: from the projected student's feature S, for i = N..1 and t = i / N, v_i = Phi(Z, t), Z <- Z - v_i / N;
       the loss is (1 / N) sum_i d(S - v_i, target), and `denoised` is the last Z. There is no Eq. 4, and neither
-      `output_projection` nor `denoiser_norm` unless set. N is `inference_steps`; if that is a sequence, N is drawn from
+      `output_projection` nor `denoiser_norm` unless set. The light denoiser begins at v = 0, so that the first estimate
+      is S itself and the loss FitNet's: a random velocity would pull the student at random at first. N is `inference_steps`; if that is a sequence, N is drawn from
       it for every training batch (the paper's {1, 2, 4, 8}) and is its maximum in evaluation. A compiled module keeps
       the last N drawn: `diffkd fit` calls :meth:`draw` before every batch, and so does the eager forward.
 
@@ -245,6 +254,8 @@ class DiffKD(nn.Module):
             self.denoiser = FilmDenoiser(latent, self.is_map, _or(denoiser_norm, plain), activate)
         else:
             self.denoiser = Denoiser(latent, self.is_map, num_train_timesteps, _or(denoiser_norm, plain), activate)
+        if self.flows and denoiser is None:
+            begin_at_zero(self.denoiser)
         self.noise_adapter = NoiseAdapter(latent, self.is_map, activate) if noise_adapter else None
         self.output_projection = (
             nn.Sequential(pointwise(latent, latent, self.is_map), BatchNorm(latent))
