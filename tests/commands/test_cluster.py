@@ -118,7 +118,8 @@ def test_a_run_that_fails_on_a_cluster_is_named_with_its_reason(recipe, tmp_path
 def test_two_nodes_by_torchrun_train_as_two_processes_of_one(recipe, tmp_path):
     fit = ["-m", "diffkd", "fit", str(recipe), TRUST, "--epochs=2", "--accelerator=cpu", "--progress=false"]
     here = script(tmp_path, [*fit, "--devices=2", f"--out={tmp_path / 'here'}"])
-    assert here.wait(timeout=600) == 0, here.communicate()[1][-3000:]
+    _, errors = here.communicate(timeout=600)
+    assert here.returncode == 0, errors[-3000:]
     rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29411"]
     torchrun = ["-m", "torch.distributed.run", *rendezvous, "--rdzv-id=two-nodes"]
     words = [*torchrun, *fit, "--num_nodes=2", f"--out={tmp_path / 'nodes'}"]

@@ -97,9 +97,10 @@ class DiffKD(nn.Module):
       gamma: from the projected student's feature S, for i = N..1 and t = i / N, v_i = Phi(Z, t), Z <- Z - v_i / N;
       the loss is (1 / N) sum_i d(S - v_i, target), and `denoised` is the last Z. There is no Eq. 4, and neither
       `output_projection` nor `denoiser_norm` unless set. The light denoiser begins at v = 0, so that the first estimate
-      is S itself and the loss FitNet's: a random velocity would pull the student at random at first. N is `inference_steps`; if that is a sequence, N is drawn from
-      it for every training batch (the paper's {1, 2, 4, 8}) and is its maximum in evaluation. A compiled module keeps
-      the last N drawn: `diffkd fit` calls :meth:`draw` before every batch, and so does the eager forward.
+      is S itself and the loss FitNet's: a random velocity would pull the student at random at first. N is
+      `inference_steps`; if that is a sequence, N is drawn from it for every training batch (the paper's {1, 2, 4, 8})
+      and is its maximum in evaluation. A compiled module keeps the last N drawn: `diffkd fit` calls :meth:`draw`
+      before every batch, and so does the eager forward.
 
     Args:
         student_channels: channels of the student's feature, or its :class:`~diffkd.FeatureShape`.
