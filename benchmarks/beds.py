@@ -61,10 +61,10 @@ class Bed:
     views: int = 0
 
 
-_CLASSIFICATION = ("alone", "kd", "dist", "diffkd", "fitnet-direct", "fitnet-direct-standardized", "diffkd-direct")
+_CLASSIFICATION = ("alone", "kd", "dist", "diffkd", "fitnet-direct-standardized", "diffkd-direct")
 _DETECTION = tuple(
     f"detection/{name}"
-    for name in ("alone", "fgd-anchor_free", "diffkd", "diffkd-ae", "fitnet-direct-standardized", "diffkd-direct")
+    for name in ("alone", "kd", "fgd-anchor_free", "diffkd", "fitnet-direct-standardized", "diffkd-direct")
 )
 _SEGMENTATION = tuple(
     f"segmentation/{name}"

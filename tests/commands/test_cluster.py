@@ -1,6 +1,6 @@
 """Comparisons on clusters, and a training on two nodes: on this machine, and equal to what it does without a cluster.
 
-What starts a cluster is marked so and left out by default: `uv run --extra cluster pytest -n 0 -m cluster`.
+What starts a cluster is left out by default: `uv run --extra cluster --extra tune pytest -n 0 -m cluster`.
 """
 
 import json
@@ -87,6 +87,7 @@ def test_a_comparison_on_ray_survives_the_loss_of_a_node_and_ends_as_without(rec
 @pytest.mark.cluster
 def test_a_comparison_and_a_study_by_submitit_end_as_without(recipe, tmp_path, capsys):
     pytest.importorskip("submitit")
+    pytest.importorskip("optuna")
     words = ["--methods", "alone", "--seeds=2", "--cost=false"]
     local = ["--launcher=submitit", "--launcher_options={cluster: local}"]
     for name, more in (("slurm", local), ("here", [])):
