@@ -264,7 +264,7 @@ class TestWritingWhole:
 
     def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_file(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(OSError, match=rf"could not write {tmp_path}/file/new .*choose another folder"):
+        with pytest.raises(OSError, match=rf"could not write {tmp_path}/file/new .*\); choose another folder"):
             write_whole(tmp_path / "file" / "new", Path.touch)
 
     def test_an_interrupt_passes_through_and_leaves_no_litter(self, tmp_path):

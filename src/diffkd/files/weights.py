@@ -1,5 +1,6 @@
 """Files of weights: read as data, never as code; written atomically."""
 
+import errno
 import json
 import os
 import re
@@ -341,9 +342,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError, RuntimeError)):
+            mend = "choose another folder" if _of_the_place(error) else "free some space or choose another folder"
             raise OSError(
-                f"could not write {path} ({error}{_free_space(path, error)}); free some space or choose another "
-                "folder; earlier files are whole"
+                f"could not write {path} ({error}{_free_space(path, error)}); {mend}; earlier files are whole"
             ) from error
         raise
 
@@ -363,6 +364,12 @@ def check_target(path: Path, example: str) -> None:
     above = next((parent for parent in path.absolute().parents if parent.exists()), None)
     if above is not None and not above.is_dir():
         raise ValueError(f"{path} cannot be written, since {above} is a file and no folder; give another --out")
+
+
+def _of_the_place(error: Exception) -> bool:
+    """Whether a file cannot be written because of where it is to be, however much space is free there."""
+    places = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+    return isinstance(error, OSError) and error.errno in places
 
 
 def _free_space(path: Path, error: Exception) -> str:
