@@ -213,21 +213,21 @@ def scores(lines: Sequence[Mapping[str, Any]], bed: str, share: float) -> dict[s
 
 
 def table(lines: Sequence[Mapping[str, Any]], bed: str, share: float = 0.0) -> str:
-    """Return the Markdown table of a bed: mean ± std, n, and paired differences to alone and to the control."""
+    """Return the Markdown table of a bed: mean ± std, n, and paired differences to alone, KD and the control."""
     found = scores(lines, bed, share)
     if not found:
         return ""
     known = [Path(method).stem for method in BEDS[bed].methods]
     order = [name for name in known if name in found] + [name for name in found if name not in known]
     metric = next(line["metric"] for line in lines if line["bed"] == bed)
-    head = ["method", "n", metric, "vs alone (p)", "vs control (p)"]
+    head = ["method", "n", metric, "vs alone (p)", "vs kd (p)", "vs control (p)"]
     rows = [head]
     for name in order:
         runs = found[name]
         values = list(runs.values())
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         cells = [name, str(len(values)), f"{statistics.mean(values):.2f}{spread}"]
-        for other in ("alone", "fitnet-direct-standardized"):
+        for other in ("alone", "kd", "fitnet-direct-standardized"):
             if name == other or not set(runs) & set(found.get(other, {})):
                 cells.append("-")
             else:
