@@ -133,6 +133,14 @@ def test_ties_are_resolved_as_onnx_defines_it(tmp_path):
 
 
 @torch.no_grad()
+def test_a_check_within_a_model_becomes_part_of_the_program(tmp_path):
+    model, source = own("checked", tmp_path)
+    out = export(source, tmp_path / "c.onnx", model=f"{OWN}:checked")
+    images = torch.rand(2, 3, 12, 10)
+    torch.testing.assert_close(torch.from_numpy(run(out, images)[0]), model(images))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
 def test_a_backbone_returns_its_embedding(tmp_path, suffix):
     model = load_backbone("cifar/compact_resnet8").eval()
