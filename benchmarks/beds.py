@@ -81,7 +81,7 @@ BEDS = {
     ),
     "bccd": Bed("BCCD, real backbone (c)", str(HERE / "beds/bccd.yaml"), _DETECTION),
     "scenes-detection": Bed("generated scenes, boxes (c)", "scenes/detection", (*_DETECTION, _INHERITING)),
-    "camvid": Bed("CamVid, real encoder (d)", str(HERE / "beds/camvid.yaml"), _SEGMENTATION, views=4),
+    "camvid": Bed("CamVid, real encoder (d)", str(HERE / "beds/camvid.yaml"), _SEGMENTATION),
     "scenes-segmentation": Bed("generated scenes, masks (d)", "scenes/segmentation", (*_SEGMENTATION, _INHERITING)),
 }
 
