@@ -161,8 +161,9 @@ def test_a_launcher_that_cannot_work_is_one_line_before_anything_is_trained(reci
 def test_options_that_a_cluster_does_not_take_are_one_line(options, reason, recipe, tmp_path):
     launcher, _, values = options.partition(" ")
     pytest.importorskip(launcher)
-    words = ["-m", "diffkd", "compare", str(recipe), f"--out={tmp_path / 'out'}", TRUST, f"--trust={MODELS}"]
-    process = script(tmp_path, [*words, f"--launcher={launcher}", f"--launcher_options={values}"])
+    words = ["-m", "diffkd", "compare", str(recipe), "--methods", "alone", f"--out={tmp_path / 'out'}"]
+    trust = [TRUST, f"--trust={MODELS}"]
+    process = script(tmp_path, [*words, *trust, f"--launcher={launcher}", f"--launcher_options={values}"])
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     (said,) = [line for line in errors.splitlines() if line.startswith("diffkd: ") and "warning" not in line]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -96,8 +97,9 @@ def _by_ray(
     address = options.pop("address", None)
     paths = {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}}
     try:
+        _reach(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=paths)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConnectionError(
             f"the Ray cluster {address or 'of this machine'} could not be reached ({reason}): start it with `ray start "
@@ -128,6 +130,13 @@ def _by_ray(
         if running:
             ray.wait(list(running), num_returns=len(running), timeout=60)  # a run that is stopped saves a checkpoint
         ray.shutdown()
+
+
+def _reach(address: str | None) -> None:
+    """Raise OSError if nobody listens at an address HOST:PORT: Ray itself would try for minutes."""
+    if address and re.fullmatch(r"[^/]+:\d+", address):
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _call(there: _There, *arguments: Any) -> Any:
