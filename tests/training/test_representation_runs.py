@@ -9,6 +9,7 @@ from short_trainings import arrays, same_weights, signal_self, train
 from two_processes import run_in_two
 
 from diffkd import KD, RKD, Balance, DiffKD, FitNet, read_weights
+from diffkd.commands import cli
 from diffkd.commands.evaluate import evaluate
 from diffkd.data import Augmentation
 from diffkd.files.history import read_csv
@@ -135,3 +136,16 @@ def test_two_processes_train_and_measure_what_one_does(tmp_path, image_files):
     alone, together = (read_weights(tmp_path / name / "student.safetensors") for name in ("one", "two"))
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_a_run_has_its_page_with_what_is_seen(tmp_path, image_files):
+    pytest.importorskip("plotly")
+    nets = tmp_path / "nets.py"
+    nets.write_text(NETS)
+    words = ["fit", f"--student={nets}:small", f"--teacher={nets}:large", "--method=diffkd.FitNet", "--data=Arrays"]
+    words += [f"--data.{name}={file}" for name, file in image_files.items()]
+    words += ["--data.labels=false", "--data.batch_size=20", "--epochs=1", f"--out={tmp_path / 'run'}"]
+    assert cli.main([*words, "--accelerator=cpu", "--progress=false", f"--trust={nets}"]) == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "What student and teacher see" in page
+    assert "Worst images" not in page

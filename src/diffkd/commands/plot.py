@@ -92,7 +92,7 @@ def plot_training(
     if training.distiller is None:
         return []
     data.setup("validate")
-    batches = iter(data.val_dataloader())
+    batches = (batch[:3] for batch in data.val_dataloader())  # without the kind of images, which some have
     first = next(batches)
     drawn = _draw_pairs(training, first, _chosen(first, images), getattr(data, "classes", ()), out)
     if found := _gammas(training, itertools.chain([first], batches), gammas):

@@ -121,5 +121,7 @@ def _looked_at(
     facts = facts_of(data)
     training.result.to(training.device).eval()
     data.setup("validate")
+    if facts.task == "representation":  # nothing is right or wrong
+        return figures, None, ()
     batches = (training.transfer_batch_to_device(batch, training.device, 0) for batch in data.val_dataloader())
     return figures, find_mistakes(training.result, facts, batches, shown=shown, limit=images), facts.classes
