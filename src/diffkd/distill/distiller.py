@@ -134,7 +134,8 @@ class Distiller(nn.Module):
             (:class:`~diffkd.teacher.view.StudentView`). With several teachers one for all, or a list.
         teacher_options: how the teacher runs; by default unchanged (:class:`~diffkd.TeacherOptions`). With several
             teachers one for all, or a list.
-        balance: weight of the automatic pairs on features; pairs on logits and given pairs keep their weights.
+        balance: weight of the automatic pairs on features and on a detector's outputs; pairs on logits and given
+            pairs keep their weights.
         representations: whether the models return representations, not class scores: automatic pairing then pairs
             their last maps and their pooled outputs (:func:`~diffkd.distill.matching.pair_representations`).
         teacher_weights: weight of the automatic pairs of each teacher; None: 1. A `balance` takes their place.

@@ -76,8 +76,8 @@ class FitOptions:
         task_weight: factor of the task's own loss.
         method_weight: factor of all distillation losses.
         method_ramp: when the distillation losses apply: start, warm-up and stop, in epochs.
-        balance: gradient-based weight of the automatic pairs on features, such as {balance: 1.0} for the gradient norm
-            of the task's loss; in given pairs, set it as their weight.
+        balance: gradient-based weight of the automatic pairs on features and detectors' outputs, such as {balance: 1.0}
+            for the gradient norm of the task's loss; in given pairs, set it as their weight.
         epochs: length of the training.
         optimizer: any optimiser, such as torch.optim.AdamW, with its own defaults.
         schedule: how the learning rate changes over the epochs.
