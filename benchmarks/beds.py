@@ -48,8 +48,7 @@ class Bed:
     Attributes:
         title: for tables.
         recipe: a file, or the name of one in the package.
-        methods: presets of the confirming runs: the student alone first, the control before the last, which is the
-            recommended one.
+        methods: presets of the confirming runs, the student alone first.
         options: of `diffkd fit`, for all runs.
         views: epochs whose augmented images run through the teacher once for all methods of a seed; 0: in every run.
     """
@@ -61,7 +60,8 @@ class Bed:
     views: int = 0
 
 
-_CLASSIFICATION = ("alone", "kd", "dist", "diffkd", "fitnet-direct-standardized", "diffkd-direct")
+# What reads most of the teacher comes first: it decides which layers a cache holds for the others.
+_CLASSIFICATION = ("alone", "fitnet-direct-standardized", "diffkd-direct", "diffkd", "dist", "kd")
 _DETECTION = tuple(
     f"detection/{name}"
     for name in ("alone", "kd", "fgd-anchor_free", "diffkd", "fitnet-direct-standardized", "diffkd-direct")
