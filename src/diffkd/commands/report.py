@@ -119,9 +119,9 @@ def _looked_at(
     training, data = saved_training(run, trust)
     figures = plot_training(training, data, place)
     facts = facts_of(data)
-    training.result.to(training.device).eval()
-    data.setup("validate")
     if facts.task == "representation":  # nothing is right or wrong
         return figures, None, ()
+    training.result.to(training.device).eval()
+    data.setup("validate")
     batches = (training.transfer_batch_to_device(batch, training.device, 0) for batch in data.val_dataloader())
     return figures, find_mistakes(training.result, facts, batches, shown=shown, limit=images), facts.classes

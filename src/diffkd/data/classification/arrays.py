@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.classification.in_memory import ImageSet, InMemoryData, check_image_set
+from diffkd.data.classification.in_memory import ImageSet, InMemory, InMemoryData, check_image_set
 from diffkd.data.folders import absent_classes, format_names
 from diffkd.data.image_data import evaluated_classes, train_or_val
 
@@ -196,10 +196,9 @@ class Arrays(InMemoryData):
                 f"{test}: images are {test_set.images.dtype} {test_shape} (C, H, W), those of {train} are "
                 f"{train_set.images.dtype} {shape}; write both alike."
             )
-        super().__init__(
+        memory = InMemory(
             train_set,
             test_set,
-            classes,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
@@ -207,6 +206,7 @@ class Arrays(InMemoryData):
             std=std,
             labels=labels,
         )
+        super().__init__(memory, classes)
         self.multi_label = several and labels
         self.train, self.test, self.layout = os.fspath(train), os.fspath(test), layout
 

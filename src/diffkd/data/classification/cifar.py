@@ -7,7 +7,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.classification.in_memory import ImageSet, InMemoryData, check_image_set
+from diffkd.data.classification.in_memory import ImageSet, InMemory, InMemoryData, check_image_set
 from diffkd.data.image_data import train_or_val
 
 # Computed from the 50,000 training images of each, in units of [0, 1].
@@ -56,10 +56,9 @@ class Cifar(InMemoryData):
         )
         test = _read(root, classes, False, download) if trains else train
         default_mean, default_std = _STATISTICS[classes]
-        super().__init__(
+        memory = InMemory(
             _image_set(train),
             _image_set(test),
-            train.classes,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
@@ -67,6 +66,7 @@ class Cifar(InMemoryData):
             std=std or default_std,
             labels=labels,
         )
+        super().__init__(memory, train.classes)
         # The argument is a number; the attribute holds the names.
         self.save_hyperparameters("classes", logger=False)
         self.root, self.download = root, download

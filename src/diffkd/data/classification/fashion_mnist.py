@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffkd.data.classification.arrays import check_unpacked
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.classification.in_memory import ImageSet, InMemoryData, check_image_set
+from diffkd.data.classification.in_memory import ImageSet, InMemory, InMemoryData, check_image_set
 from diffkd.data.image_data import train_or_val
 from diffkd.data.seeding import mix_seed
 
@@ -106,10 +106,9 @@ class FashionMNIST(InMemoryData):
         train, _ = train_or_val(
             lambda: read_fashion_mnist(folders, "train"), lambda: read_fashion_mnist(folders, "t10k")
         )
-        super().__init__(
+        memory = InMemory(
             train,
             read_fashion_mnist(folders, "t10k"),
-            CLASSES,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
@@ -117,6 +116,7 @@ class FashionMNIST(InMemoryData):
             std=std,
             labels=labels,
         )
+        super().__init__(memory, CLASSES)
         self.root = root
 
 
@@ -187,10 +187,9 @@ class FashionSubset(InMemoryData):
         train, test = read_fashion_subset()
         if per_class is not None:
             train = _some_of_each(train, per_class, seed)
-        super().__init__(
+        memory = InMemory(
             train,
             test,
-            CLASSES,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
@@ -198,6 +197,7 @@ class FashionSubset(InMemoryData):
             std=std,
             labels=labels,
         )
+        super().__init__(memory, CLASSES)
         self.per_class = per_class
 
 
@@ -254,16 +254,16 @@ class FashionPairs(InMemoryData):
         folders = [DEBIAN_FOLDER, Path("data")] if root is None else [Path(root)]
         source = read_fashion_mnist(folders, "train") if whole else read_fashion_part("train")
         names = tuple(f"{left} and {right}" for left in CLASSES for right in CLASSES)
-        super().__init__(
+        memory = InMemory(
             compose_pairs(source, count, seed=1),
             compose_pairs(read_fashion_part("test"), test_count, seed=2),
-            names,
             batch_size=batch_size,
             augmentation=augmentation,
             seed=seed,
             mean=mean,
             std=std,
         )
+        super().__init__(memory, names)
         self.count, self.test_count, self.whole, self.root = count, test_count, whole, root
 
 

@@ -158,37 +158,14 @@ class InMemoryData(ImageData):
     """A data module over a training and an evaluation set in memory; its subclasses read them.
 
     Args:
-        train: training images and labels.
-        val: evaluation images and labels.
+        memory: both sets, with what is done to them.
         classes: names of the K classes.
-        batch_size: as the following, of :class:`InMemory`.
-        augmentation, seed, mean, std, labels: likewise.
     """
 
-    def __init__(
-        self,
-        train: ImageSet,
-        val: ImageSet,
-        classes: Sequence[str],
-        *,
-        batch_size: int,
-        augmentation: Augmentation,
-        seed: int,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        labels: bool = True,
-    ) -> None:
-        memory = InMemory(
-            train,
-            val,
-            batch_size=batch_size,
-            augmentation=augmentation,
-            seed=seed,
-            mean=mean,
-            std=std,
-            labels=labels,
+    def __init__(self, memory: InMemory, classes: Sequence[str]) -> None:
+        height, width = memory.train.images.shape[-2:]
+        super().__init__(
+            memory, classes, image_size=(height, width), mean=memory.mean, std=memory.std, labels=memory.labels
         )
-        height, width = train.images.shape[-2:]
-        super().__init__(memory, classes, image_size=(height, width), mean=memory.mean, std=memory.std, labels=labels)
-        self.augmentation = augmentation
-        self.batch_size, self.seed, self.labels = batch_size, seed, labels
+        self.augmentation, self.batch_size = memory.augmentation, memory.batch_size
+        self.seed, self.labels = memory.seed, memory.labels
