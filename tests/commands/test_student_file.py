@@ -14,6 +14,7 @@ from diffkd import DiffKD, read_weights, save_student
 from diffkd.commands.evaluate import evaluate
 from diffkd.commands.export import export
 from diffkd.data import Arrays, DetectionScenes, SegmentationScenes
+from diffkd.export.plain_student import facts_of_card
 from diffkd.export.student_file import find_student, read_card
 from diffkd.models import load_detector, load_model, load_segmenter
 from diffkd.official import to_official_state
@@ -60,6 +61,51 @@ def test_a_program_leaves_the_card_of_the_weights_beside_it(run, tmp_path):
     assert read_card(weights) == card
     assert read_card(program)["normalizes"] is True
     assert read_card(program)["which"] == "best epoch"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ([], "no card"),
+        ({"model": ["cifar/resnet20"]}, "model"),
+        ({"num_classes": 10**12}, "num_classes"),
+        ({"num_classes": True}, "num_classes"),
+        ({"in_channels": 0}, "in_channels"),
+        ({"image_size": "evil"}, "image_size"),
+        ({"mean": [0.5, float("nan")]}, "mean"),
+        ({"mean": []}, "mean"),
+        ({"std": [0.0]}, "std"),
+        ({"classes": [["a"]]}, "classes"),
+        ({"classes": "ab"}, "classes"),
+        ({"data": True}, "data"),
+        ({"data": {"class_path": 3}}, "data"),
+        ({"data": {"init_args": True}}, "data"),
+        ({"detection": True}, "detection"),
+        ({"detection": {"channels": 3}}, "detection"),
+        ({"segmentation": "auxiliary"}, "segmentation"),
+        ({"metrics": [0.9]}, "metrics"),
+    ],
+)
+def test_a_card_of_other_kinds_of_values_is_refused_by_file_and_value(change, named, tmp_path):
+    card = tmp_path / "student.json"
+    card.write_text(json.dumps({**change} if change else change), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"student\.json.*{named}"):
+        read_card(tmp_path / "student.safetensors")
+
+
+def test_a_card_may_lack_whatever_it_likes(tmp_path):
+    """Students saved from code have cards of a few values, and those of runs have nulls."""
+    card = {"model": "cifar/resnet20", "num_classes": 3, "mean": None, "data": None, "detection": None, "more": {}}
+    (tmp_path / "student.json").write_text(json.dumps(card), encoding="utf-8")
+    assert read_card(tmp_path / "student.safetensors") == card
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_size", "x"), ("min_size", [0]), ("max_size", 1.5)])
+def test_a_detector_s_card_of_impossible_sizes_is_refused(name, value):
+    card = {"task": "detection", "num_classes": 3, "in_channels": 3, "image_size": [64, 64]}
+    assert facts_of_card(card, "a.pt2").max_size == 1333
+    with pytest.raises(ValueError, match=rf"a\.pt2 .*{name}"):
+        facts_of_card(card | {"data": {"init_args": {name: value}}}, "a.pt2")
 
 
 def test_data_normalised_otherwise_give_the_same_accuracy(run, image_files):

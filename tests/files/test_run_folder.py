@@ -120,7 +120,9 @@ def test_files_that_were_half_written_when_a_run_was_killed_are_no_obstacle_and_
     assert not any(path.exists() for path in partial)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"score": "top1", "last": {}, "best": {}}', '{"score": 1}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"score": "top1", "last": {}, "best": {}}', '{"score": 1}', '{"score": []}']
+)
 def test_a_damaged_result_is_named(run, content):
     run.result.write_text(content)
     with pytest.raises(ValueError, match=r"result\.json is no"):

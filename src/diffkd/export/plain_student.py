@@ -190,21 +190,32 @@ def facts_of_card(card: Mapping[str, Any], path: str | Path, image_size: Sequenc
     size = sides * 2 if len(sides) == 1 else sides
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image_size {list(sides)} is no height and width in pixels; give --image_size=[224,224]")
-    arguments = (card.get("data") or {}).get("init_args") or {}
     trained = card.get("image_size") or size
-    shorter = arguments.get("min_size") or min(trained)
+    shorter, longer = _detector_sizes(card, path) if task == "detection" else (None, None)
     return DataFacts(
         num_classes=int(_card_value(card, "num_classes")),
         in_channels=int(_card_value(card, "in_channels")),
         image_size=size,
-        mean=tuple(card.get("mean", IMAGENET_MEAN)),
-        std=tuple(card.get("std", IMAGENET_STD)),
+        mean=tuple(card.get("mean") or IMAGENET_MEAN),
+        std=tuple(card.get("std") or IMAGENET_STD),
         classes=tuple(card.get("classes") or ()),
         example=None,
         task=task,
-        min_size=(shorter,) if isinstance(shorter, int) else tuple(shorter),
-        max_size=int(arguments.get("max_size") or max(1333, *trained)),
+        min_size=shorter or (min(trained),),
+        max_size=longer or max(1333, *trained),
     )
+
+
+def _detector_sizes(card: Mapping[str, Any], path: str | Path) -> tuple[tuple[int, ...] | None, int | None]:
+    """Return the shorter sides that a detector's images were trained at, and the longest, where the card says them."""
+    arguments = (card.get("data") or {}).get("init_args") or {}
+    found: dict[str, tuple[int, ...]] = {}
+    for name in ("min_size", "max_size"):
+        value = arguments.get(name) or []
+        found[name] = tuple(value if isinstance(value, list) else [value])
+        if not all(type(side) is int and side > 0 for side in found[name]):
+            raise ValueError(f"the card of {path} has a {name} of no pixels, {value!r:.80}: correct it")
+    return found["min_size"] or None, max(found["max_size"], default=None)
 
 
 def _card_value(card: Mapping[str, Any], name: str) -> Any:

@@ -1,8 +1,11 @@
 """Files of a student and its card: all that is needed to rebuild it, preprocess its input and evaluate it."""
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from importlib import resources
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +17,7 @@ from diffkd.files.values import read_json_file
 from diffkd.files.weights import WHOLE_FILES
 from diffkd.models.hub import fetch_student, is_hub
 from diffkd.tasks.data_facts import DataFacts
+from diffkd.tasks.options import DetectionOptions, SegmentationOptions
 
 Which = Literal["last", "best"]
 
@@ -63,7 +67,7 @@ def find_weights(weights: str | Path) -> Path:
     if is_hub(weights):
         return fetch_student(str(weights))
     path = Path(weights)
-    packaged = Path(str(files("diffkd"))) / "assets" / path
+    packaged = Path(str(resources.files("diffkd"))) / "assets" / path
     for candidate in (path, path / "student.safetensors", packaged, *(path / name for name in WHOLE_FILES)):
         if candidate.is_file():
             return candidate
@@ -88,15 +92,75 @@ def read_card(weights: str | Path) -> dict[str, Any]:
     """Return the JSON card beside a student's file, {} if there is none.
 
     Raises:
-        ValueError: if the card is damaged.
+        ValueError: if the card is damaged, or a value is not of the kind that is meant there.
     """
     path = card_file(weights)
     if not path.is_file() or path == Path(weights):
         return {}
-    card = read_json_file(path)
+    return check_card(read_json_file(path), path)
+
+
+def check_card(card: Any, source: Path) -> dict[str, Any]:
+    """Return a card whose values can be relied on to be of their kinds, where they are there at all.
+
+    Args:
+        card: what a file holds.
+        source: that file, for messages.
+
+    Raises:
+        ValueError: if it is no mapping, or a value is of another kind; names file, value and kind.
+    """
     if not isinstance(card, dict):
-        raise ValueError(f"{path} is no card of a model; delete it, or save the model again")
+        raise ValueError(f"{source} is no card of a model; delete it, or save the model again")
+    for name, (kind, is_one) in _KINDS.items():
+        value = card.get(name)
+        if value is not None and not is_one(value):
+            raise ValueError(
+                f"{source}: its {name} is {_shortened(value)}, and no {kind}: correct it, or save the model again"
+            )
     return card
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MOST_CLASSES
+
+
+def _are_numbers(value: Any, least: float = -math.inf) -> bool:
+    numbers = isinstance(value, list) and value and all(type(one) in (int, float) for one in value)
+    return bool(numbers) and all(least < one < math.inf for one in value)
+
+
+def _are_options(value: Any, of: Any) -> bool:
+    return isinstance(value, dict) and set(value) <= {field.name for field in fields(of)}
+
+
+def _is_data(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("class_path", ""), str)
+        and isinstance(value.get("init_args") or {}, dict)
+    )
+
+
+_MOST_CLASSES = 1_000_000
+# What the values of a card are, those that are read again, and how it is told.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("task", "model"), ("name", lambda value: isinstance(value, str))),
+    **dict.fromkeys(("num_classes", "in_channels"), (f"whole number from 1 to {_MOST_CLASSES:,}", _is_count)),
+    "image_size": ("list of height and width in pixels", lambda value: isinstance(value, list)),
+    "mean": ("list of numbers", _are_numbers),
+    "std": ("list of numbers above 0", functools.partial(_are_numbers, least=0.0)),
+    "classes": ("list of names", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)),
+    "data": ("class_path with init_args", _is_data),
+    "detection": ("mapping of a detector's options", functools.partial(_are_options, of=DetectionOptions)),
+    "segmentation": ("mapping of a segmenter's options", functools.partial(_are_options, of=SegmentationOptions)),
+    "metrics": ("mapping of measurements", lambda value: isinstance(value, dict)),
+}
 
 
 def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,11 +96,10 @@ class RunFolder:
             ValueError: if the file is damaged; the message names it.
         """
         content = read_json_file(self.result)
-        rows = [content.get(which) for which in ("last", "best")] if isinstance(content, dict) else []
-        wanted = [content.get("score") if isinstance(content, dict) else None, "epoch"]
-        numbers = [row.get(name) if isinstance(row, dict) else None for row in rows for name in wanted]
-        known = all(isinstance(one, int | float) for one in numbers)
-        if not rows or not isinstance(wanted[0], str) or not known:
+        score = content.get("score") if isinstance(content, dict) else None
+        rows = [content.get(which) for which in ("last", "best")] if isinstance(score, str) else []
+        numbers = [row.get(name) if isinstance(row, dict) else None for row in rows for name in (score, "epoch")]
+        if not rows or not all(isinstance(one, int | float) for one in numbers):
             raise ValueError(f"{self.result} is no result of a run: delete it, and add --resume to write it again")
         return dict(content)
 

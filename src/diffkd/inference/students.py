@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffkd.export.plain_student import facts_of_card, named_model
 from diffkd.export.program_file import quiet_exporters
-from diffkd.export.student_file import PROGRAMS, Which, card_file, find_student, find_weights, read_card
+from diffkd.export.student_file import PROGRAMS, Which, card_file, check_card, find_student, find_weights, read_card
 from diffkd.models.extras import require
 from diffkd.models.segmenters.any_size import AnySize
 from diffkd.tasks.data_facts import DataFacts
@@ -147,9 +147,7 @@ def _parsed(text: str | None, path: Path) -> dict[str, Any]:
             f"{path} holds no card of a student, and there is no {card_file(path).name} beside it: export it again "
             "with `diffkd export`"
         ) from error
-    if not isinstance(card, dict):
-        raise ValueError(f"{path} holds a damaged card: export it again with `diffkd export`")
-    return card
+    return check_card(card, path)
 
 
 def load_onnx(
