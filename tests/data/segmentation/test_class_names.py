@@ -15,7 +15,12 @@ def test_names_come_from_code_or_from_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "no classes"), ("a\n\nb\n", "class 1 is empty"), ("a\nb\na", "'a' is listed twice, as 0 and 2")],
+    [
+        ("", "no classes"),
+        ("a\n\nb\n", "class 1 is empty"),
+        ("a\nb\na", "'a' is listed twice, as 0 and 2"),
+        ("\n".join(map(str, range(1_000_000))), "1,000,000 classes, but masks have ids of 16 bits"),
+    ],
 )
 def test_names_that_cannot_be_told_apart(tmp_path, content, message):
     for name in ("names.txt", "names.csv"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffkd.data.folders import evaluation_split
-from diffkd.data.segmentation.masks import MaskCode
+from diffkd.data.segmentation.masks import MOST_IDS, MaskCode
 from diffkd.data.segmentation.pairs import Pairs, scan_pairs
 from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
 from diffkd.data.segmentation.transform import SegmentationAugmentation
@@ -31,7 +31,7 @@ def class_names(classes: str | Path | Sequence[str], root: Path) -> tuple[str, .
 
     Raises:
         FileNotFoundError: if the file is missing.
-        ValueError: if there are none, one is empty, or two are equal.
+        ValueError: if there are none, one is empty, two are equal, or they are more than the ids of 16 bits.
     """
     if isinstance(classes, (str, Path)):
         path = _file(classes, root, "classes")
@@ -41,11 +41,14 @@ def class_names(classes: str | Path | Sequence[str], root: Path) -> tuple[str, .
             raise ValueError(f"{source}: no plain list, it begins with {names[0]!r}; give a file with one name a line.")
     else:
         source, names = "classes", [str(name) for name in classes]
+    if len(names) > MOST_IDS:
+        raise ValueError(f"{source}: {len(names):,} classes, but masks have ids of 16 bits: give at most {MOST_IDS:,}.")
+    first: dict[str, int] = {}
     for index, name in enumerate(names):
         if not name:
             raise ValueError(f"{source}: the name of class {index} is empty; give one name for each id, from 0 on.")
-        if name in names[:index]:
-            raise ValueError(f"{source}: class {name!r} is listed twice, as {names.index(name)} and {index}.")
+        if first.setdefault(name, index) != index:
+            raise ValueError(f"{source}: class {name!r} is listed twice, as {first[name]} and {index}.")
     if not names:
         raise ValueError(f"{source}: no classes; give one name for each id, from 0 on.")
     return tuple(names)
@@ -241,8 +244,8 @@ def _evaluated_classes(names: tuple[str, ...] | None, num_classes: int | None, i
     if names is None:
         if num_classes is None:
             raise ValueError("nothing says which classes there are: give classes, num_classes or colors.")
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: give 1 or more.")
+        if not 1 <= num_classes <= MOST_IDS:
+            raise ValueError(f"num_classes={num_classes}: give 1 to {MOST_IDS:,}, as masks have ids of 16 bits.")
         names = tuple(f"class {index}" for index in range(num_classes))
         last_is_ignored = False
     else:

@@ -16,7 +16,7 @@ from diffkd.data.images import WHITE, Header, header_of, read_rgb, upright, with
 _LOSSY = ("jpeg", "tiff_jpeg", "webp")  # lossy compressions of a TIFF
 _LOSSLESS = ("PNG", "BMP", "GIF", "TIFF", "PPM")
 _IDS = ("1", "L", "P", "I;16", "I;16B", "I")
-_RAW_IDS = 1 << 16  # number of ids of 16 bits
+MOST_IDS = 1 << 16  # of 16 bits, the most that a file of ids may hold
 _COLOURS = ("1", "L", "P", "RGB", "RGBA")
 
 
@@ -99,7 +99,7 @@ def read_mask(path: str | os.PathLike[str], *, colours: bool = False) -> npt.NDA
     # Byte 24 of a PNG is the bit depth and byte 25 is 0 for grey. Pillow scales 2-bit and 4-bit grey to 0..255.
     if is_png and content[25] == 0 and content[24] in (2, 4):
         return pixels // np.uint8(255 // ((1 << content[24]) - 1))
-    if pixels.dtype.itemsize > 1 and not 0 <= pixels.min() <= pixels.max() < _RAW_IDS:
+    if pixels.dtype.itemsize > 1 and not 0 <= pixels.min() <= pixels.max() < MOST_IDS:
         raise ValueError(f"mask {path} holds ids from {pixels.min()} to {pixels.max()}; give ids of 16 bits.")
     return pixels.astype(np.uint16 if pixels.dtype.itemsize > 1 else np.uint8)
 
@@ -158,8 +158,8 @@ class MaskCode:
         colors: Sequence[tuple[int, tuple[int, int, int]]] | None = None,
         unknown_colors: Literal["error", "ignore"] = "error",
     ) -> None:
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: give 1 or more.")
+        if not 1 <= num_classes <= MOST_IDS:
+            raise ValueError(f"num_classes={num_classes}: give 1 to {MOST_IDS:,}, as masks have ids of 16 bits.")
         if not _UNKNOWN < ignore_index < 1 << 31:
             raise ValueError(f"ignore_index={ignore_index} is no integer of 32 bits: give one such as 255 or -100.")
         if id_map is not None and colors is not None:
@@ -205,15 +205,15 @@ class MaskCode:
         return ids.astype(self.dtype)
 
     def _id_table(self, id_map: Mapping[int, int] | None, otherwise: int) -> npt.NDArray[np.int32]:
-        table = np.full(_RAW_IDS, otherwise if id_map is not None else _UNKNOWN, dtype=np.int32)
+        table = np.full(MOST_IDS, otherwise if id_map is not None else _UNKNOWN, dtype=np.int32)
         if id_map is None:
-            table[: self.num_classes] = np.arange(min(self.num_classes, _RAW_IDS))
-            if 0 <= self.ignore_index < _RAW_IDS:
+            table[: self.num_classes] = np.arange(min(self.num_classes, MOST_IDS))
+            if 0 <= self.ignore_index < MOST_IDS:
                 table[self.ignore_index] = self.ignore_index
             return table
         for stored, id_ in id_map.items():
-            if not 0 <= stored < _RAW_IDS:
-                raise ValueError(f"id_map: {stored} is no id that a PNG holds: give 0 to {_RAW_IDS - 1}.")
+            if not 0 <= stored < MOST_IDS:
+                raise ValueError(f"id_map: {stored} is no id that a PNG holds: give 0 to {MOST_IDS - 1}.")
             if not (0 <= id_ < self.num_classes or id_ == self.ignore_index):
                 raise ValueError(
                     f"id_map: {stored} becomes {id_}, which is out of range for {self.num_classes} classes: give 0 to "
