@@ -208,7 +208,7 @@ class Contained:
         """Watch the process."""
         extra["acts"] = []
         os.chdir(self.allowed)
-        tempfile.tempdir = self.allowed
+        tempfile.tempdir = os.environ["TORCHINDUCTOR_CACHE_DIR"] = self.allowed
         size = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
         limit = size + self.memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -218,7 +218,7 @@ class Contained:
 
         def watch(event: str, arguments: tuple[Any, ...]) -> None:
             acts = event in _ACTS or event.startswith(("os.exec", "os.spawn", "socket.connect"))
-            if acts or (event in _CHANGES and not str(arguments[0]).startswith(self.allowed)):
+            if acts or not all(one.startswith(self.allowed) for one in _changed(event, arguments)):
                 extra["acts"].append(f"{event} {arguments!r}"[:200])
             elif event == "open" and isinstance(arguments[0], str) and isinstance(arguments[2], int):
                 writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
@@ -237,7 +237,34 @@ _ACTS = {
     "urllib.Request",
     "webbrowser.open",
 }
-_CHANGES = {"shutil.rmtree", "os.remove", "os.rename", "os.link", "os.symlink", "os.chmod", "os.mkdir", "os.rmdir"}
+# Places of the paths that an event changes among its arguments, and of the descriptors of the folders they are in.
+_CHANGES = {
+    "shutil.rmtree": ((0, 1),),
+    "os.remove": ((0, 1),),
+    "os.rmdir": ((0, 1),),
+    "os.chmod": ((0, 2),),
+    "os.mkdir": ((0, 2),),
+    "os.symlink": ((1, 2),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.link": ((0, 2), (1, 3)),
+}
+
+
+def _changed(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Return the absolute paths of what an event changes; relative ones may be in the folder of a descriptor."""
+    return [
+        os.path.join(_folder_of(arguments[folder]), _path_of(arguments[path]))  # noqa: PTH118
+        for path, folder in _CHANGES.get(event, ())
+    ]
+
+
+def _path_of(given: Any) -> str:
+    return _folder_of(given) if isinstance(given, int) else os.fsdecode(given)
+
+
+def _folder_of(descriptor: int | None) -> str:
+    known = descriptor is not None and descriptor >= 0
+    return os.readlink(f"/proc/self/fd/{descriptor}") if known else os.getcwd()  # noqa: PTH109, PTH115
 
 
 # The other side -------------------------------------------------------------------------------------------------------

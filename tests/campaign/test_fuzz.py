@@ -3,6 +3,7 @@
 `DIFFKD_EXAMPLES` is the number of files for each reader (500; a fiftieth of it for whole commands).
 """
 
+import copy
 import gzip
 import io
 import json
@@ -122,7 +123,7 @@ def changed_values(draw: st.DrawFn, content: Any) -> Any:
         owner, key = draw(st.sampled_from(places))
         kind = draw(st.sampled_from(["replace", "replace", "replace", "remove", "repeat", "rename"]))
         if kind == "replace":
-            owner[key] = draw(st.sampled_from(_VALUES))
+            owner[key] = copy.deepcopy(draw(st.sampled_from(_VALUES)))  # what is changed next must not be the example's
         elif kind == "remove":
             del owner[key]
         elif kind == "repeat" and isinstance(owner, list):
