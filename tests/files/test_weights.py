@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -295,6 +296,15 @@ class TestWritingWhole:
             raise RuntimeError("enforce fail at inline_container.cc")
 
         with pytest.raises(OSError, match=r"inline_container.cc; [\d,.]+ MiB are free there\)"):
+            write_whole(tmp_path / "file", write)
+
+    def test_a_full_disk_is_called_so_whoever_found_it(self, tmp_path, monkeypatch):
+        def write(file):
+            raise RuntimeError("enforce fail at inline_container.cc")
+
+        full = shutil.disk_usage(tmp_path)._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+        with pytest.raises(OSError, match=r"file \(No space left on device; 0.0 MiB are free there\); free some space"):
             write_whole(tmp_path / "file", write)
 
     def test_a_full_disk(self, tmp_path):

@@ -344,7 +344,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if isinstance(error, (OSError, SafetensorError, RuntimeError)):
             mend = "choose another folder" if _of_the_place(error) else "free some space or choose another folder"
             raise OSError(
-                f"could not write {path} ({error}{_free_space(path, error)}); {mend}; earlier files are whole"
+                f"could not write {path} ({_reason(path, error)}); {mend}; earlier files are whole"
             ) from error
         raise
 
@@ -372,12 +372,13 @@ def _of_the_place(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in places
 
 
-def _free_space(path: Path, error: Exception) -> str:
-    """Return the space left for a file, for a message: writers other than Python's do not say that a disk is full."""
+def _reason(path: Path, error: Exception) -> str:
+    """Return why a file could not be written: writers other than Python's do not say that a disk is full."""
     if not isinstance(error, OSError):
         with suppress(OSError):
-            return f"; {shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB are free there"
-    return ""
+            free = shutil.disk_usage(path.parent).free / 2**20
+            return f"{error if free >= 1 else 'No space left on device'}; {free:,.1f} MiB are free there"
+    return str(error)
 
 
 def is_partial(path: Path) -> bool:
