@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from diffkd.models import load_backbone, load_model, sparse_attention
-from diffkd.models.sparse_attention import InContextSparseAttention, SparseSelfAttention, sparse
+from diffkd.models.sparse_attention import InContextSparseAttention
 from diffkd.models.sparse_attention import _attention as attend
+from diffkd.models.sparse_transformers import SparseSelfAttention, sparse
 
 DEFAULTS = {
     "context_ratio": 0.125,
@@ -147,7 +148,7 @@ def test_block_masks_give_the_same(case: dict[str, Any], monkeypatch: pytest.Mon
         return flex_attention(*arguments, **options)
 
     monkeypatch.setattr(sparse_attention, "_compiled_flex_attention", lambda: unfused)
-    monkeypatch.setattr(sparse_attention._Sparsity, "_flexible", lambda self, *_: self.flex)
+    monkeypatch.setattr(sparse_attention.Sparsity, "_flexible", lambda self, *_: self.flex)
     qkv, block, tokens, options = options_of(case)
     tokens = {f"{name}_tokens": count for name, count in tokens.items()}
     plain, by_masks = (InContextSparseAttention(block=block, flex=flex, **options) for flex in (False, True))

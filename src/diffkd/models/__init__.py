@@ -26,7 +26,8 @@ from diffkd.models.load import load_model, model_names
 from diffkd.models.normalization import Normalization, input_normalization
 from diffkd.models.segmenters.any_size import AnySize, stride_of, upsample
 from diffkd.models.segmenters.load import load_segmenter
-from diffkd.models.sparse_attention import InContextSparseAttention, sparse
+from diffkd.models.sparse_attention import InContextSparseAttention
+from diffkd.models.sparse_transformers import sparse
 
 __all__ = [
     "AnySize",

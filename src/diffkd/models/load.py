@@ -12,7 +12,7 @@ from diffkd.models.from_function import build_from_function
 from diffkd.models.from_timm import build_timm, timm_names
 from diffkd.models.from_torchvision import build_torchvision, torchvision_names
 from diffkd.models.from_transformers import build_transformers
-from diffkd.models.sparse_attention import sparse, sparse_options
+from diffkd.models.sparse_transformers import sparse, sparse_options
 from diffkd.models.weights import fill
 
 _FORMS = (
