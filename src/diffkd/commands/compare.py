@@ -178,8 +178,10 @@ def compare(
             except UsageError as error:
                 raise UsageError(f"{error} ({run.method} with the options of the comparison)") from error
             RunFolder(run.folder).check(values, resume=True)
+    console.print("methods")  # indented, as a line that began with "diffkd:" would read like an error
     for name, preset in presets.items():
-        console.print(f"{name}: {_preset_name(preset)}", markup=False, highlight=False, soft_wrap=True)
+        line = f"  {name:{max(map(len, presets))}}  {_preset_name(preset)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if launcher == "processes":
         failed = train_all(commands, jobs or 1, console)
     else:
