@@ -70,6 +70,7 @@ _SEGMENTATION = tuple(
     f"segmentation/{name}"
     for name in ("alone", "kd", "dist", "cwd", "diffkd", "fitnet-direct-standardized", "diffkd-direct")
 )
+_UNLABELLED = ("representation/diffkd-direct", "representation/fitnet-direct", "cosine")
 _INHERITING = str(HERE / "beds/inheriting.yaml")  # students of the generated scenes start with the teacher's head
 BEDS = {
     "demo": Bed("demo (a)", "demo", _CLASSIFICATION),
@@ -83,6 +84,12 @@ BEDS = {
     "scenes-detection": Bed("generated scenes, boxes (c)", "scenes/detection", (*_DETECTION, _INHERITING)),
     "camvid": Bed("CamVid, real encoder (d)", str(HERE / "beds/camvid.yaml"), _SEGMENTATION),
     "scenes-segmentation": Bed("generated scenes, masks (d)", "scenes/segmentation", (*_SEGMENTATION, _INHERITING)),
+    "cifar100-unlabelled": Bed(
+        "CIFAR-100, 10,000 images without labels, real teacher",
+        str(HERE / "beds/cifar100-unlabelled.yaml"),
+        _UNLABELLED,
+        views=4,
+    ),
 }
 
 
@@ -238,7 +245,7 @@ def table(lines: Sequence[Mapping[str, Any]], bed: str, share: float = 0.0) -> s
 
 
 def prepare(cifar100: Path, lite0: Path | None) -> None:
-    """Write training images of each class (100, 50 and 10) and 50 test images at 64 px, and Lite0's weights as timm's.
+    """Write training (100 and 10 a class) and test images (50 and 20) at 64 px, and Lite0's weights under timm's names.
 
     Args:
         cifar100: folder with train.npz and test.npz.
@@ -246,8 +253,8 @@ def prepare(cifar100: Path, lite0: Path | None) -> None:
     """
     target = Path("data/cifar100")
     target.mkdir(parents=True, exist_ok=True)
-    # A half without labels and ten labelled images a class are what representations are trained and fine-tuned on.
-    for split, parts in (("train", {"train-64": 100, "half-64": 50, "few-64": 10}), ("test", {"test-64": 50})):
+    # Representations are measured on the 20 after every epoch, and fine-tuned on ten labelled images of each class.
+    for split, parts in (("train", {"train-64": 100, "few-64": 10}), ("test", {"test-64": 50, "probe-64": 20})):
         with np.load(cifar100 / f"{split}.npz") as arrays:
             images, labels = arrays["images"], arrays["labels"]
             names = {"classes": arrays["classes"]} if "classes" in arrays else {}
