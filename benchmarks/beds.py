@@ -3,7 +3,7 @@
     uv run python -m benchmarks.beds prepare --cifar100 FOLDER --lite0 FILE.pth    # once: images of 64 px, weights
     uv run python -m benchmarks.beds run bccd --methods detection/diffkd-direct mine.yaml --seeds 2 --share 0.2
     uv run python -m benchmarks.beds run bccd --seeds 5                            # the rivals of the bed, on test data
-    uv run python -m benchmarks.beds table                                         # results/better-diffkd/table.md
+    uv run python -m benchmarks.beds table                                         # in results/better-diffkd.md
 
 Every run is one line of results/better-diffkd/runs.jsonl; what is there is not trained again, on whatever machine it
 was run, so that seeds can be added later. The beds want data/cifar100, data/bccd, data/camvid and the teachers in
@@ -15,6 +15,7 @@ import contextlib
 import json
 import multiprocessing
 import platform
+import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ from diffkd.training.fit import fit
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "results" / "better-diffkd" / "runs.jsonl"
+PAGE = HERE.parent / "results" / "better-diffkd.md"
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,25 @@ def table(lines: Sequence[Mapping[str, Any]], bed: str, share: float = 0.0) -> s
     return markdown(rows) + "\n"
 
 
+def refresh(page: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return a page in Markdown with the tables of these runs below comments that ask for them.
+
+    A comment is `<!-- table BED -->`, or `<!-- table BED 0.2 -->` for the choices on a share of the training data; the
+    table that follows it, if there is one, is replaced.
+
+    Raises:
+        ValueError: if there is no run of a bed that is asked for.
+    """
+
+    def written(found: re.Match[str]) -> str:
+        new = table(lines, found["bed"], float(found["share"] or 0))
+        if not new:
+            raise ValueError(f"there is no run for {found[0].splitlines()[0]}")
+        return f"{found['comment']}\n\n{new}"
+
+    return re.sub(r"(?P<comment><!-- table (?P<bed>[\w-]+)(?: (?P<share>[\d.]+))? -->)\n*(?:\|.*\n)*", written, page)
+
+
 def prepare(cifar100: Path, lite0: Path | None) -> None:
     """Write training (100 and 10 a class) and test images (50 and 20) at 64 px, and Lite0's weights under timm's names.
 
@@ -275,7 +296,7 @@ def prepare(cifar100: Path, lite0: Path | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepare, run, or print and write the tables."""
+    """Prepare, run, or write the tables into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     first = verbs.add_parser("prepare")
@@ -305,15 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder=given.folder,
         )
     else:
-        lines = known_runs()
-        parts = [
-            f"## {bed.title}{f', choice on {share:.0%} of the training data' if share else ''}\n\n{text}"
-            for name, bed in BEDS.items()
-            for share in sorted({line["share"] for line in lines if line["bed"] == name}, reverse=True)
-            if (text := table(lines, name, share))
-        ]
-        RUNS.with_name("table.md").write_text("\n".join(parts), encoding="utf-8")
-        print("\n".join(parts))
+        PAGE.write_text(refresh(PAGE.read_text(encoding="utf-8"), known_runs()), encoding="utf-8")
 
 
 if __name__ == "__main__":
