@@ -104,6 +104,8 @@ def test_top5_of_few_classes_is_not_measured():
     device = torch.device("cpu")
     assert "top5" not in Classification(5).meter(device).metrics
     assert "top5" in Classification(6).meter(device).metrics
+    for task in (Classification(5), Classification(6)):
+        assert set(task.meter(device).metrics) == set(task.metrics)
 
 
 def test_the_average_is_measured_beside_the_student(image_files):

@@ -45,7 +45,9 @@ def measure(*images):
         if "iscrowd" in target:
             target["iscrowd"] = target["iscrowd"].long()
         meter.take([detection], [target])
-    return meter.compute()
+    row = meter.compute()
+    assert set(row) <= set(Detection.metrics)
+    return row
 
 
 A, B, FAR = (10, 10, 60, 50), (70, 10, 90, 90), (200, 200, 230, 230)

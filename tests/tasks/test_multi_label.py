@@ -39,6 +39,7 @@ def test_average_precision_as_in_scikit_learn():
     for part in (slice(0, 20), slice(20, 50)):
         meter.update(model, (scores[part], labels[part], torch.arange(50)[part]))
     row = meter.compute()
+    assert set(row) == set(task.metrics)
     expected = [average_precision_score(labels[:, k], scores[:, k]) for k in range(3)]
     assert row["map"] == pytest.approx(np.mean(expected))
     probabilities = scores.double().sigmoid()

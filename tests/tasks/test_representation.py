@@ -121,7 +121,9 @@ def measure(some):
         meter = Representation(True, [teacher]).meter(torch.device("cpu"), last=True)
         for batch in some:
             meter.update(student, batch)
-        return meter.compute()
+        row = meter.compute()
+    assert set(row) == set(Representation(True, [teacher]).metrics)
+    return row
 
 
 def work(process, folder):

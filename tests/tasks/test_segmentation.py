@@ -68,7 +68,9 @@ def measure(batches, options=WHOLE, ignored=255, model=None):
     with torch.no_grad():
         for batch in batches:
             meter.update(model or Echo(), batch)
-    return meter.compute()
+    row = meter.compute()
+    assert {name for name in row if not name.startswith("iou/")} == set(Segmentation.metrics)
+    return row
 
 
 def test_measurements_are_those_counted_by_hand():

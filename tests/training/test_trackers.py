@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from short_trainings import arrays, train
@@ -14,9 +15,11 @@ from tiny_recipe import TRUST, write_recipe
 
 from diffkd.commands import cli
 from diffkd.recipes.trust import Gate, Trust, UsageError, named_code, own_code
+from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import DataFacts
+from diffkd.tasks.representation import Representation
 from diffkd.training.options import FitOptions
-from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers
+from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers, check_monitored
 
 
 def test_loggers_are_built_by_name_path_and_options(tmp_path):
@@ -65,6 +68,42 @@ def test_what_is_no_logger_is_named(tmp_path, described, message):
 def test_a_callback_without_what_it_needs_is_named():
     with pytest.raises(ValueError, match="--callbacks: EarlyStopping cannot be made"):
         build_callbacks("EarlyStopping")
+
+
+CLASSIFICATION = Classification(6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "monitor", "mode", "message"),
+    [
+        ("EarlyStopping", "val_loss", "min", "'val_loss', which is not measured: give monitor one of top1, top5, loss"),
+        ("EarlyStopping", "map", "max", "'map', which is not measured"),
+        ("EarlyStopping", "top1", "min", "for its smallest value, and larger is better: add mode: max"),
+        ("ModelCheckpoint", "top1_unaveraged", "min", "larger is better"),
+    ],
+)
+def test_what_is_watched_in_vain_is_refused_before_the_first_epoch(kind, monitor, mode, message):
+    given = build_callbacks({"class_path": kind, "init_args": {"monitor": monitor, "mode": mode}})
+    with pytest.raises(ValueError, match=f"{kind} watches .*{message}"):
+        check_monitored(given, CLASSIFICATION)
+
+
+def test_what_is_measured_may_be_watched():
+    """Also what a callback of one's own logs, of which nothing is known before."""
+
+    class Own(Callback):
+        pass
+
+    check_monitored([EarlyStopping("top1_unaveraged", mode="max"), EarlyStopping("loss")], CLASSIFICATION)
+    check_monitored([EarlyStopping("mine"), Own()], CLASSIFICATION)
+    check_monitored([EarlyStopping("cka/1", mode="max")], Representation(teachers=[torch.flatten] * 2))
+
+
+def test_a_training_is_not_begun_that_would_stop_for_what_it_does_not_measure(tmp_path, image_files, model_file):
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}
+    with pytest.raises(ValueError, match="'val_loss', which is not measured"):
+        train(arrays(image_files), tmp_path / "run", model_file, epochs=1, callbacks=stopping)
+    assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
 def test_a_representation_has_no_predictions_to_draw(tmp_path):

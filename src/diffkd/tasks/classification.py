@@ -55,6 +55,13 @@ class Classification:
         """Names of the metrics that are shown; the first selects the best epoch."""
         return ("map",) if self.multi_label else ("top1", "top5")
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that may be measured."""
+        if self.multi_label:
+            return ("map", "loss")
+        return ("top1", "top5", "loss") if self.num_classes > 5 else ("top1", "loss")
+
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")

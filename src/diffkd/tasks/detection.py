@@ -54,6 +54,7 @@ class Detection:
 
     name = "detection"
     headlines = ("ap", "ap50")
+    metrics = tuple(COCO_NUMBERS)
 
     def __post_init__(self) -> None:
         # Checked early: torchmetrics would raise only after the first epoch.

@@ -51,6 +51,14 @@ class Representation:
         """Names of the metrics that are shown; the first selects the best epoch."""
         return ("knn", "cka") if self.probe else ("cka", "cosine")
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that may be measured; "linear" is after the last epoch."""
+        probe = ("knn", "linear") if self.probe else ()
+        if not self.teachers:
+            return probe
+        return (*probe, *(f"teacher_{name}" for name in probe), "cka", "cosine")
+
     def step(self, batch: Batch, seed: int) -> Step:
         """Apply Mixup and CutMix, if enabled."""
         images, _, indices = batch

@@ -117,6 +117,7 @@ class Segmentation:
 
     name = "segmentation"
     headlines = ("miou", "pixel_accuracy")
+    metrics = ("miou", "pixel_accuracy", "loss")
 
     def step(self, batch: Batch, seed: int) -> Step:
         """Pad the images to a size that the models can take."""

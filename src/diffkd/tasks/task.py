@@ -47,6 +47,7 @@ class Task(Protocol):
         name: "classification", "detection", "segmentation" or "representation".
         headlines: names of the metrics to show while training; the first one selects the best epoch. All metrics but
             "loss" are in 0..1, and larger is better.
+        metrics: names of all that may be measured after an epoch, those of single classes or teachers ("cka/1") aside.
     """
 
     @property
@@ -56,6 +57,10 @@ class Task(Protocol):
     @property
     def headlines(self) -> tuple[str, ...]:
         """Names of the metrics that are shown; the first selects the best epoch."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics that may be measured."""
 
     def step(self, batch: Any, seed: int) -> Step:
         """Prepare a training batch; `seed` determines all random numbers."""

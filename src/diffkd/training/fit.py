@@ -27,7 +27,7 @@ from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resum
 from diffkd.training.lightning_module import Training
 from diffkd.training.memory import keep_freed_memory, peak_memory, reset_peak
 from diffkd.training.options import FitOptions
-from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers
+from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers, check_monitored
 
 
 def fit(
@@ -80,6 +80,7 @@ def fit(
         loggers, callbacks = build_loggers(given.logger, folder.path), build_callbacks(given.callbacks)
         given = from_hub(given)
         training = build_training(given, data)
+        check_monitored(callbacks, training.task)
         check_resumable(training)
         parameters = sum(parameter.numel() for parameter in training.student.parameters())
         score = training.task.headlines[0]

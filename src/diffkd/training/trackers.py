@@ -22,6 +22,7 @@ from diffkd.models.extras import nearest
 from diffkd.models.segmenters.any_size import AnySize, upsample
 from diffkd.tasks.classification import logits_of
 from diffkd.tasks.data_facts import DataFacts
+from diffkd.tasks.task import Task
 from diffkd.training.lightning_module import Training
 
 Described = str | Mapping[str, Any]
@@ -116,6 +117,30 @@ def build_callbacks(described: Any) -> list[Callback]:
     """
     known = {name.lower(): name for name in callbacks.__all__ if name != "Callback"}
     return [_built(one, "callbacks", Callback, callbacks, known, None) for one in _listed(described or [])]
+
+
+def check_monitored(given: Sequence[Callback], task: Task) -> None:
+    """Check what EarlyStopping and ModelCheckpoint watch, before an epoch is spent on it.
+
+    Raises:
+        ValueError: if a metric is watched for its smallest value though larger is better, or is not measured; a
+            callback of your own may measure others.
+    """
+    watching = [one for one in given if isinstance(one, callbacks.EarlyStopping | callbacks.ModelCheckpoint)]
+    own = any(not type(one).__module__.startswith("lightning.") for one in given)
+    for one in watching:
+        if one.monitor is None:
+            continue
+        name, metric = type(one).__name__, one.monitor.removesuffix("_unaveraged").partition("/")[0]
+        if metric not in task.metrics and not own:
+            raise ValueError(
+                f"--callbacks: {name} watches {one.monitor!r}, which is not measured: give monitor one of "
+                f"{', '.join(task.metrics)}"
+            )
+        if metric in task.metrics and metric != "loss" and one.mode == "min":
+            raise ValueError(
+                f"--callbacks: {name} watches {one.monitor} for its smallest value, and larger is better: add mode: max"
+            )
 
 
 def _listed(described: Any) -> Sequence[Any]:
