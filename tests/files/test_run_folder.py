@@ -120,8 +120,12 @@ def test_files_that_were_half_written_when_a_run_was_killed_are_no_obstacle_and_
     assert not any(path.exists() for path in partial)
 
 
+NAN = '{"score": "top1", "last": {"epoch": NaN, "top1": 0.5}, "best": {"epoch": 1, "top1": 0.5}}'
+
+
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"score": "top1", "last": {}, "best": {}}', '{"score": 1}', '{"score": []}']
+    "content",
+    ["{", "[]", "{}", '{"score": "top1", "last": {}, "best": {}}', '{"score": 1}', '{"score": []}', NAN],
 )
 def test_a_damaged_result_is_named(run, content):
     run.result.write_text(content)

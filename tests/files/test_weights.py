@@ -521,6 +521,10 @@ class TestKindsOfFiles:
         assert equal_states(net.state_dict(), other.state_dict())
         with pytest.raises(ValueError, match=rf"one of several files of a model: give their folder, {tmp_path}"):
             load_weights(ConvNet(), tmp_path / names[0])
+        for elsewhere in ("../secret", "9" * 300):
+            index.write_text(json.dumps({"weight_map": {"a": elsewhere}}))
+            with pytest.raises(ValueError, match="which is not beside it"):
+                load_weights(other, index)
         index.write_text(json.dumps({"weight_map": {"a": "../secret"}}))
         with pytest.raises(ValueError, match="which is not beside it"):
             read_weights(index)

@@ -1,5 +1,6 @@
 """`diffkd inspect`: show the content of a file of weights, a run or an annotation file, and how it would be read."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from xml.etree import ElementTree
 
 from torch import Tensor
 
+from diffkd.data.folders import is_file
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.files.fitting import fit_contents
 from diffkd.files.history import read_csv
@@ -220,13 +222,13 @@ def _yolo(path: Path) -> Iterator[str]:
         if content.get(split) is None:
             continue
         place = top / str(content[split])
-        if place.is_dir():
+        if os.path.isdir(place):  # noqa: PTH112 - pathlib raises OSError for names that are too long
             labels = Path(*["labels" if part == "images" else part for part in place.parts])
             images = sum(one.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp") for one in place.iterdir())
             texts = sum(one.suffix == ".txt" for one in labels.iterdir()) if labels.is_dir() else 0
             yield f"  {split}: {place}, {images} images, {texts} label files"
         else:
-            yield f"  {split}: {content[split]}" + ("" if place.is_file() else ", which is not there")
+            yield f"  {split}: {content[split]}" + ("" if is_file(place) else ", which is not there")
     if content.get("kpt_shape") is not None:
         yield f"  keypoints {content['kpt_shape']}, of which only the boxes are read"
     yield f"  read by --data diffkd.data.YoloDetection --data.root {path.parent}"

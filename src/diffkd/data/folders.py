@@ -243,9 +243,19 @@ def allow_outside_links(follow: bool) -> Iterator[None]:
         _FOLLOWS_LINKS.reset(token)
 
 
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a file of a name from a file; of one that is too long for any there is none."""
+    return os.path.isfile(path)  # noqa: PTH113 - where pathlib raises OSError
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a file or folder of a name from a file, likewise."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
 def check_inside(path: Path, root: Path) -> None:
     """Raise ValueError for a symbolic link that leads out of the folder `root`, which must be resolved."""
-    if path.is_symlink() and leads_outside(path, root):
+    if os.path.islink(path) and leads_outside(path, root):  # noqa: PTH114 - pathlib fails for names that are too long
         raise ValueError(
             f"{path}: a link to {path.resolve()}, outside of {root}; copy the images into the folder, or set "
             "follow_links=true where you trust its links."
@@ -274,7 +284,7 @@ def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]
         ValueError: if it is a link that leads out of the root; an absolute path is accepted anywhere.
     """
     path = Path(root) / folder
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112 - pathlib raises OSError for names that are too long
         raise FileNotFoundError(f"{path}: no such folder; give the name of a folder in {root}, or its absolute path.")
     if not Path(folder).is_absolute() and leads_outside(path, Path(root).resolve(), named=folder):
         raise ValueError(f"{path}: leads to {path.resolve()}, outside of {root}; give its absolute path instead.")

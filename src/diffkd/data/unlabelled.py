@@ -21,6 +21,7 @@ from diffkd.data.folders import (
     enclosed_folder,
     format_names,
     image_files,
+    is_file,
     scan_folder,
 )
 from diffkd.data.image_data import ImageData
@@ -268,7 +269,7 @@ def _listed(root: Path, source: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: no text ({error}); give one name of an image a line, in UTF-8.") from error
     paths = enclosed_files(root, dict.fromkeys(names), source)
-    missing = [path for path in paths if not Path(path).is_file()]
+    missing = [path for path in paths if not is_file(path)]
     if missing:
         raise FileNotFoundError(f"{source}: {len(missing)} of its files are not in {root}, first {missing[0]!r}.")
     if not paths:

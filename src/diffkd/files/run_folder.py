@@ -98,8 +98,10 @@ class RunFolder:
         content = read_json_file(self.result)
         score = content.get("score") if isinstance(content, dict) else None
         rows = [content.get(which) for which in ("last", "best")] if isinstance(score, str) else []
-        numbers = [row.get(name) if isinstance(row, dict) else None for row in rows for name in (score, "epoch")]
-        if not rows or not all(isinstance(one, int | float) for one in numbers):
+        if not rows or not all(
+            isinstance(row, dict) and isinstance(row.get(score), int | float) and isinstance(row.get("epoch"), int)
+            for row in rows
+        ):
             raise ValueError(f"{self.result} is no result of a run: delete it, and add --resume to write it again")
         return dict(content)
 

@@ -233,7 +233,7 @@ def _read_shards(index: Path) -> Contents:
         raise ValueError(f"{index} is no index of weights ({error}); fetch it again") from error
     tensors: dict[str, Tensor] = {}
     for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
+        if Path(name).name != name or not os.path.isfile(index.parent / name):  # noqa: PTH113 - of any length
             raise ValueError(f"{index} lists {_short(name)}, which is not beside it: fetch all files of the model")
         tensors |= read_contents(index.parent / name).tensors
     return Contents(tensors, ("",))

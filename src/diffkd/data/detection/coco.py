@@ -20,7 +20,7 @@ from diffkd.data.detection.annotated_files import (
     to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import enclosed_files, enclosed_folder, format_names
+from diffkd.data.folders import enclosed_files, enclosed_folder, format_names, is_file
 from diffkd.data.images import read_orientation, upright_size
 
 _UNKNOWN = (0, 0)  # height and width if the file does not state them
@@ -116,9 +116,7 @@ def read_coco(
         if by_id[image_id].size != _UNKNOWN:
             by_id[image_id].boxes.append(box)
     if as_stored:
-        listed = [
-            to_upright(image) if image.size != _UNKNOWN and Path(image.path).is_file() else image for image in listed
-        ]
+        listed = [to_upright(image) if image.size != _UNKNOWN and is_file(image.path) else image for image in listed]
     return annotated_files(source, listed, [categories[number] for number in ids], ids, malformed)
 
 
@@ -293,11 +291,11 @@ def _without_folder(name: str, folder: Path) -> str:
     inside = name.removeprefix(f"{folder.name}/")
     if inside == name or "\0" in name or os.path.lexists(folder / name):
         return name
-    return inside if (folder / inside).is_file() else name
+    return inside if is_file(folder / inside) else name
 
 
 def _read_size(path: str, skip_bad: bool, as_stored: bool) -> tuple[int, int]:
-    if not Path(path).is_file():
+    if not is_file(path):
         return _UNKNOWN  # the later check counts and names all missing files
     try:
         return read_orientation(path).header.stored if as_stored else upright_size(path)

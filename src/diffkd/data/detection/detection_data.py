@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from diffkd.data.detection.annotated_files import AnnotatedFiles
 from diffkd.data.detection.augmentation import FLIP_BOXES, BoxAugmentation
 from diffkd.data.detection.dataset import DetectionDataset, collate_detection
-from diffkd.data.folders import FolderSamples, absent_classes, allow_outside_links, format_names
+from diffkd.data.folders import FolderSamples, absent_classes, allow_outside_links, format_names, is_file
 from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val, val_or_hint
 from diffkd.data.images import BAD_IMAGE_HINT, OnBadImage, check_on_bad_image, check_readable, upright_size
 from diffkd.data.images import white_level as white_level_of
@@ -263,7 +262,7 @@ def _evaluation(files: AnnotatedFiles) -> DetectionDataset:
 
 def _check_present(files: AnnotatedFiles) -> None:
     """Raise if a file is missing, empty, unreadable or not of the stated size; quick, since it reads only headers."""
-    missing = [path for path in files.paths if not Path(path).is_file()]
+    missing = [path for path in files.paths if not is_file(path)]
     if missing:
         raise FileNotFoundError(
             f"{files.source}: image {missing[0]} is missing ({len(missing)} of {len(files.paths)} are); check the "

@@ -18,7 +18,7 @@ from diffkd.data.detection.annotated_files import (
     to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import EVALUATION_SPLITS, EXTENSIONS, enclosed_files, enclosed_folder
+from diffkd.data.folders import EVALUATION_SPLITS, EXTENSIONS, enclosed_files, enclosed_folder, is_file
 from diffkd.data.images import read_orientation, upright_size
 
 
@@ -124,7 +124,7 @@ def read_voc(
         try:
             path = _image(file, root, split.images)
             image = image._replace(path=path, size=_size(root, file, path, as_stored))
-            image = to_upright(image) if as_stored and Path(path).is_file() else image
+            image = to_upright(image) if as_stored and is_file(path) else image
         except ValueError as error:
             if not skip_bad:
                 raise
@@ -160,7 +160,7 @@ class _NoDoctypeBuilder:
 
 
 def _parse(file: str) -> ElementTree.Element:
-    if not Path(file).is_file():
+    if not is_file(file):
         raise FileNotFoundError(f"{file}: no such file; add it, or remove its name from the list.")
     content = Path(file).read_bytes()
     try:
@@ -239,13 +239,13 @@ def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
     names += [stem + extension for extension in (*extensions, *map(str.upper, extensions))]
     for name in names:
         (path,) = enclosed_files(folder, [name], file)
-        if Path(path).is_file():
+        if is_file(path):
             return path
     return str(folder / names[0])
 
 
 def _is_inside(folder: Path, name: str) -> bool:
-    return bool(name) and (folder / name).is_file()
+    return bool(name) and is_file(folder / name)
 
 
 def _size(root: ElementTree.Element, file: str, path: str, as_stored: bool) -> tuple[int, int]:
@@ -277,7 +277,7 @@ def _without_extension(name: str, annotations: Path) -> str:
     """Return a listed name without its image extension, unless an XML file's name includes the extension."""
     stem, dot, extension = name.rpartition(".")
     image = f"{dot}{extension}".lower() in EXTENSIONS
-    return stem if stem and image and not (annotations / f"{name}.xml").is_file() else name
+    return stem if stem and image and not is_file(annotations / f"{name}.xml") else name
 
 
 def _without_flag(line: str) -> str:

@@ -18,6 +18,8 @@ from diffkd.data.folders import (
     enclosed_folder,
     format_names,
     image_files,
+    is_file,
+    is_there,
     with_slashes,
 )
 from diffkd.data.images import upright_size
@@ -182,7 +184,7 @@ def _image_names(top: Path, place: str) -> list[str]:
     roots = (top.absolute(), top.resolve())
     place = _relative(with_slashes(place, top), roots)
     (path,) = enclosed_files(top, [place], f"{top}")
-    if place.endswith(".txt") and Path(path).is_file():
+    if place.endswith(".txt") and is_file(path):
         lines = _text(Path(path)).splitlines()
         return [_listed_name(with_slashes(line.strip(), top), roots) for line in lines if line.strip()]
     folder = enclosed_folder(top, place)
@@ -203,15 +205,15 @@ def _relative(name: str, roots: Sequence[Path]) -> str:
         if path.is_relative_to(root):
             return str(path.relative_to(root))
     inside = PurePath(*path.parts[1:])
-    return str(inside) if path.parts[:1] == ("..",) and (roots[0] / inside).exists() else name
+    return str(inside) if path.parts[:1] == ("..",) and is_there(roots[0] / inside) else name
 
 
 def _listed_name(name: str, roots: Sequence[Path]) -> str:
     """Make a listed name relative to the root; CVAT writes it relative to the parent, `data/obj_train_data/a.png`."""
     path = PurePath(_relative(name, roots))
-    above = len(path.parts) > 1 and not path.is_absolute() and not (roots[0] / path).exists()
+    above = len(path.parts) > 1 and not path.is_absolute() and not is_there(roots[0] / path)
     inside = PurePath(*path.parts[1:])
-    return str(inside if above and (roots[0] / inside).is_file() else path)
+    return str(inside if above and is_file(roots[0] / inside) else path)
 
 
 class _LabelFiles:
@@ -237,7 +239,7 @@ class _LabelFiles:
 
     def warn(self, source: str, names: Sequence[str], texts: Sequence[str]) -> None:
         """Warn if no image has a label file, or if some have none while some label files have no image."""
-        without = [index for index, text in enumerate(texts) if not Path(text).is_file()]
+        without = [index for index, text in enumerate(texts) if not is_file(text)]
         if texts and len(without) == len(texts):
             rank_zero_warn(f"{source}: no image has a file of labels; that of the first would be {texts[0]}.")
         elif without:
@@ -297,7 +299,7 @@ class _LineReader:
 
     def read(self, file: Path) -> tuple[list[_Line], str]:
         """Return the lines of a file, and why it cannot be used if it is not text and broken files are skipped."""
-        if not file.is_file():
+        if not is_file(file):
             return [], ""
         try:
             text = _text(file)
@@ -409,7 +411,7 @@ class YoloDetection(DetectionData):
             place = given[split]
             places = [place] if place is not None else said.splits.get(split, [])
             places = [_below(top, folder, one) for one in places]
-            if split == "test" and place is None and not all(_is_there(top, one) for one in places or [""]):
+            if split == "test" and place is None and not all(_is_in(top, one) for one in places or [""]):
                 return None  # Roboflow lists a test folder that it may not export
             places = places or [_usual_place(top, folder, split)]
             known = keypoints if keypoints is not None or training is None else training.keypoints
@@ -426,14 +428,14 @@ def _darknet_names(top: Path) -> tuple[str, ...] | None:
     return tuple(line.strip() for line in _text(file).splitlines() if line.strip()) if file.is_file() else None
 
 
-def _is_there(top: Path, place: str) -> bool:
-    return bool(place) and (top / _relative(with_slashes(place, top), (top.absolute(), top.resolve()))).exists()
+def _is_in(top: Path, place: str) -> bool:
+    return bool(place) and is_there(top / _relative(with_slashes(place, top), (top.absolute(), top.resolve())))
 
 
 def _below(top: Path, folder: str, place: str) -> str:
     """Return a place below `path` of the `data.yaml` if it exists there, otherwise unchanged."""
     below = str(PurePath(folder) / place)
-    return below if folder and _is_there(top, below) else place
+    return below if folder and _is_in(top, below) else place
 
 
 def _usual_place(top: Path, folder: str, split: str) -> str:
@@ -441,4 +443,4 @@ def _usual_place(top: Path, folder: str, split: str) -> str:
     names = EVALUATION_SPLITS if split == "val" else (split,)
     places = [place for name in names for place in (f"images/{name}", f"{name}/images", f"{name}.txt")]
     found = (_below(top, folder, place) for place in places)
-    return next((place for place in found if _is_there(top, place)), f"images/{split}")
+    return next((place for place in found if _is_in(top, place)), f"images/{split}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from diffkd.data.folders import EXTENSIONS, leads_outside
+from diffkd.data.folders import EXTENSIONS, is_file, leads_outside
 from diffkd.data.segmentation.mask_folder import class_names
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, check_pairs, refuse
@@ -127,7 +127,7 @@ def _listed(root: Path, split: str, masks: str, skip_bad: bool) -> Pairs:
         if leads_outside(path, real, named=path.relative_to(root) if path.is_relative_to(root) else path):
             raise ValueError(f"{source}: {path.stem!r} leads to {path.resolve()}, outside of {root}; remove it.")
     if not skip_bad:  # otherwise the later check leaves them out
-        missing = [str(path) for pair in pairs for path in pair if not path.is_file()]
+        missing = [str(path) for pair in pairs for path in pair if not is_file(path)]
         refuse(missing, f"{source}: {len(missing)} of the files it names are missing; add them or remove their names")
     return check_pairs(root, pairs, skip_bad=skip_bad)
 
@@ -147,4 +147,4 @@ def _found(folder: Path, name: str, usual: str) -> Path:
     """Return the file of a name with any extension; if none exists, the path with the default extension."""
     extensions = (usual, usual.upper(), *sorted(EXTENSIONS), *map(str.upper, sorted(EXTENSIONS)))
     paths = (folder / f"{name}{extension}" for extension in extensions)
-    return next((path for path in paths if path.is_file()), folder / f"{name}{usual}")
+    return next((path for path in paths if is_file(path)), folder / f"{name}{usual}")
