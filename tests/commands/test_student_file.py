@@ -70,7 +70,7 @@ def test_a_program_leaves_the_card_of_the_weights_beside_it(run, tmp_path):
         ({"model": ["cifar/resnet20"]}, "model"),
         ({"num_classes": 10**12}, "num_classes"),
         ({"num_classes": True}, "num_classes"),
-        ({"in_channels": 0}, "in_channels"),
+        ({"in_channels": -1}, "in_channels"),
         ({"image_size": "evil"}, "image_size"),
         ({"mean": [0.5, float("nan")]}, "mean"),
         ({"mean": []}, "mean"),
@@ -95,9 +95,14 @@ def test_a_card_of_other_kinds_of_values_is_refused_by_file_and_value(change, na
 
 def test_a_card_may_lack_whatever_it_likes(tmp_path):
     """Students saved from code have cards of a few values, and those of runs have nulls."""
-    card = {"model": "cifar/resnet20", "num_classes": 3, "mean": None, "data": None, "detection": None, "more": {}}
+    card = {"model": "cifar/resnet20", "num_classes": 0, "mean": None, "data": None, "detection": None, "more": {}}
     (tmp_path / "student.json").write_text(json.dumps(card), encoding="utf-8")
     assert read_card(tmp_path / "student.safetensors") == card
+
+
+def test_a_card_written_by_hand_may_give_one_side_of_a_square(tmp_path):
+    (tmp_path / "student.json").write_text('{"image_size": 224}', encoding="utf-8")
+    assert read_card(tmp_path / "student.safetensors") == {"image_size": [224, 224]}
 
 
 @pytest.mark.parametrize(("name", "value"), [("min_size", "x"), ("min_size", [0]), ("max_size", 1.5)])

@@ -112,13 +112,16 @@ def check_card(card: Any, source: Path) -> dict[str, Any]:
     """
     if not isinstance(card, dict):
         raise ValueError(f"{source} is no card of a model; delete it, or save the model again")
+    found = dict(card)
+    if type(side := found.get("image_size")) is int:  # of a square, in a card written by hand
+        found["image_size"] = [side, side]
     for name, (kind, is_one) in _KINDS.items():
-        value = card.get(name)
+        value = found.get(name)
         if value is not None and not is_one(value):
             raise ValueError(
                 f"{source}: its {name} is {_shortened(value)}, and no {kind}: correct it, or save the model again"
             )
-    return card
+    return found
 
 
 def _shortened(value: Any) -> str:
@@ -127,7 +130,7 @@ def _shortened(value: Any) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= _MOST_CLASSES
+    return type(value) is int and 0 <= value <= _MOST_CLASSES  # images without labels have no classes
 
 
 def _are_numbers(value: Any, least: float = -math.inf) -> bool:
@@ -151,7 +154,7 @@ _MOST_CLASSES = 1_000_000
 # What the values of a card are, those that are read again, and how it is told.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("task", "model"), ("name", lambda value: isinstance(value, str))),
-    **dict.fromkeys(("num_classes", "in_channels"), (f"whole number from 1 to {_MOST_CLASSES:,}", _is_count)),
+    **dict.fromkeys(("num_classes", "in_channels"), (f"whole number up to {_MOST_CLASSES:,}", _is_count)),
     "image_size": ("list of height and width in pixels", lambda value: isinstance(value, list)),
     "mean": ("list of numbers", _are_numbers),
     "std": ("list of numbers above 0", functools.partial(_are_numbers, least=0.0)),
