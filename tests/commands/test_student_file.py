@@ -67,7 +67,6 @@ def test_a_program_leaves_the_card_of_the_weights_beside_it(run, tmp_path):
     ("change", "named"),
     [
         ([], "no card"),
-        ({"model": ["cifar/resnet20"]}, "model"),
         ({"num_classes": 10**12}, "num_classes"),
         ({"num_classes": True}, "num_classes"),
         ({"in_channels": -1}, "in_channels"),
@@ -77,20 +76,33 @@ def test_a_program_leaves_the_card_of_the_weights_beside_it(run, tmp_path):
         ({"std": [0.0]}, "std"),
         ({"classes": [["a"]]}, "classes"),
         ({"classes": "ab"}, "classes"),
-        ({"data": True}, "data"),
-        ({"data": {"class_path": 3}}, "data"),
-        ({"data": {"init_args": True}}, "data"),
         ({"detection": True}, "detection"),
         ({"detection": {"channels": 3}}, "detection"),
         ({"segmentation": "auxiliary"}, "segmentation"),
-        ({"metrics": [0.9]}, "metrics"),
     ],
 )
 def test_a_card_of_other_kinds_of_values_is_refused_by_file_and_value(change, named, tmp_path):
     card = tmp_path / "student.json"
-    card.write_text(json.dumps({**change} if change else change), encoding="utf-8")
+    content = {"model": "cifar/resnet20", "num_classes": 3, **change} if change else change
+    card.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"student\.json.*{named}"):
         read_card(tmp_path / "student.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "others"),
+    [
+        ({"model": {"name": "resnet18"}, "data": {"class_path": 3}, "classes": 10, "lr": 0.1}, "model, classes, data"),
+        ({"model": "resnet18", "data": "cifar10", "metrics": [0.9]}, "data, metrics"),
+        ({"model": "cifar/resnet20", "num_classes": 3, "data": {"init_args": True}}, "data"),
+    ],
+)
+def test_what_others_write_beside_their_weights_is_no_obstacle(content, others, tmp_path):
+    """Settings and measurements under the weights' name, of which only what a card could hold is taken."""
+    (tmp_path / "best.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.warns(UserWarning, match=rf"best\.json: left out, .*: {others}"):
+        card = read_card(tmp_path / "best.pt")
+    assert card == {name: value for name, value in content.items() if name not in others.split(", ")}
 
 
 def test_a_card_may_lack_whatever_it_likes(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from diffkd.files.history import Row, measurements
 from diffkd.files.run_folder import RunFolder
@@ -103,25 +104,31 @@ def read_card(weights: str | Path) -> dict[str, Any]:
 def check_card(card: Any, source: Path) -> dict[str, Any]:
     """Return a card whose values can be relied on to be of their kinds, where they are there at all.
 
+    What another program wrote under the name of a card, such as its own settings, has other values under these names;
+    those are left out with a warning. So is what only says how to measure again, also in a card.
+
     Args:
         card: what a file holds.
         source: that file, for messages.
 
     Raises:
-        ValueError: if it is no mapping, or a value is of another kind; names file, value and kind.
+        ValueError: if it is no mapping, or a value of a card is of another kind; names file, value and kind.
     """
     if not isinstance(card, dict):
         raise ValueError(f"{source} is no card of a model; delete it, or save the model again")
     found = dict(card)
     if type(side := found.get("image_size")) is int:  # of a square, in a card written by hand
         found["image_size"] = [side, side]
-    for name, (kind, is_one) in _KINDS.items():
-        value = found.get(name)
-        if value is not None and not is_one(value):
-            raise ValueError(
-                f"{source}: its {name} is {_shortened(value)}, and no {kind}: correct it, or save the model again"
-            )
-    return found
+    others = [name for name, (_, is_one) in _KINDS.items() if found.get(name) is not None and not is_one(found[name])]
+    is_card = isinstance(found.get("model"), str) and "num_classes" in found
+    if wrong := [name for name in others if is_card and name not in ("data", "metrics")]:
+        raise ValueError(
+            f"{source}: its {wrong[0]} is {_shortened(found[wrong[0]])}, and no {_KINDS[wrong[0]][0]}: correct it, or "
+            "save the model again"
+        )
+    if others:
+        rank_zero_warn(f"{source}: left out, as a card of a model has other values there: {', '.join(others)}")
+    return {name: value for name, value in found.items() if name not in others}
 
 
 def _shortened(value: Any) -> str:
