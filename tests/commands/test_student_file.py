@@ -112,9 +112,9 @@ def test_a_card_may_lack_whatever_it_likes(tmp_path):
     assert read_card(tmp_path / "student.safetensors") == card
 
 
-def test_a_card_written_by_hand_may_give_one_side_of_a_square(tmp_path):
-    (tmp_path / "student.json").write_text('{"image_size": 224}', encoding="utf-8")
-    assert read_card(tmp_path / "student.safetensors") == {"image_size": [224, 224]}
+def test_a_card_written_by_hand_may_give_one_side_of_a_square_and_numbers_for_names(tmp_path):
+    (tmp_path / "student.json").write_text('{"image_size": 224, "classes": [1, "b"]}', encoding="utf-8")
+    assert read_card(tmp_path / "student.safetensors") == {"image_size": [224, 224], "classes": ["1", "b"]}
 
 
 @pytest.mark.parametrize(("name", "value"), [("min_size", "x"), ("min_size", [0]), ("max_size", 1.5)])

@@ -117,8 +117,11 @@ def check_card(card: Any, source: Path) -> dict[str, Any]:
     if not isinstance(card, dict):
         raise ValueError(f"{source} is no card of a model; delete it, or save the model again")
     found = dict(card)
-    if type(side := found.get("image_size")) is int:  # of a square, in a card written by hand
+    # What a card written by hand may say more shortly: one side of a square, and classes by their numbers.
+    if type(side := found.get("image_size")) is int:
         found["image_size"] = [side, side]
+    if isinstance(names := found.get("classes"), list):
+        found["classes"] = [str(name) if type(name) is int else name for name in names]
     others = [name for name, (_, is_one) in _KINDS.items() if found.get(name) is not None and not is_one(found[name])]
     is_card = isinstance(found.get("model"), str) and "num_classes" in found
     if wrong := [name for name in others if is_card and name not in ("data", "metrics")]:
