@@ -1,6 +1,5 @@
 """`diffkd inspect`: show the content of a file of weights, a run or an annotation file, and how it would be read."""
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from xml.etree import ElementTree
 
 from torch import Tensor
 
-from diffkd.data.folders import is_file
+from diffkd.data.folders import is_file, is_folder
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.files.fitting import fit_contents
 from diffkd.files.history import read_csv
@@ -222,7 +221,7 @@ def _yolo(path: Path) -> Iterator[str]:
         if content.get(split) is None:
             continue
         place = top / str(content[split])
-        if os.path.isdir(place):  # noqa: PTH112 - pathlib raises OSError for names that are too long
+        if is_folder(place):
             labels = Path(*["labels" if part == "images" else part for part in place.parts])
             images = sum(one.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".webp") for one in place.iterdir())
             texts = sum(one.suffix == ".txt" for one in labels.iterdir()) if labels.is_dir() else 0

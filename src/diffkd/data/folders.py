@@ -248,6 +248,11 @@ def is_file(path: str | os.PathLike[str]) -> bool:
     return os.path.isfile(path)  # noqa: PTH113 - where pathlib raises OSError
 
 
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a folder of a name from a file, likewise."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def is_there(path: str | os.PathLike[str]) -> bool:
     """Return whether there is a file or folder of a name from a file, likewise."""
     return os.path.exists(path)  # noqa: PTH110
@@ -284,7 +289,7 @@ def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]
         ValueError: if it is a link that leads out of the root; an absolute path is accepted anywhere.
     """
     path = Path(root) / folder
-    if not os.path.isdir(path):  # noqa: PTH112 - pathlib raises OSError for names that are too long
+    if not is_folder(path):
         raise FileNotFoundError(f"{path}: no such folder; give the name of a folder in {root}, or its absolute path.")
     if not Path(folder).is_absolute() and leads_outside(path, Path(root).resolve(), named=folder):
         raise ValueError(f"{path}: leads to {path.resolve()}, outside of {root}; give its absolute path instead.")

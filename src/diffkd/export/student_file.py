@@ -126,17 +126,12 @@ def check_card(card: Any, source: Path) -> dict[str, Any]:
     is_card = isinstance(found.get("model"), str) and "num_classes" in found
     if wrong := [name for name in others if is_card and name not in ("data", "metrics")]:
         raise ValueError(
-            f"{source}: its {wrong[0]} is {_shortened(found[wrong[0]])}, and no {_KINDS[wrong[0]][0]}: correct it, or "
+            f"{source}: its {wrong[0]} is {found[wrong[0]]!r:.80}, and no {_KINDS[wrong[0]][0]}: correct it, or "
             "save the model again"
         )
     if others:
         rank_zero_warn(f"{source}: left out, as a card of a model has other values there: {', '.join(others)}")
     return {name: value for name, value in found.items() if name not in others}
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _is_count(value: Any) -> bool:
