@@ -3,6 +3,7 @@
     uv run python -m benchmarks.beds prepare --cifar100 FOLDER --lite0 FILE.pth    # once: images of 64 px, weights
     uv run python -m benchmarks.beds run bccd --methods detection/diffkd-direct mine.yaml --seeds 2 --share 0.2
     uv run python -m benchmarks.beds run bccd --seeds 5                            # the rivals of the bed, on test data
+    uv run python -m benchmarks.beds values demo kd-t2-w4 > kd-t2-w4.yaml          # a candidate's preset, to run it
     uv run python -m benchmarks.beds table                                         # in results/better-diffkd.md
 
 Every run is one line of results/better-diffkd/runs.jsonl; what is there is not trained again, on whatever machine it
@@ -311,6 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     training.add_argument("--folder", type=Path, default=Path("runs/beds"))
     training.add_argument("--options", nargs="*", default=[], help="of `diffkd fit`, such as epochs=7")
     verbs.add_parser("table")
+    stored = verbs.add_parser("values", help="print the preset of stored runs, to run it again")
+    stored.add_argument("bed", choices=list(BEDS))
+    stored.add_argument("method", help="its name in the tables")
     given = parser.parse_args(argv)
     if given.verb == "prepare":
         prepare(given.cifar100, given.lite0)
@@ -325,6 +329,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             options=options,
             folder=given.folder,
         )
+    elif given.verb == "values":
+        lines = [line for line in known_runs() if (line["bed"], line["method"]) == (given.bed, given.method)]
+        print(lines[-1]["values"] if lines else parser.error(f"there is no run of {given.method} on {given.bed}"))
     else:
         PAGE.write_text(refresh(PAGE.read_text(encoding="utf-8"), known_runs()), encoding="utf-8")
 
