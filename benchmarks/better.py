@@ -5,8 +5,9 @@
 Every run of the design is a training of `--recipe` with the preset `--method`, some of its options at their other
 level. One line of JSON each goes to OUT/runs.jsonl; called again, what is there is not trained again. The table has the
 main effect of each option: the mean score with it less the mean without it, over all other options, with its standard
-error over the seeds. With fewer runs than combinations the design is a fraction of them in which the columns of the
-options stay orthogonal, and effects of one option share theirs with interactions of others.
+error and p-value from how differently the seeds rank the settings. With fewer runs than combinations the design is a
+fraction of them in which the columns of the options stay orthogonal, and effects of one option share theirs with
+interactions of others.
 """
 
 import argparse
@@ -17,12 +18,16 @@ import multiprocessing
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from scipy import stats
 
+from benchmarks.report import table as markdown
 from diffkd.commands.arguments import fit_with, values_of_fit
 from diffkd.commands.compare import find_method
 from diffkd.commands.tune import with_values
@@ -31,17 +36,25 @@ from diffkd.recipes import find_recipe
 from diffkd.recipes.trust import named_code, take_trust
 from diffkd.training.fit import fit
 
-# Each option with its low and its high level: values of the recipe by their dotted names.
+# Each option with its low and its high level: values of the recipe by their dotted names, for presets that have DiffKD
+# first and a loss on the raw outputs second.
+_DIFFKD = "method.0.init_args"
 FACTORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "standardised": ({"method.0.init_args.standardize": False}, {"method.0.init_args.standardize": True}),
-    "film": ({"method.0.init_args.time": "embedding"}, {"method.0.init_args.time": "film"}),
-    "clean": ({"method.0.init_args.prediction": "noise"}, {"method.0.init_args.prediction": "clean"}),
-    "every_step": ({"method.0.init_args.every_step": False}, {"method.0.init_args.every_step": True}),
-    "one_step": ({"method.0.init_args.inference_steps": 5}, {"method.0.init_args.inference_steps": 1}),
-    "start_500": ({"method.0.init_args.start_timestep": -1}, {"method.0.init_args.start_timestep": 500}),
-    "balance": ({"balance": None}, {"balance": {"balance": 1.0}}),
+    "direct": (
+        {f"{_DIFFKD}.features_only": False, "method.1.init_args.weight": 0.0},
+        {f"{_DIFFKD}.features_only": True, "method.1.init_args.weight": 1.0},
+    ),
+    "standardised": ({f"{_DIFFKD}.standardize": False}, {f"{_DIFFKD}.standardize": True}),
+    "film": ({f"{_DIFFKD}.time": "embedding"}, {f"{_DIFFKD}.time": "film"}),
+    "clean": ({f"{_DIFFKD}.prediction": "noise"}, {f"{_DIFFKD}.prediction": "clean"}),
+    "every_step": ({f"{_DIFFKD}.every_step": False}, {f"{_DIFFKD}.every_step": True}),
+    "one_step": ({f"{_DIFFKD}.inference_steps": 5}, {f"{_DIFFKD}.inference_steps": 1}),
+    "start_500": ({f"{_DIFFKD}.start_timestep": -1}, {f"{_DIFFKD}.start_timestep": 500}),
+    "balance": ({"balance": None}, {"balance": {"balance": 4.0}}),
 }
+DEFAULT_FACTORS = tuple(name for name in FACTORS if name != "direct")  # a detector's boxes are never diffused
 Levels = tuple[bool, ...]
+BASE = "benchmarks/beds/noise-logits.yaml"
 START_METHOD = "spawn"  # of the processes of trainings
 
 
@@ -67,25 +80,53 @@ def design(factors: int, runs: int) -> list[Levels]:
     ]
 
 
-def main_effects(scores: Mapping[tuple[Levels, int], float], names: Sequence[str]) -> list[tuple[str, float, float]]:
-    """Return for each factor its name, its effect, and the standard error of that over the seeds.
+@dataclass(frozen=True)
+class Effect:
+    """How much better a setting is with an option than without, over all others.
+
+    Attributes:
+        name: of the option.
+        mean: of the score with it less the score without it.
+        error: standard error of `mean`; None for one seed.
+        p: two-sided p-value of "no effect", Student's t; None for one seed, or if no two seeds differ.
+    """
+
+    name: str
+    mean: float
+    error: float | None
+    p: float | None
+
+
+def main_effects(scores: Mapping[tuple[Levels, int], float], names: Sequence[str]) -> list[Effect]:
+    """Return the main effects of the options.
+
+    The noise is what remains of m settings x n seeds beside a mean of each setting and of each seed: it has
+    (m - 1)(n - 1) degrees of freedom, and an effect, the difference of two halves of all runs, the standard error
+    2 s / sqrt(m n) (Montgomery, Design and Analysis of Experiments: a 2^k design, replicated in blocks).
 
     Args:
         scores: by levels and seed; seeds that lack a run of the others' are left out.
-        names: of the factors.
+        names: of the options.
+
+    Raises:
+        ValueError: if no seed has a run of every setting.
     """
-    settings = {levels for levels, _ in scores}
+    settings = sorted({levels for levels, _ in scores})
     seeds = [seed for seed in sorted({seed for _, seed in scores}) if all((one, seed) in scores for one in settings)]
-    rows = []
-    for index, name in enumerate(names):
-        effects = []
-        for seed in seeds:
-            high = [scores[one, seed] for one in settings if one[index]]
-            low = [scores[one, seed] for one in settings if not one[index]]
-            effects.append(statistics.mean(high) - statistics.mean(low))
-        error = statistics.stdev(effects) / math.sqrt(len(effects)) if len(effects) > 1 else math.nan
-        rows.append((name, statistics.mean(effects) if effects else math.nan, error))
-    return rows
+    if not seeds:
+        raise ValueError(f"no seed has a run of each of the {len(settings)} settings")
+    table = np.array([[scores[one, seed] for seed in seeds] for one in settings])
+    signs = np.where(settings, 1.0, -1.0)
+    means = 2.0 * signs.T @ table.mean(axis=1) / len(settings)
+    freedom = (len(settings) - 1) * (len(seeds) - 1)
+    if not freedom:
+        return [Effect(name, float(mean), None, None) for name, mean in zip(names, means, strict=True)]
+    rest = table - table.mean(axis=1, keepdims=True) - table.mean(axis=0) + table.mean()
+    error = 2.0 * math.sqrt((rest**2).sum() / freedom / table.size)
+    return [
+        Effect(name, float(mean), error, float(2 * stats.t.sf(abs(mean) / error, freedom)) if error else None)
+        for name, mean in zip(names, means, strict=True)
+    ]
 
 
 def measure(words: Sequence[str], names: Sequence[str], levels: Levels, seed: int, share: float, folder: str) -> float:
@@ -112,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train what is missing of the design, and print the main effects."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="demo")
-    parser.add_argument("--method", default="diffkd-direct", help="preset whose first method is DiffKD")
-    parser.add_argument("--factors", nargs="+", default=list(FACTORS), choices=list(FACTORS))
+    parser.add_argument("--method", default=BASE, help="preset: DiffKD, then a loss on the raw outputs")
+    parser.add_argument("--factors", nargs="+", default=list(DEFAULT_FACTORS), choices=list(FACTORS))
     parser.add_argument("--runs", type=int, default=16, help="settings of the design, a power of two")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
@@ -155,10 +196,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = {key: score for key, score in scores.items() if key[0] in settings and key[1] < given.seeds}
     mean = statistics.mean(wanted.values())
     print(f"\n{len(wanted)} runs, mean {100 * mean:.2f} %, on {given.share:.0%} of the training images, held out\n")
-    print("| option | effect (points) | standard error over seeds |")
-    print("| --- | --- | --- |")
-    for name, effect, error in main_effects(wanted, given.factors):
-        print(f"| {name} | {100 * effect:+.2f} | {100 * error:.2f} |")
+    rows = [["option", "effect (points)", "p"]]
+    for one in main_effects(wanted, given.factors):
+        error = "" if one.error is None else f" ± {100 * one.error:.2f}"
+        rows.append([one.name, f"{100 * one.mean:+.2f}{error}", "-" if one.p is None else f"{one.p:.2g}"])
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
