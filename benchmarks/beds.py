@@ -210,11 +210,13 @@ def run_all(
         sys.exit(f"{failed} of {len(todo)} runs failed; the logs are in {folder}")
 
 
-def scores(lines: Sequence[Mapping[str, Any]], bed: str, share: float) -> dict[str, dict[int, float]]:
-    """Return the last scores in percent by method and seed; of the last values of a preset."""
+def scores(
+    lines: Sequence[Mapping[str, Any]], bed: str, share: float, options: Sequence[str] = ()
+) -> dict[str, dict[int, float]]:
+    """Return the last scores in percent by method and seed; of the last values of a preset, under these options."""
     found: dict[str, tuple[str, dict[int, float]]] = {}
     for line in lines:
-        if line["bed"] == bed and line["share"] == share:
+        if (line["bed"], line["share"], line["options"]) == (bed, share, list(options)):
             values, runs = found.get(line["method"], (line["values"], {}))
             if values != line["values"]:
                 values, runs = line["values"], {}
@@ -222,9 +224,9 @@ def scores(lines: Sequence[Mapping[str, Any]], bed: str, share: float) -> dict[s
     return {method: runs for method, (_, runs) in found.items()}
 
 
-def table(lines: Sequence[Mapping[str, Any]], bed: str, share: float = 0.0) -> str:
+def table(lines: Sequence[Mapping[str, Any]], bed: str, share: float = 0.0, options: Sequence[str] = ()) -> str:
     """Return the Markdown table of a bed: mean ± std, n, and paired differences to alone, KD and the control."""
-    found = scores(lines, bed, share)
+    found = scores(lines, bed, share, options)
     if not found:
         return ""
     known = [Path(method).stem for method in BEDS[bed].methods]
@@ -250,20 +252,22 @@ def table(lines: Sequence[Mapping[str, Any]], bed: str, share: float = 0.0) -> s
 def refresh(page: str, lines: Sequence[Mapping[str, Any]]) -> str:
     """Return a page in Markdown with the tables of these runs below comments that ask for them.
 
-    A comment is `<!-- table BED -->`, or `<!-- table BED 0.2 -->` for the choices on a share of the training data; the
-    table that follows it, if there is one, is replaced.
+    A comment is `<!-- table BED -->`, `<!-- table BED 0.2 -->` for the choices on a share of the training data, or
+    `<!-- table BED epochs=28 -->` for runs with options; the table that follows it, if there is one, is replaced.
 
     Raises:
         ValueError: if there is no run of a bed that is asked for.
     """
 
     def written(found: re.Match[str]) -> str:
-        new = table(lines, found["bed"], float(found["share"] or 0))
+        options = [f"--{option}" for option in (found["options"] or "").split()]
+        new = table(lines, found["bed"], float(found["share"] or 0), options)
         if not new:
             raise ValueError(f"there is no run for {found[0].splitlines()[0]}")
         return f"{found['comment']}\n\n{new}"
 
-    return re.sub(r"(?P<comment><!-- table (?P<bed>[\w-]+)(?: (?P<share>[\d.]+))? -->)\n*(?:\|.*\n)*", written, page)
+    comment = r"(?P<comment><!-- table (?P<bed>[\w-]+)(?: (?P<share>[\d.]+))?(?P<options>(?: [\w.]+=\S+)+)? -->)"
+    return re.sub(comment + r"\n*(?:\|.*\n)*", written, page)
 
 
 def prepare(cifar100: Path, lite0: Path | None) -> None:
