@@ -111,15 +111,20 @@ def test_mixed_images_have_no_class(image_files):
         classify(image_files, KD, augmentation=Augmentation(**mixed))
 
 
-def test_the_teachers_head_must_go_on_from_the_feature(image_files):
-    def convolutional(classes, channels):
-        return nn.Sequential(nn.Conv2d(channels, 12, 3, 2, 1), nn.Conv2d(12, classes, 4), nn.Flatten())
+class Convolutional(nn.Sequential):
+    """Has no linear layer, and an activation that no module shows."""
 
-    message = (
-        "Onward of pair '0' needs the teacher's classifier, but the teacher's last linear layer is missing, .*; pair"
-    )
+    def __init__(self, classes, channels):
+        super().__init__(nn.Conv2d(channels, 12, 3, 2, 1), nn.Conv2d(12, classes, 4))
+
+    def forward(self, images):
+        return self[1](self[0](images).relu()).flatten(1)
+
+
+def test_the_teachers_head_must_go_on_from_the_feature(image_files):
+    message = "Onward of pair '0' needs the teacher's classifier, but the teacher's last linear layer is missing; pair"
     with pytest.raises(ValueError, match=message):
-        classify(image_files, Onward, teacher=convolutional)
+        classify(image_files, Onward, teacher=Convolutional)
 
 
 def test_dkd_takes_class_maps_coarser_than_the_masks(tmp_path):

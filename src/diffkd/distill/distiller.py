@@ -25,13 +25,14 @@ from diffkd.distill.stages import read_embedding
 from diffkd.features.activations import before_activation
 from diffkd.features.forward import first_parameter, on_device_of, run
 from diffkd.features.layers import Layer, activations_of, find_layer, list_layers
+from diffkd.features.layout import select_tensor
 from diffkd.features.probe import probe, watch
 from diffkd.features.reader import Reader, agree
 from diffkd.features.recorder import Call, Recorder, split_selector
 from diffkd.features.shape import Resizing
 from diffkd.files.weights import unwrap
 from diffkd.methods import DiffKD, MethodFactory
-from diffkd.teacher.classifier import pooled_classifier
+from diffkd.teacher.classifier import Head, rest_of
 from diffkd.teacher.options import AS_GIVEN, TeacherOptions, prepare_teacher
 from diffkd.teacher.view import StudentView
 
@@ -140,7 +141,8 @@ class Distiller(nn.Module):
             their last maps and their pooled outputs (:func:`~diffkd.distill.matching.pair_representations`).
         teacher_weights: weight of the automatic pairs of each teacher; None: 1. A `balance` takes their place.
 
-    Methods that need the teacher's classifier (SRRL) get its pooling and last linear layer.
+    Methods that need the rest of the teacher after the layer (SRRL) get it as a function that has given the teacher's
+    own scores for the example (:func:`~diffkd.teacher.classifier.rest_of`).
 
     Raises:
         ValueError: if a layer is unknown or cannot be distilled, shapes are not understood, nothing can be paired, or a
@@ -264,6 +266,12 @@ class Distiller(nn.Module):
             self.methods.append(built := build_method(factory, ours, theirs))
             if (take_norms := getattr(built, "take_norms", None)) is not None:
                 take_norms([_norm_before(source.given, source.layers, name) for name in pair.teacher_names])
+        # Of pairs whose method wants it; where it cannot be had, the reason, since the caller may hand over another.
+        self._heads: dict[str, Head | ValueError] = {
+            name: self._head(pair, theirs)
+            for name, pair, (_, theirs), built in zip(self.names, self.pairs, self.readers, self.methods, strict=True)
+            if "teacher_head" in getattr(built, "needs", ())
+        }
         if balance is not None:
             of_logits = [any(shape.role == "logits" for shape in theirs.shapes) for _, theirs in self.readers]
             self.pairs = tuple(
@@ -293,6 +301,38 @@ class Distiller(nn.Module):
         source.recorder = Recorder(list(dict.fromkeys(names)), activations=activations_of(source.layers))
         source.recorder.attach(source.model)
         return probe("teacher", source.recorder, source.model, source.example, source.layers)
+
+    def _head(self, pair: Pair, reader: Reader) -> Head | ValueError:
+        """Return the rest of a pair's teacher after its layer, or why it cannot be had."""
+        source = self._sources[pair.source]
+        with torch.no_grad():
+            output, features, _ = source.recorder.record(source.model, on_device_of(source.model, source.example))
+            feature = reader.read(features)
+        scores = select_tensor(output, split_selector(source.layers[-1].name)[1])
+        if not isinstance(feature, Tensor) or scores is None:
+            return ValueError("the teacher's classifier takes one feature, and the pair has several: pair one")
+        layer = split_selector(pair.teacher_names[0])[0]
+        try:
+            return rest_of(source.model, layer, source.example, feature, scores)
+        except ValueError as error:
+            return error
+
+    def teacher_head(self, name: str) -> Head:
+        """Return the rest of the teacher after the layer of a pair whose method needs "teacher_head".
+
+        Args:
+            name: the pair's, one of :attr:`names`.
+
+        Returns:
+            A function from the teacher's feature, (B, C, H, W) or (B, C), to its scores (B, K).
+
+        Raises:
+            ValueError: if the teacher's scores cannot be computed from that feature.
+        """
+        head = self._heads[name]
+        if isinstance(head, ValueError):
+            raise head
+        return head
 
     @property
     def teacher(self) -> nn.Module:
@@ -551,18 +591,13 @@ class Distiller(nn.Module):
         for name, pair, (our_reader, their_reader), resizes, method in zip(
             self.names, self.pairs, self.readers, self._resizes, self.methods, strict=True
         ):
-            source = self._sources[pair.source]
-            own = {layer: theirs[source.prefix + layer] for layer in their_reader.names}
+            prefix = self._sources[pair.source].prefix
+            own = {layer: theirs[prefix + layer] for layer in their_reader.names}
             student, teacher = read_pair(our_reader, their_reader, ours, own, resizes)
-            if (
-                "teacher_head" in getattr(method, "needs", ())
-                and context.get("teacher_head") is None
-                and isinstance(teacher, Tensor)
-            ):
-                head = pooled_classifier(source.model, teacher.shape[1])
-                result = method(student, teacher, **select_arguments(method, name, {**context, "teacher_head": head}))
-            else:
-                result = method(student, teacher, **select_arguments(method, name, context))
+            given = context
+            if name in self._heads and context.get("teacher_head") is None:
+                given = {**context, "teacher_head": self.teacher_head(name)}
+            result = method(student, teacher, **select_arguments(method, name, given))
             results.append(Observation(student, teacher, result))
         return output, results, ours
 

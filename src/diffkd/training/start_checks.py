@@ -21,7 +21,6 @@ from diffkd.files.config import unwrap_factory
 from diffkd.files.fitting import report_of
 from diffkd.tasks.data_facts import DataFacts, TaskName, describe_samples, first_difference
 from diffkd.tasks.task_of_data import padded_example
-from diffkd.teacher.classifier import pooled_classifier
 from diffkd.training.optimization import Schedule
 from diffkd.training.options import FitOptions
 
@@ -160,7 +159,7 @@ def check_needs(distiller: Distiller, data: DataFacts) -> None:
             )
         if "teacher_head" in needs:
             try:
-                pooled_classifier(distiller.teacher, theirs.shapes[0].channels)
+                distiller.teacher_head(name)
             except ValueError as error:
                 reason = str(error).partition(":")[0]
                 raise ValueError(
