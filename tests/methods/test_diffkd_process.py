@@ -237,6 +237,15 @@ def test_with_scale_and_shift_the_students_denoising_knows_the_time(kind):
         assert knows or difference < 1e-4
 
 
+def test_film_stays_when_the_normalisations_are_synchronised():
+    film = DiffKD(6, 8, time="film").denoiser.eval()
+    for parameter in film.time.parameters():
+        nn.init.normal_(parameter)
+    x, timesteps = torch.randn(2, 8, 3, 3), torch.tensor([400])
+    expected = film(x, timesteps)
+    assert torch.equal(nn.SyncBatchNorm.convert_sync_batchnorm(film)(x, timesteps), expected)
+
+
 def test_a_denoiser_without_time_is_where_film_begins():
     torch.manual_seed(3)
     film = DiffKD(6, 8, time="film").denoiser

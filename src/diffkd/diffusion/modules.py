@@ -232,7 +232,7 @@ def _filmed(layers: nn.Sequential | Sequence[nn.Module], x: Tensor, films: Itera
     """Run layers in sequence, with the next scale and shift after each batch normalisation."""
     for layer in layers:
         x = layer(x)
-        if isinstance(layer, BatchNorm):
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm takes the place of ours
             scale, shift = next(films).chunk(2, dim=1)
             x = x * (1 + scale) + shift
     return x
