@@ -135,3 +135,17 @@ def test_processes_share_their_statistics(tmp_path):
     for name, value in alone.state_dict().items():
         assert torch.equal(states[0][name], states[1][name])
         torch.testing.assert_close(states[0][name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_batch_that_is_not_finite_is_left_out(first, value):
+    batches = [feature(4) for _ in range(3)]
+    bad = feature(4)
+    bad[1, 2] = value
+    module, expected = Standardization(5).double(), Standardization(5).double()
+    for batch in [bad, *batches] if first else [batches[0], bad, *batches[1:]]:
+        module(batch)
+    for batch in batches:
+        expected(batch)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in expected.state_dict().items())

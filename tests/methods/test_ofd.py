@@ -95,3 +95,11 @@ def test_errors():
         OFD(OURS, THEIRS, margins=[torch.zeros(5)])
     with pytest.raises(ValueError, match="does not fit 6 channels"):
         OFD(OURS, THEIRS, margins=[torch.zeros(5), torch.zeros(5)])
+
+
+def test_a_batch_that_is_not_finite_leaves_the_margins():
+    margin = Margin(2).double()
+    margin(torch.randn(3, 2, 4, 4).double())
+    before = margin.negative.clone()
+    margin(torch.full((3, 2, 4, 4), -torch.inf).double())
+    assert torch.equal(margin.negative, before)

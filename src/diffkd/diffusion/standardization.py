@@ -17,10 +17,10 @@ class Standardization(nn.Module):
     standardised targets, noise level, losses and weights are comparable across teachers. Ranzinger et al., *PHI-S*,
     arXiv 2410.01680, standardise the teachers' features of RADIO for the same reason.
 
-    The statistics are the exact mean and variance of the first 1 / `momentum` batches together, then exponential
-    moving averages with `momentum`. A batch is included before it is standardised, the first one too. They are updated
-    in training mode only, over the batches of all ranks, and stay float32 or wider if the module is cast. Before the
-    first batch the module is the identity.
+    The statistics are the exact mean and variance of the first 1 / `momentum` batches together, if these are of one
+    size, then exponential moving averages with `momentum`. A batch is included before it is standardised, the first one
+    too; one that is not finite is left out. They are updated in training mode only, over the batches of all ranks, and
+    stay float32 or wider if the module is cast. Before the first batch the module is the identity.
 
     A channel's deviation is at least `floor` times the root mean square over all channels, so that a channel that is
     almost never active is not amplified.
@@ -100,8 +100,10 @@ class Standardization(nn.Module):
         mean, variance = feature.mean(dim=over), feature.var(dim=over, correction=0)  # (C,)
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
             mean, variance = _over_all_processes(mean, variance, feature.numel() / len(mean))
-        self.batches.add_(1)
-        share = self.batches.to(self.mean.dtype).reciprocal().clamp_min(self.momentum)
+        finite = (mean.isfinite() & variance.isfinite()).all()
+        mean, variance = torch.where(finite, mean, self.mean), torch.where(finite, variance, self.variance)
+        self.batches.add_(finite)
+        share = finite * self.batches.clamp_min(1).to(self.mean.dtype).reciprocal().clamp_min(self.momentum)
         difference = mean.to(self.mean.dtype) - self.mean
         # Pooled variance: the average of the two variances, plus the variance of the two means.
         between = share * (1 - share) * difference.square()

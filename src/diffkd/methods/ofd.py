@@ -122,7 +122,9 @@ class Margin(nn.Module):
         if self.estimates and self.training:
             with torch.no_grad():
                 seen = torch.stack([x.clamp(max=0).mean(dim=(0, 2, 3)), (x < 0).to(x.dtype).mean(dim=(0, 2, 3))])
-                self.negative.lerp_(averaged(seen).to(self.negative.dtype), self.momentum)
+                seen = averaged(seen).to(self.negative.dtype)
+                # A batch that is not finite would stay in the average for ever.
+                self.negative.lerp_(torch.where(seen.isfinite().all(), seen, self.negative), self.momentum)
         total, share = at_least_float32(self.negative)
         margin = total / share.masked_fill(share == 0, 1)
         return torch.maximum(x, margin.to(x.dtype)[:, None, None])
