@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from diffkd import DiffKD
-from diffkd.diffusion.distances import kl_divergence
+from diffkd.diffusion.distances import kl_divergence, mse
 from diffkd.official import from_official, our_name, split_checkpoint, their_name, to_official_state
 
 MAP = {"student_channels": 6, "teacher_channels": 16, "use_ae": True, "ae_channels": 9}
@@ -135,6 +135,8 @@ def test_checkpoints_split_into_student_and_modules(prefix):
     assert all(plain[name] is student[name] for name in student)
     assert sorted(modules) == sorted(LAYERS)
     assert not modules["fc"].is_map
+    assert modules["fc"].distance is kl_divergence  # as the authors' code has it for logits
+    assert modules["layer4"].distance is mse
     for layer, module in modules.items():
         back = to_official_state(module)
         assert back.keys() == states[layer].keys()

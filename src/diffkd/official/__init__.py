@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffkd.diffusion.distances import Distance
+from diffkd.diffusion.distances import Distance, kl_divergence
 from diffkd.diffusion.modules import Denoiser
 from diffkd.methods.diffkd import DiffKD
 
@@ -125,7 +125,8 @@ def split_checkpoint(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
     """Split a student's state dict of the authors' code into the plain student and its DiffKD modules.
 
     The authors' code stores the modules in the student as `_diff.<layer>`. Their configuration is inferred from shapes;
-    the number of inference steps is not stored, so 5, the code's default, is assumed.
+    the number of inference steps is not stored, so 5, the code's default, is assumed. As in that code, modules of
+    vectors, which are its logits, compare by the KL divergence, and those of maps by the mean squared error.
 
     Args:
         state_dict: as saved by the authors' training, with or without the "module." prefix of DistributedDataParallel.
@@ -164,7 +165,7 @@ def _module_from_state(layer: str, state: Mapping[str, Tensor]) -> DiffKD:
         }
     except KeyError as missing:
         raise ValueError(f"the checkpoint's DiffKD module of layer {layer!r} lacks {missing}: is it whole?") from None
-    return from_official(config, state)
+    return from_official(config, state, distance=None if is_map else kl_divergence)
 
 
 def _their_shape(model: DiffKD, name: str, value: Tensor) -> Tensor:
