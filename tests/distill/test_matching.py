@@ -7,7 +7,7 @@ from tiny_segmenters import Segmenter
 from torch import nn
 
 from diffkd import CWD, DIST, DKD, KD, DiffKD, FitNet, Pair, list_layers, match_layers
-from diffkd.distill.matching import DEFAULT_WANTS, wants_of
+from diffkd.distill.matching import DEFAULT_WANTS, unique_names, wants_of
 from diffkd.distill.stages import last_feature, stages
 
 IMAGES = torch.randn(2, 3, 16, 16)
@@ -254,3 +254,8 @@ def test_a_pair_names_its_layers():
     assert Pair("a").teacher_names == ("a",)
     assert Pair("a", "b").teacher_names == ("b",)
     assert Pair(["a", "b"]).student_names == Pair(["a", "b"]).teacher_names == ("a", "b")
+
+
+def test_names_of_pairs_are_never_shared():
+    pairs = [Pair("x", name=name) for name in ("a", "a", "a#2", "a", "b")]
+    assert unique_names(pairs) == ("a", "a#2", "a#2#2", "a#3", "b")

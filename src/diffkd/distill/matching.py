@@ -2,9 +2,9 @@
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch import nn
@@ -298,11 +298,10 @@ HEADER = ("pair", "student layer", "shape", "teacher layer", "shape", "method", 
 def unique_names(pairs: Sequence[Pair]) -> tuple[str, ...]:
     """Return a name for each pair: its own, or that of its student's layers; duplicates get a number."""
     wanted = [pair.name or ",".join(pair.student_names) for pair in pairs]
-    count: Counter[str] = Counter()
-    names = []
+    names: list[str] = []
     for name in wanted:
-        count[name] += 1
-        names.append(name if count[name] == 1 else f"{name}#{count[name]}")
+        numbered = (name if number == 1 else f"{name}#{number}" for number in count(1))
+        names.append(next(one for one in numbered if one not in names))
     return tuple(names)
 
 
