@@ -165,3 +165,40 @@ def test_ofd_takes_its_margins_from_the_teachers_batchnorms():
         rare = below <= 0.001
         torch.testing.assert_close(values.double()[~rare], expected[~rare], rtol=1e-5, atol=1e-6)
         assert not margin.estimates
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("vgg11_bn", 64, [64, 128, 256, 512, 512, 512]),
+        ("alexnet", 224, [64, 192, 256, 256]),
+    ],
+)
+def test_networks_without_blocks_have_a_stage_for_each_resolution(name, size, expected):
+    layers = list_layers(getattr(torchvision.models, name)(num_classes=10), torch.zeros(2, 3, size, size))
+    found = stages(layers)
+    assert [one.feature_shape.channels for one in found] == expected
+    assert found[-1].name == "features"
+
+
+@pytest.mark.parametrize(
+    ("name", "feature", "last_stages"),
+    [
+        ("resnet18", "layer4", ["layer2", "layer3", "layer4"]),
+        ("mobilenet_v2", "features.18", ["features.6", "features.13", "features.17"]),
+        ("shufflenet_v2_x1_0", "conv5", ["stage2", "stage3", "stage4"]),
+    ],
+)
+def test_the_last_stage_of_one_position_is_one(name, feature, last_stages):
+    layers = list_layers(getattr(torchvision.models, name)(num_classes=10), torch.zeros(2, 3, 32, 32))
+    last = last_feature(layers)
+    assert (last.name, last.feature_shape.size) == (feature, (1, 1))
+    assert [one.name for one in stages(layers)][-3:] == last_stages
+
+
+def test_what_a_head_makes_of_a_small_map_is_no_stage():
+    # Its head averages by a function, and has convolutions of its own.
+    layers = list_layers(timm.create_model("vgg11", num_classes=10), torch.zeros(2, 3, 64, 64))
+    assert last_feature(layers).name == stages(layers)[-1].name == "features"
+    layers = list_layers(timm.create_model("mobilenetv3_small_050", num_classes=10), torch.zeros(2, 3, 64, 64))
+    assert last_feature(layers).name == "blocks"

@@ -89,11 +89,15 @@ def _positions(layer: Layer) -> int:
 
 
 _SKIP = 8  # a layer with fewer positions by this factor skips a resolution: stride 2 gives 4, stride 4 gives 16
+_HALVED = 4  # positions of a map that a stride of 2 makes one of
 _POOLS = ("AdaptiveAvgPool2d", "AdaptiveMaxPool2d")  # to a fixed size for the head, possibly larger than the map
 
 
 def last_feature(layers: Sequence[Layer]) -> Layer | None:
-    """Return the last map before pooling; for a model without maps, the last hidden vector."""
+    """Return the last map before pooling; for a model without maps, the last hidden vector.
+
+    On images so small that the last stage has one position, it is that stage's map of 1x1.
+    """
     scores = class_map(layers)
     if scores is not None and scores.feature_shape is not None:
         channels = scores.feature_shape.channels
@@ -103,9 +107,10 @@ def last_feature(layers: Sequence[Layer]) -> Layer | None:
         classes = vector_classes(layers)
         # A layer with scores per position (an auxiliary head) comes after the last feature.
         linear = ("Linear", "Conv2d")
-        maps = [
-            layer for layer in _trunk(layers) if layer.is_map and not (layer.type in linear and _has(layer, classes))
-        ]
+        trunk = [layer for layer in _trunk(layers) if not (layer.type in linear and _has(layer, classes))]
+        maps = [layer for layer in trunk if layer.is_map]
+        if maps and _area(maps[-1]) <= _HALVED:
+            maps += _of_one_position(layers, trunk, maps[-1])
     if maps:
         return maps[-1]
     output = layers[-1]
@@ -113,6 +118,30 @@ def last_feature(layers: Sequence[Layer]) -> Layer | None:
     # The layer that computes the output, and layers that only pass it on, are not hidden layers.
     hidden = [layer for layer in vectors if layer.shape != output.shape]
     return hidden[-1] if hidden else None
+
+
+def _of_one_position(layers: Sequence[Layer], trunk: Sequence[Layer], last: Layer) -> list[Layer]:
+    """Return the 1x1 maps after the last larger map and before any pooling: the last stage's, on small images.
+
+    If the last larger map is of a module that holds all maps before, that is the whole body, and a head follows.
+    """
+    position = {layer.name: index for index, layer in enumerate(layers)}
+    earlier = (layer.name for layer in layers[: position[last.name]] if layer.is_map)
+    if all(name.startswith(f"{last.name}.") for name in earlier):
+        return []
+    after = [layer for layer in trunk if position[layer.name] > position[last.name]]
+    found = [layer for layer in after if _has_size(layer, (1, 1))]
+    inside = tuple(f"{layer.name}." for layer in found)
+    pools = (
+        index
+        for index, layer in enumerate(layers)
+        if index > position[last.name]
+        and "Pool" in layer.type
+        and "MaxPool" not in layer.type
+        and not layer.name.startswith(inside)
+    )
+    end = next(pools, len(layers))
+    return [layer for layer in found if position[layer.name] < end]
 
 
 def embedding(layers: Sequence[Layer]) -> str | None:
@@ -160,9 +189,16 @@ def stages(layers: Sequence[Layer]) -> list[Layer]:
     ("resnet.encoder.stages.1"); while fewer than three stages are found, so is the first module.
     """
     last = last_feature(layers)
-    if last is None or not last.is_map:
+    if last is None or last.feature_shape is None or not last.feature_shape.is_map:
         return []
-    trunk = [layer for layer in _trunk(layers) if layer.is_map and _batch(layer) == _batch(last)]
+    single = _has_size(last, (1, 1))
+    before = {layer.name for layer in layers[: layers.index(last) + 1]}
+    trunk = [
+        layer
+        for layer in _trunk(layers)
+        if _batch(layer) == _batch(last)
+        and (layer.is_map or (single and layer.name in before and _has_size(layer, (1, 1))))
+    ]
     maps = [layer for layer in trunk if _area(layer) >= _area(last)]
     names = {layer.name for layer in trunk}
     around = {name: next((one for one in _enclosing(name) if one in names), "") for name in names}
@@ -198,7 +234,7 @@ def _blocks_first(
     """Return the levels by area: blocks of several convolutions if there are any, and nothing before the first.
 
     A module that was searched returns the output of its last part, possibly a head's convolution: it is the level of
-    its resolution only if no block inside is.
+    its resolution only if no block inside is. Networks without blocks, such as VGG, keep every level.
     """
     names = {layer.name for layer in layers}
     inner = {around for name in names for around in _enclosing(name)}
@@ -210,7 +246,9 @@ def _blocks_first(
         for layer in shown
         if count[layer.name] > 1 and (layer.name in opened) == looked_into
     }
-    largest = max(blocks, default=max(by_area))
+    if all(layer.name in opened for layer in blocks.values()):
+        return by_area
+    largest = max(blocks)
     return {area: blocks.get(area, layer) for area, layer in by_area.items() if area <= largest}
 
 
@@ -255,6 +293,10 @@ def _trunk(layers: Sequence[Layer]) -> list[Layer]:
 
 def _has(layer: Layer, channels: int | None) -> bool:
     return layer.feature_shape is not None and layer.feature_shape.channels == channels
+
+
+def _has_size(layer: Layer, size: tuple[int, int]) -> bool:
+    return layer.feature_shape is not None and layer.feature_shape.size == size
 
 
 def _area(layer: Layer) -> int:
