@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 from PIL import Image
 
@@ -124,6 +126,27 @@ def test_bad_files_are_refused_by_name(root, content, message):
 def test_the_folder_of_whoever_labelled_on_windows_is_passed_over(root, stated):
     (root / "Annotations/a.xml").write_text(text(one("dog", 1, 2, 3, 4), filename=stated))
     assert read(root, classes=["cat", "dog"]).paths[0] == str(root / "JPEGImages/a.jpg")
+
+
+def test_the_image_called_like_the_xml_file_goes_before_the_one_it_names(root):
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/a.png")
+    for name, stated in (("a", "b.png"), ("b", "c.JPG"), ("c", "a.jpg")):
+        (root / f"Annotations/{name}.xml").write_text(text(one("dog", 1, 2, 9, 9), filename=stated))
+    with pytest.warns(UserWarning, match=r"3 XML file\(s\) have the <filename> of another .*a\.xml names 'b\.png'"):
+        files = read(root)
+    assert files.paths == tuple(str(root / "JPEGImages" / name) for name in ("a.jpg", "b.png", "c.JPG"))
+
+
+@pytest.mark.parametrize("stated", ["photo.png", "a.png", "night/a.png"])
+def test_the_named_image_is_taken_where_it_is_the_only_one_or_called_alike(root, stated):
+    if stated == "photo.png":
+        (root / "JPEGImages/a.jpg").unlink()
+    (root / "JPEGImages/night").mkdir()
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages" / stated)
+    (root / "Annotations/a.xml").write_text(text(one("dog", 1, 2, 9, 9), filename=stated))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(root).paths[0] == str(root / "JPEGImages" / stated)
 
 
 def test_bad_lists_are_refused_by_name(root):

@@ -9,6 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from diffkd.data.detection.annotated_files import (
     AnnotatedFiles,
     ReadBox,
@@ -110,7 +112,8 @@ def read_voc(
     if classes is None:
         classes = _classes(split, roots, skip_bad)
     labels = {name: label for label, name in enumerate(classes, start=1)}
-    images, malformed = [], []
+    images, malformed, stale = [], [], list[str]()
+    stored = _StoredImages(split.images)
     for index, (file, root) in enumerate(zip(split.files, roots, strict=True)):
         boxes, path, size = [], str(split.images / f"{Path(file).stem}.jpg"), (0, 0)
         for number, one in enumerate(_objects(root)):
@@ -122,7 +125,8 @@ def read_voc(
                 malformed.append(str(error))
         image = ReadImage(path, size, index, boxes)
         try:
-            path = _image(file, root, split.images)
+            path, other = _image(file, root, stored)
+            stale += [f"{file} names {other!r}"] if other else []
             image = image._replace(path=path, size=_size(root, file, path, as_stored))
             image = to_upright(image) if as_stored and is_file(path) else image
         except ValueError as error:
@@ -130,6 +134,12 @@ def read_voc(
                 raise
             problems.setdefault(file, str(error))
         images.append(image._replace(problem=problems[file], boxes=[]) if file in problems else image)
+    if stale:
+        rank_zero_warn(
+            f"{split.source}: {len(stale)} XML file(s) have the <filename> of another image than the one that is "
+            f"called like them, which is taken: {stale[0]}; where the boxes are those of the named image, rename the "
+            "XML file."
+        )
     return annotated_files(split.source, images, classes, range(1, len(classes) + 1), malformed)
 
 
@@ -227,25 +237,48 @@ def _box(one: ElementTree.Element, number: int, labels: dict[str, int], file: st
     return ReadBox((left - first_pixel, top - first_pixel, right, bottom), labels[name], number, crowd=difficult)
 
 
-def _image(file: str, root: ElementTree.Element, folder: Path) -> str:
-    """Return the image named in an XML file, or else the image with the same stem."""
+class _StoredImages:
+    """The image files of a folder, listed once.
+
+    Args:
+        folder: the folder.
+
+    Attributes:
+        names: their names.
+        by_stem: name by stem; of several with one stem, the .jpg or else the first in order.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with os.scandir(folder) as entries:
+            found = [os.path.splitext(entry.name) for entry in entries if entry.is_file()]  # noqa: PTH122 - is faster
+        found = [one for one in found if one[1].lower() in EXTENSIONS]
+        found.sort(key=lambda one: (one[1] != ".jpg", not one[1].islower(), one), reverse=True)
+        self.by_stem = {stem: stem + extension for stem, extension in found}
+        self.names = {stem + extension for stem, extension in found}
+
+    def has(self, name: str) -> bool:
+        return bool(name) and (name in self.names or is_file(self.folder / name))
+
+
+def _image(file: str, root: ElementTree.Element, stored: _StoredImages) -> tuple[str, str]:
+    """Return the image of an XML file, and its `<filename>` if that is another image, else "".
+
+    The image with the stem of the XML file goes first: `<filename>` stays as it was when files are renamed together.
+    """
     stem, stated = Path(file).stem, (root.findtext("filename") or "").strip()
     if "\\" in stated:  # a Windows path of the labelling machine
         stated = PureWindowsPath(stated).name
-    elif stated.startswith("/") and _is_inside(folder, name := PurePosixPath(stated).name):
+    elif stated.startswith("/") and stored.has(name := PurePosixPath(stated).name):
         stated = name  # a path on another machine
-    extensions = (".jpg", *sorted(EXTENSIONS))
-    names = [stated] if stated else []
-    names += [stem + extension for extension in (*extensions, *map(str.upper, extensions))]
-    for name in names:
-        (path,) = enclosed_files(folder, [name], file)
-        if is_file(path):
-            return path
-    return str(folder / names[0])
-
-
-def _is_inside(folder: Path, name: str) -> bool:
-    return bool(name) and is_file(folder / name)
+    own = stored.by_stem.get(stem, "")
+    if not stated:
+        return enclosed_files(stored.folder, [own or f"{stem}.jpg"], file)[0], ""
+    (path,) = enclosed_files(stored.folder, [stated], file)
+    exists = stored.has(stated)
+    if not own or (exists and PurePosixPath(stated).stem == stem):
+        return path, ""
+    return enclosed_files(stored.folder, [own], file)[0], stated if exists else ""
 
 
 def _size(root: ElementTree.Element, file: str, path: str, as_stored: bool) -> tuple[int, int]:
