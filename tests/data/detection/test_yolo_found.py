@@ -105,6 +105,28 @@ def test_labels_are_found_beside_and_by_other_names(root, place):
     assert boxes(files) == boxes(files, 1) == [BOX]
 
 
+OTHER = "0 0.25 0.5 0.5 1"  # the left half
+
+
+def test_labels_of_names_that_differ_in_case_stay_apart(root):
+    write(root, "images/train/A.png", "labels/train/A.txt", OTHER)
+    files = read(root)  # A, a, b
+    assert [boxes(files, index) for index in range(3)] == [[[0, 0, 20, 20]], [BOX], [BOX]]
+    (root / "labels/train/A.txt").unlink()
+    assert [boxes(read(root), index) for index in range(3)] == [[], [BOX], [BOX]]
+    (root / "images/train/a.png").unlink()
+    assert boxes(read(root)) == [BOX]  # the only image that can be meant
+
+
+def test_of_labels_that_differ_in_case_only_the_exact_one_is_taken(root):
+    (root / "labels/train/b.txt").rename(root / "labels/train/B.TXT")
+    write(root, "images/val/B.png", "labels/train/B.txt", OTHER)
+    assert boxes(read(root), 1) == [[0, 0, 20, 20]]
+    (root / "images/train/b.png").rename(root / "images/train/B.png")
+    (root / "labels/train/b.txt").write_text(LINE)
+    assert boxes(read(root)) == [[0, 0, 20, 20]]
+
+
 def test_labels_of_no_image_are_told(root):
     (root / "labels/train/b.txt").rename(root / "labels/train/c.txt")
     with pytest.warns(UserWarning, match=r"1 of 2 images have no label file .* 1 label file\(s\) .*c.txt"):

@@ -2,6 +2,7 @@
 
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -14,6 +15,7 @@ from diffkd.data.detection.detection_data import DetectionData, Split
 from diffkd.data.detection.yolo_lines import BOX_OR_POLYGON, LongLines, YoloLine, parse_line
 from diffkd.data.folders import (
     EVALUATION_SPLITS,
+    EXTENSIONS,
     enclosed_files,
     enclosed_folder,
     format_names,
@@ -216,6 +218,18 @@ def _listed_name(name: str, roots: Sequence[Path]) -> str:
     return str(inside if above and is_file(roots[0] / inside) else path)
 
 
+class _Labels(NamedTuple):
+    """The text files of a folder.
+
+    Args:
+        exact: name by the name with its extension in lower case.
+        folded: name by the case-folded name; names that differ in case only are left out.
+    """
+
+    exact: dict[str, str]
+    folded: dict[str, str]
+
+
 class _LabelFiles:
     """Finds the label file of each image; folders are listed once.
 
@@ -225,16 +239,25 @@ class _LabelFiles:
 
     def __init__(self, top: Path) -> None:
         self._top = top
-        self._folders: dict[PurePath, dict[str, str]] = {}
+        self._labels: dict[PurePath, _Labels] = {}
+        self._images: dict[PurePath, Counter[str]] = {}
 
     def of(self, name: str) -> str:
-        """Return the label file of an image, both relative to the root; if none exists, the default name."""
+        """Return the label file of an image, both relative to the root; if none exists, the default name.
+
+        A name that differs in case is taken if no other image of the folder could mean it.
+        """
         image, usual = PurePath(name), PurePath(_label_name(name))
-        for folder in dict.fromkeys((usual.parent, image.parent)):
-            files = self._listed(folder)
-            for text in (f"{image.stem}.txt", f"{image.name}.txt"):
-                if stored := files.get(text.casefold()):
-                    return str(folder / (text if text in files.values() else stored))
+        folders, stems = list(dict.fromkeys((usual.parent, image.parent))), (image.stem, image.name)
+        for folder in folders:
+            for stem in stems:
+                if stored := self._listed(folder).exact.get(f"{stem}.txt"):
+                    return str(folder / stored)
+        for folder in folders:
+            for stem in stems:
+                stored = self._listed(folder).folded.get(f"{stem}.txt".casefold())
+                if stored and self._alike(image.parent)[stem.casefold()] < 2:
+                    return str(folder / stored)
         return str(usual)
 
     def warn(self, source: str, names: Sequence[str], texts: Sequence[str]) -> None:
@@ -248,7 +271,7 @@ class _LabelFiles:
             unused = sorted(
                 path
                 for folder in beside
-                for file in self._listed(folder).values()
+                for file in self._listed(folder).exact.values()
                 if os.path.normpath(path := str(self._top / folder / file)) not in used
             )
             if unused:
@@ -258,15 +281,29 @@ class _LabelFiles:
                     f"that of the first would be {texts[without[0]]}."
                 )
 
-    def _listed(self, folder: PurePath) -> dict[str, str]:
-        """Return the text files of a folder, keyed by case-folded name."""
-        if folder not in self._folders:
-            try:
-                files = sorted(path.name for path in (self._top / folder).iterdir())
-            except OSError:
-                files = []
-            self._folders[folder] = {file.casefold(): file for file in files if file.lower().endswith(".txt")}
-        return self._folders[folder]
+    def _listed(self, folder: PurePath) -> _Labels:
+        """Return the text files of a folder."""
+        if folder not in self._labels:
+            files = [file for file in self._names(folder) if file.lower().endswith(".txt")]
+            exact = {file[:-4] + ".txt": file for file in files}
+            counts = Counter(file.casefold() for file in exact)
+            folded = {file.casefold(): stored for file, stored in exact.items() if counts[file.casefold()] == 1}
+            self._labels[folder] = _Labels(exact, folded)
+        return self._labels[folder]
+
+    def _alike(self, folder: PurePath) -> Counter[str]:
+        """Return how many spellings the stems and names of the images in a folder have, by the case-folded one."""
+        if folder not in self._images:
+            images = [name for name in self._names(folder) if PurePath(name).suffix.lower() in EXTENSIONS]
+            spelled = {PurePath(name).stem for name in images} | set(images)
+            self._images[folder] = Counter(map(str.casefold, spelled))
+        return self._images[folder]
+
+    def _names(self, folder: PurePath) -> list[str]:
+        try:
+            return sorted(os.listdir(self._top / folder))  # noqa: PTH208 - half the time of a list of paths
+        except OSError:
+            return []
 
 
 def _label_name(name: str) -> str:
