@@ -89,6 +89,15 @@ def test_a_folder_of_files_side_by_side(tmp_path):
     assert files.annotations.of(0).labels.tolist() == [2]
 
 
+def test_hidden_files_beside_the_annotations_are_passed_over(tmp_path):
+    (tmp_path / "valid").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "valid/a.jpg")
+    (tmp_path / "valid/a.xml").write_text(text(one("dog", 1, 2, 3, 4)))
+    for name in ("._a.xml", "._a.jpg"):  # as macOS writes them into archives
+        (tmp_path / "valid" / name).write_bytes(b"\x00\x05\x16\x07")
+    assert read(tmp_path, "valid").paths == (str(tmp_path / "valid/a.jpg"),)
+
+
 BOMB = '<!DOCTYPE a [<!ENTITY b "bbbb"><!ENTITY c "&b;&b;">]>' + text(one("&c;", 1, 2, 3, 4))
 FETCH = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]>' + text(one("&b;", 1, 2, 3, 4))
 

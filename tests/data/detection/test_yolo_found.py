@@ -133,6 +133,15 @@ def test_labels_of_no_image_are_told(root):
         assert boxes(read(root), 1) == []
 
 
+def test_hidden_files_beside_the_labels_are_passed_over(root):
+    (root / "labels/train/b.txt").unlink()
+    for name in ("._a.txt", "._b.txt"):  # as macOS writes them into archives
+        (root / "labels/train" / name).write_bytes(b"\x00\x05\x16\x07")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [boxes(read(root), index) for index in range(2)] == [[BOX], []]
+
+
 @pytest.mark.parametrize("number", ["0.0", "0.000e+00", "0"])
 def test_whole_numbers_in_any_spelling(root, number):
     (root / "labels/train/a.txt").write_text(f"{number} 0.5 0.5 0.2 0.4\n")

@@ -35,6 +35,7 @@ def write(root, kind, ids):
 )
 def test_both_kinds_of_labels_become_train_ids(tmp_path, kind, ids, labels):
     write(tmp_path, kind, ids)
+    (tmp_path / "gtFine/train/ulm/._a_gtFine_labelIds.png").write_bytes(b"of macOS")
     data = Cityscapes(tmp_path, num_workers=0, labels=labels)
     assert (data.labels, data.num_classes, data.image_size) == (kind, 19, (512, 1024))
     assert data.classes[::6] == ("road", "traffic light", "rider", "bicycle")

@@ -66,7 +66,7 @@ def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
     if names.is_file():
         xml_names = [f"{_without_extension(name, annotations)}.xml" for name in listed]
     else:
-        xml_names = sorted(path.name for path in annotations.glob("*.xml"))
+        xml_names = sorted(path.name for path in annotations.glob("*.xml") if not path.name.startswith("."))
     if not xml_names:
         raise ValueError(f"{source}: no XML files; give at least one.")
     return VocSplit(source, enclosed_files(annotations, xml_names, source), images)

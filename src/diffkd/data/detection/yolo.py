@@ -282,7 +282,7 @@ class _LabelFiles:
                 )
 
     def _listed(self, folder: PurePath) -> _Labels:
-        """Return the text files of a folder."""
+        """Return the text files of a folder, without hidden ones."""
         if folder not in self._labels:
             files = [file for file in self._names(folder) if file.lower().endswith(".txt")]
             exact = {file[:-4] + ".txt": file for file in files}
@@ -301,9 +301,10 @@ class _LabelFiles:
 
     def _names(self, folder: PurePath) -> list[str]:
         try:
-            return sorted(os.listdir(self._top / folder))  # noqa: PTH208 - half the time of a list of paths
+            names = os.listdir(self._top / folder)  # noqa: PTH208 - half the time of a list of paths
         except OSError:
             return []
+        return sorted(name for name in names if not name.startswith("."))
 
 
 def _label_name(name: str) -> str:

@@ -66,8 +66,8 @@ class Cityscapes(SegmentationData):
         if labels not in ("auto", "labelIds", "labelTrainIds"):
             raise ValueError(f"labels={labels!r}: give 'auto', 'labelIds' or 'labelTrainIds'.")
         if labels == "auto":
-            own = next((top / "gtFine" / train).glob("*/*_gtFine_labelIds.png"), None)
-            made = next((top / "gtFine" / train).glob("*/*_gtFine_labelTrainIds.png"), None)
+            own = next((top / "gtFine" / train).glob("*/[!.]*_gtFine_labelIds.png"), None)
+            made = next((top / "gtFine" / train).glob("*/[!.]*_gtFine_labelTrainIds.png"), None)
             labels = "labelTrainIds" if made and not own else "labelIds"
         id_map = {stored: id_ for id_, stored in enumerate(_CLASSES.values())} if labels == "labelIds" else None
         code = MaskCode(len(_CLASSES), self.ignore_index, id_map=id_map)
