@@ -207,6 +207,14 @@ def test_lists_may_hold_the_extension_and_a_mark(root):
     assert read(root).paths == tuple(str(root / "JPEGImages" / name) for name in ("a.jpg", "b.png"))
 
 
+def test_listed_names_may_end_like_a_flag(root):
+    for name in ("frame 0", "frame 1"):
+        Image.new("RGB", (40, 30)).save(root / f"JPEGImages/{name}.jpg")
+        (root / f"Annotations/{name}.xml").write_text(text(one("dog", 1, 2, 9, 9)))
+    (root / "ImageSets/Main/train.txt").write_text("frame 0\nframe 1 -1\na 0\n")
+    assert read(root).paths == tuple(str(root / f"JPEGImages/{name}.jpg") for name in ("frame 0", "frame 1", "a"))
+
+
 def test_bad_files_and_objects_are_left_out(root):
     for name in "de":
         Image.new("RGB", (40, 30)).save(root / f"JPEGImages/{name}.jpg")

@@ -52,19 +52,19 @@ def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
     names = top / "ImageSets" / "Main" / f"{split}.txt"
     if names.is_file():
         folder, source = top, str(names)
-        listed = [_without_flag(line) for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        twice = [name for name, count in Counter(listed).items() if count > 1]
-        if twice:
-            raise ValueError(f"{names}: lists {twice[0]!r} more than once; keep one of them.")
+        lines = [line.strip() for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     elif (top / split).is_dir():
         folder = enclosed_folder(top, split)
-        source, listed = str(folder), []
+        source, lines = str(folder), []
     else:
         raise FileNotFoundError(f"{names}: no such list, and {top / split} is no folder; give the name of a split.")
     annotations = enclosed_folder(folder, "Annotations") if (folder / "Annotations").is_dir() else folder
     images = enclosed_folder(folder, "JPEGImages") if (folder / "JPEGImages").is_dir() else folder
     if names.is_file():
-        xml_names = [f"{_without_extension(name, annotations)}.xml" for name in listed]
+        xml_names = _listed_names(lines, annotations)
+        twice = [name for name, count in Counter(xml_names).items() if count > 1]
+        if twice:
+            raise ValueError(f"{names}: lists {twice[0].removesuffix('.xml')!r} more than once; keep one of them.")
     else:
         xml_names = sorted(path.name for path in annotations.glob("*.xml") if not path.name.startswith("."))
     if not xml_names:
@@ -306,17 +306,25 @@ def _number(text: str, where: str) -> float:
         raise ValueError(f"{where} has {text!r} where a number of pixels belongs.") from None
 
 
-def _without_extension(name: str, annotations: Path) -> str:
-    """Return a listed name without its image extension, unless an XML file's name includes the extension."""
-    stem, dot, extension = name.rpartition(".")
-    image = f"{dot}{extension}".lower() in EXTENSIONS
-    return stem if stem and image and not is_file(annotations / f"{name}.xml") else name
+def _listed_names(lines: Sequence[str], annotations: Path) -> list[str]:
+    """Return the XML files that the lines of a list name.
 
+    A line may hold the extension of the image or, in lists of single classes, 1, 0 or -1 after the name; it holds
+    neither if there is an XML file of the whole name.
+    """
+    stored = set(os.listdir(annotations))  # noqa: PTH208 - names are all that is wanted
 
-def _without_flag(line: str) -> str:
-    """Return the name in a line; lists of single classes have 1, 0 or -1 after it."""
-    name, _, flag = line.strip().rpartition(" ")
-    return name.strip() if flag in ("1", "0", "-1") and name else line.strip()
+    def exists(name: str) -> bool:
+        return f"{name}.xml" in stored or ("/" in name and is_file(annotations / f"{name}.xml"))
+
+    found = []
+    for line in lines:
+        name, _, flag = line.rpartition(" ")
+        name = name.strip() if name and flag in ("1", "0", "-1") and not exists(line) else line
+        stem, dot, extension = name.rpartition(".")
+        image = stem and f"{dot}{extension}".lower() in EXTENSIONS
+        found.append(f"{stem if image and not exists(name) else name}.xml")
+    return found
 
 
 class VocDetection(DetectionData):
