@@ -205,6 +205,46 @@ def test_the_path_of_data_yaml_is_a_folder_below(root, text):
     assert train_boxes(root) == [[pytest.approx(BOX)]] * 2
 
 
+ELSEWHERE = [
+    ("path: ../{root}\ntrain: images/train\nval: images/val\n", False),
+    ("path: ../{root}\n", False),
+    ("train: {root}/images/train\nval: {root}/images/val\n", True),
+    ("train: /content/datasets/foo-1/images/train\nval: [../../x/foo-1/images/val]\n", True),
+    ("path: /content/datasets/foo\ntrain: images/train\nval: images/val\n", False),
+    ("path: 'C:\\foo'\ntrain: data\\images\\train\nval: ../images/val\n", True),
+]
+
+
+@pytest.mark.parametrize(("text", "warned"), ELSEWHERE)
+def test_places_of_where_the_data_were_made(root, text, warned):
+    (root / "data.yaml").write_text(text.format(root=root.name) + "names: [cat]\n")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert train_boxes(root) == [[pytest.approx(BOX)]] * 2
+    texts = [str(one.message) for one in said]
+    assert len(texts) == warned
+    assert all("data.yaml: not all of its places are in" in one and "'images/train' for" in one for one in texts)
+
+
+def test_places_of_which_nothing_is_there_are_named_with_their_file(root):
+    write(root.parent, "elsewhere/train/a.png", "elsewhere/train/a.txt")
+    for place in ("../elsewhere/train", str(root.parent / "elsewhere/train"), "gone", "/content/train/images"):
+        (root / "data.yaml").write_text(f"names: [cat]\ntrain: {place}\n")
+        with pytest.raises(FileNotFoundError, match=rf"data\.yaml: train is '{place}', but neither"):
+            module(root)
+    (root / "data.yaml").write_text("names: [cat]\nval: /content/x/valid/images\n")
+    with pytest.raises(FileNotFoundError, match=r"data\.yaml: val is .*, or set val_share=0\.1"):
+        module(root)
+    assert module(root, val="images/val").classes == ("cat",)
+
+
+def test_an_end_of_several_places_is_not_taken(root):
+    (root / "images/data").mkdir()
+    (root / "data.yaml").write_text("names: [cat]\ntrain: /x/a/images/data\nval: /x/b/images/data\n")
+    with pytest.raises(FileNotFoundError, match=r"data\.yaml: train is '/x/a/images/data'"):
+        module(root)
+
+
 @pytest.mark.parametrize("moved", [("images/val", "images/valid"), ("images/val", "valid/images")])
 def test_the_evaluation_images_may_be_called_valid(root, moved):
     for kind in ("images", "labels"):

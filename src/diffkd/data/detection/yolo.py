@@ -201,13 +201,20 @@ def _text(file: Path) -> str:
 
 
 def _relative(name: str, roots: Sequence[Path]) -> str:
-    """Make an absolute name, or a name relative to a sibling folder as in Roboflow's exports, relative to the root."""
+    """Make a name relative to the root, if it leads there: it may be absolute, or go up and down again.
+
+    Roboflow writes `../train/images` for `train/images`.
+    """
     path = PurePath(name)
-    for root in roots:
-        if path.is_relative_to(root):
-            return str(path.relative_to(root))
+    up = path.parts[:1] == ("..",)
     inside = PurePath(*path.parts[1:])
-    return str(inside) if path.parts[:1] == ("..",) and is_there(roots[0] / inside) else name
+    if up and is_there(roots[0] / inside):
+        return str(inside)
+    for root in roots:
+        whole = PurePath(os.path.normpath(root / path)) if up else path
+        if whole.is_relative_to(root):
+            return str(whole.relative_to(root))
+    return name
 
 
 def _listed_name(name: str, roots: Sequence[Path]) -> str:
@@ -444,16 +451,22 @@ class YoloDetection(DetectionData):
         if not names:
             raise ValueError(f"{file}: no such file, or no names in it; give the names of the classes.")
         given = {"train": train, "val": val, "test": test}
+        stated = _stated_places(file, top, folder, {key: said.splits[key] for key in said.splits if not given[key]})
 
         def read(split: Split, training: AnnotatedFiles | None, skip_bad: bool) -> AnnotatedFiles | None:
             place = given[split]
-            places = [place] if place is not None else said.splits.get(split, [])
-            places = [_below(top, folder, one) for one in places]
-            if split == "test" and place is None and not all(_is_in(top, one) for one in places or [""]):
+            places = stated.get(split, {}) if place is None else {place: _below(top, folder, place)}
+            missing = [one for one, found in places.items() if not found]
+            if split == "test" and place is None and (missing or not places):
                 return None  # Roboflow lists a test folder that it may not export
-            places = places or [_usual_place(top, folder, split)]
+            if missing:
+                raise FileNotFoundError(
+                    f"{file}: {split} is {missing[0]!r}, but neither this nor the end of it is in {top}; write a "
+                    f"folder or list relative to {top}, or give it by {split}=..."
+                )
+            chosen = list(places.values()) or [_usual_place(top, folder, split)]
             known = keypoints if keypoints is not None or training is None else training.keypoints
-            return read_yolo(root, places, names, skip_bad=skip_bad, keypoints=known, points=points)
+            return read_yolo(root, chosen, names, skip_bad=skip_bad, keypoints=known, points=points)
 
         super().__init__(read, **options)
         self.root, self.train, self.val, self.test = root, train, val, test
@@ -467,13 +480,42 @@ def _darknet_names(top: Path) -> tuple[str, ...] | None:
 
 
 def _is_in(top: Path, place: str) -> bool:
-    return bool(place) and is_there(top / _relative(with_slashes(place, top), (top.absolute(), top.resolve())))
+    inside = PurePath(_relative(with_slashes(place, top), (top.absolute(), top.resolve())))
+    return bool(place) and not inside.is_absolute() and ".." not in inside.parts and is_there(top / inside)
 
 
 def _below(top: Path, folder: str, place: str) -> str:
     """Return a place below `path` of the `data.yaml` if it exists there, otherwise unchanged."""
     below = str(PurePath(folder) / place)
     return below if folder and _is_in(top, below) else place
+
+
+def _stated_places(
+    file: Path, top: Path, folder: str, splits: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, str]]:
+    """Return where the places of a `data.yaml` are below the root, by split and place; "" if they are not there.
+
+    A data set that was moved has the places of where it was made. Of those that are not below the root, the longest end
+    that is there is taken, with a warning. An end of several places is not, nor is `images`: it may hold other splits.
+    """
+    found = {split: {place: _below(top, folder, place) for place in places} for split, places in splits.items()}
+    lost = {place for places in found.values() for place, inside in places.items() if not _is_in(top, inside)}
+    ends = {place: _longest_end(top, str(PurePath(folder) / place)) for place in sorted(lost)}
+    shared = [end for end, count in Counter(ends.values()).items() if count > 1]
+    ends = {place: "" if end in shared else end for place, end in ends.items()}
+    taken = [f"{end!r} for {place!r}" for place, end in ends.items() if end]
+    if taken:
+        rank_zero_warn(
+            f"{file}: not all of its places are in {top}; taken are {', '.join(taken)}: write these instead."
+        )
+    return {split: {place: ends.get(place, at) for place, at in places.items()} for split, places in found.items()}
+
+
+def _longest_end(top: Path, place: str) -> str:
+    parts = PurePath(with_slashes(place, top)).parts
+    ends = [PurePath(*parts[start:]) for start in range(1, len(parts))]
+    safe = (end for end in ends if ".." not in end.parts and str(end) != "images")
+    return next((str(end) for end in safe if is_there(top / end)), "")
 
 
 def _usual_place(top: Path, folder: str, split: str) -> str:
