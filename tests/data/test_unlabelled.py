@@ -96,7 +96,7 @@ def test_a_probe_without_evaluation_images_lends_a_fifth(tree, probe):
 
 def test_a_list_of_files_and_a_folder_to_hold_out(tree, tmp_path):
     names = tmp_path / "names.txt"
-    names.write_text("00.png\n\nb/c/01.png\na/03.png\n".replace("00.png", "a/00.png"))
+    names.write_text("\ufeffa/00.png\n\nb/c/01.png\na/03.png\n", encoding="utf-8")
     write_image(tmp_path / "held" / "x.png")
     write_image(tmp_path / "held" / "y.png")
     data = folder(tree, files=names, val=str(tmp_path / "held"))
@@ -117,6 +117,9 @@ def test_bad_folders_are_named_with_the_mend(tree, probe, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("gone.png\n../x.png\n")
     with pytest.raises(ValueError, match=r"'\.\./x\.png' is no file inside"):
+        folder(tree, files=names)
+    names.write_bytes("é.png\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"names\.txt: no text in UTF-8 .*; save it as UTF-8"):
         folder(tree, files=names)
     names.write_text("gone.png\n")
     with pytest.raises(FileNotFoundError, match=r"1 of its files are not in .*gone\.png"):

@@ -296,6 +296,18 @@ def enclosed_folder(root: str | os.PathLike[str], folder: str | os.PathLike[str]
     return path
 
 
+def read_text(file: Path) -> str:
+    """Return the content of a text file in UTF-8, without a byte order mark.
+
+    Raises:
+        ValueError: if it is in another encoding; names the file.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: no text in UTF-8 ({error}); save it as UTF-8.") from error
+
+
 def with_slashes(name: str, folder: Path) -> str:
     """Replace backslashes of a Windows path by slashes, unless a file in the folder has exactly this name."""
     if "\\" not in name or os.path.lexists(folder / name):

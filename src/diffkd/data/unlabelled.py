@@ -22,6 +22,7 @@ from diffkd.data.folders import (
     format_names,
     image_files,
     is_file,
+    read_text,
     scan_folder,
 )
 from diffkd.data.image_data import ImageData
@@ -264,10 +265,7 @@ def _packed(shards: Sequence[str]) -> list[str]:
 def _listed(root: Path, source: Path) -> list[str]:
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file; give a text file with one name of an image a line.")
-    try:
-        names = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: no text ({error}); give one name of an image a line, in UTF-8.") from error
+    names = [line.strip() for line in read_text(source).splitlines() if line.strip()]
     paths = enclosed_files(root, dict.fromkeys(names), source)
     missing = [path for path in paths if not is_file(path)]
     if missing:

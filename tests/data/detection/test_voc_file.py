@@ -168,6 +168,9 @@ def test_bad_lists_are_refused_by_name(root):
         names.write_text(content)
         with pytest.raises(ValueError, match=message):
             read(root)
+    names.write_bytes("é\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"train\.txt: no text in UTF-8 .*; save it as UTF-8"):
+        read(root)
     names.write_text("a\ngone\n")
     with pytest.raises(FileNotFoundError, match=r"gone.xml: no such file"):
         read(root)

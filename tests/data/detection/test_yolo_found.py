@@ -179,7 +179,7 @@ def test_a_bad_line_is_named_or_left_out(root, line, what):
 
 def test_a_label_file_that_is_no_text_takes_its_image_along(root):
     (root / "labels/train/a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"a.txt: no text"):
+    with pytest.raises(ValueError, match=r"a.txt: no text in UTF-8 .*; save it as UTF-8"):
         module(root)
     with pytest.warns(UserWarning, match=r"1 of 2 images are left out:\s.*a.txt: no text"):
         data = module(root, on_bad_image="skip")

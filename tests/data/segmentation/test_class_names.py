@@ -83,5 +83,5 @@ def test_what_is_no_table_of_colours_is_refused(tmp_path, name, content, message
 
 def test_files_that_are_not_text_are_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"a.txt is not text in UTF-8"):
+    with pytest.raises(ValueError, match=r"a.txt: no text in UTF-8 .*; save it as UTF-8"):
         class_colors("a.txt", tmp_path)

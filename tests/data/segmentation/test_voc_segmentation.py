@@ -57,12 +57,13 @@ def test_other_masks_and_lists_can_be_chosen(root):
         ("../../../outside\n", "outside of"),
         ("/etc/hostname\n", "outside of"),
         ("\n", "lists no images"),
+        ("2007_é\n", "no text in UTF-8 .*; save it as UTF-8"),
         ("2007_000002\n2007_000001\n2007_000002\n", "'2007_000002' is listed twice"),
     ],
 )
 def test_bad_lists_are_refused(root, content, message):
     path = root / "ImageSets" / "Segmentation" / "val.txt"
-    path.write_text(content)
+    path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message) as error:
         VocSegmentation(root)
     assert str(path) in str(error.value)

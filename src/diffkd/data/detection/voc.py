@@ -20,7 +20,7 @@ from diffkd.data.detection.annotated_files import (
     to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import EVALUATION_SPLITS, EXTENSIONS, enclosed_files, enclosed_folder, is_file
+from diffkd.data.folders import EVALUATION_SPLITS, EXTENSIONS, enclosed_files, enclosed_folder, is_file, read_text
 from diffkd.data.images import read_orientation, upright_size
 
 
@@ -46,13 +46,14 @@ def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
 
     Raises:
         FileNotFoundError: if neither exists.
-        ValueError: if the split is empty, or a name is listed twice or leads out of the folder.
+        ValueError: if the split is empty, its list is not in UTF-8, or a name is listed twice or leads out of the
+            folder.
     """
     top = Path(root)
     names = top / "ImageSets" / "Main" / f"{split}.txt"
     if names.is_file():
         folder, source = top, str(names)
-        lines = [line.strip() for line in names.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in read_text(names).splitlines() if line.strip()]
     elif (top / split).is_dir():
         folder = enclosed_folder(top, split)
         source, lines = str(folder), []

@@ -22,6 +22,7 @@ from diffkd.data.folders import (
     image_files,
     is_file,
     is_there,
+    read_text,
     with_slashes,
 )
 from diffkd.data.images import upright_size
@@ -77,8 +78,9 @@ def read_yolo_layout(file: str | os.PathLike[str]) -> YoloLayout:
 
 def _mapping(file: str | os.PathLike[str]) -> dict[Any, Any]:
     source = os.fspath(file)
+    text = read_text(Path(file))
     try:
-        content = read_yaml(Path(file).read_text(encoding="utf-8-sig"))
+        content = read_yaml(text)
     except ValueError as error:
         raise ValueError(f"{source}: no YAML ({error}).") from error
     if not isinstance(content, dict):
@@ -187,17 +189,10 @@ def _image_names(top: Path, place: str) -> list[str]:
     place = _relative(with_slashes(place, top), roots)
     (path,) = enclosed_files(top, [place], f"{top}")
     if place.endswith(".txt") and is_file(path):
-        lines = _text(Path(path)).splitlines()
+        lines = read_text(Path(path)).splitlines()
         return [_listed_name(with_slashes(line.strip(), top), roots) for line in lines if line.strip()]
     folder = enclosed_folder(top, place)
     return [str(Path(file).relative_to(top)) for file in image_files(folder, top.resolve())]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: no text ({error}).") from error
 
 
 def _relative(name: str, roots: Sequence[Path]) -> str:
@@ -347,7 +342,7 @@ class _LineReader:
         if not is_file(file):
             return [], ""
         try:
-            text = _text(file)
+            text = read_text(file)
         except ValueError as error:
             if not self._skip:
                 raise
@@ -476,7 +471,7 @@ class YoloDetection(DetectionData):
 def _darknet_names(top: Path) -> tuple[str, ...] | None:
     """Return the classes of `obj.names`, which CVAT and Darknet write instead of a `data.yaml`."""
     file = top / "obj.names"
-    return tuple(line.strip() for line in _text(file).splitlines() if line.strip()) if file.is_file() else None
+    return tuple(line.strip() for line in read_text(file).splitlines() if line.strip()) if file.is_file() else None
 
 
 def _is_in(top: Path, place: str) -> bool:

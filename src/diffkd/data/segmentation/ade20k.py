@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from diffkd.data.folders import read_text
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, scan_pairs
 from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
@@ -57,7 +58,7 @@ def _names(path: Path) -> tuple[str, ...]:
     """Read the names: a line per class, separated by tabs, with the id (from 1) first and the name last."""
     if not path.is_file():
         return tuple(f"class {index}" for index in range(_CLASSES))
-    rows = [line.strip().split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line.strip().split("\t") for line in read_text(path).splitlines()]
     names = {row[0].strip(): row[-1].strip() for row in rows if len(row) > 1}
     missing = [index for index in range(1, _CLASSES + 1) if not names.get(str(index))]
     if missing:

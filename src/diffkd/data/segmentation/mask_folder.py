@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from diffkd.data.folders import evaluation_split
+from diffkd.data.folders import evaluation_split, read_text
 from diffkd.data.segmentation.masks import MOST_IDS, MaskCode
 from diffkd.data.segmentation.pairs import Pairs, scan_pairs
 from diffkd.data.segmentation.segmentation_data import SCALE_AND_FLIP, SegmentationData, Split
@@ -35,7 +35,7 @@ def class_names(classes: str | Path | Sequence[str], root: Path) -> tuple[str, .
     """
     if isinstance(classes, (str, Path)):
         path = _file(classes, root, "classes")
-        source, names = str(path), [line.strip() for line in _text(path).rstrip().splitlines()]
+        source, names = str(path), [line.strip() for line in read_text(path).rstrip().splitlines()]
         kind = path.suffix.lower()
         if names and (kind in (".json", ".yaml", ".yml") or (kind == ".csv" and "," in names[0])):
             raise ValueError(f"{source}: no plain list, it begins with {names[0]!r}; give a file with one name a line.")
@@ -73,7 +73,7 @@ def class_colors(colors: str | Path | Mapping[str, Sequence[int]], root: Path) -
     if isinstance(colors, Mapping):
         return _checked(list(colors.items()), "colors")
     path = _file(colors, root, "colors")
-    text = _text(path)
+    text = read_text(path)
     if path.suffix.lower() != ".json":
         return _checked(_lines(text, path), str(path))
     try:
@@ -90,13 +90,6 @@ def _file(given: str | Path, root: Path, what: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(f"{what}: no file {given}, neither in {root} nor here; give its path, or a list in code.")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it so.") from error
 
 
 def _lines(text: str, path: Path) -> list[tuple[str, Sequence[Any]]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from diffkd.data.folders import EXTENSIONS, is_file, leads_outside
+from diffkd.data.folders import EXTENSIONS, is_file, leads_outside, read_text
 from diffkd.data.segmentation.mask_folder import class_names
 from diffkd.data.segmentation.masks import MaskCode
 from diffkd.data.segmentation.pairs import Pairs, check_pairs, refuse
@@ -115,7 +115,7 @@ def _listed(root: Path, split: str, masks: str, skip_bad: bool) -> Pairs:
     source = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such list; give a root with JPEGImages, {masks} and ImageSets.")
-    names = [line.strip() for line in source.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    names = [line.strip() for line in read_text(source).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{source}: lists no images; give one name a line.")
     if len(set(names)) < len(names):
