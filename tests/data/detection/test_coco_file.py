@@ -73,6 +73,14 @@ def test_crowds_are_said_by_numbers_texts_or_truth_values(read, said, crowd):
     assert read(content).annotations.of(1).iscrowd.tolist() == [crowd, 0]
 
 
+def test_ignored_boxes_are_crowds(read):
+    assert read(changed("annotations", 1, "ignore", to=1)).annotations.of(0).iscrowd.tolist() == [1]
+    assert read(changed("annotations", 1, "ignore", to=0)).annotations.of(0).iscrowd.tolist() == [0]
+    assert read(changed("annotations", 0, "ignore", to=0)).annotations.of(1).iscrowd.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="annotation 1 has ignore 'some'; write 0 or 1"):
+        read(changed("annotations", 1, "ignore", to="some"))
+
+
 @pytest.mark.parametrize("said", ["no", 2, -1, [0], {}])
 def test_other_crowds_are_refused(read, said):
     with pytest.raises(ValueError, match=r"boxes\.json: annotation 0 has iscrowd .*; write 0 or 1"):

@@ -39,7 +39,8 @@ def read_coco(
 
     Category ids may have gaps: labels count from 1 in the order of the ids. If both height and width of an image are
     missing or 0, they are read from its file. Ids may be strings or floats of whole numbers; image ids may be any
-    strings. An annotation with neither a box nor a polygon nor a mask is left out.
+    strings. An annotation with neither a box nor a polygon nor a mask is left out; one with `ignore` is treated as a
+    crowd.
 
     Args:
         file: the JSON file.
@@ -106,7 +107,7 @@ def read_coco(
                 labels[category],
                 name=entry.get("id", index),
                 area=_float(area) if _is_number(area) else None,
-                crowd=flag(entry.get("iscrowd"), "iscrowd", where),
+                crowd=any(flag(entry.get(key), key, where) for key in ("iscrowd", "ignore")),
             )
         except ValueError as error:
             if not skip_bad:
@@ -375,7 +376,8 @@ class CocoDetection(DetectionData):
     "annotations/instances_val2017.json", images="train2017", val_images="val2017")`.
 
     The files are read and checked when the module is created. Boxes are clipped to their image; those without extent
-    are left out with a warning. Crowd boxes (`iscrowd`) are left out of training and kept, flagged, in evaluation.
+    are left out with a warning. Crowd boxes (`iscrowd`) and boxes with `ignore` are left out of training and kept,
+    flagged as crowds, in evaluation.
 
     Args:
         root: folder that the other names are relative to.
