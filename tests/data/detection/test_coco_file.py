@@ -119,7 +119,7 @@ def test_boxes_without_extent_inside_the_image_are_dropped_and_named(read):
         (changed("images", 1, "file_name", to=5), "image 1 has the file name 5"),
         (changed("images", 1, "width", to=0), "image 1 has the width 0"),
         (changed("images", 1, without="width"), "image 1 lacks 'width'"),
-        (changed("images", 1, "height", to="8"), "image 1 has the height '8'"),
+        (changed("images", 1, "height", to="tall"), "image 1 has the height 'tall'"),
         (changed("images", 1, "height", to=float("nan")), "image 1 has the height nan"),
         (changed("images", 1, "id", to=50), "image 1 has the id 50 of another"),
         (changed("images", 1, "id", to="x"), "image 1 has the id 'x'"),
@@ -332,6 +332,18 @@ def test_boxes_of_masks_are_those_of_their_pixels(runs, height):
 @pytest.mark.parametrize("counts", [[3], [4, 2, 2, 1, 4], [-1, 13], ["a"], None, "0", "\x7f", "\u00e9", "o" * 50, 3])
 def test_counts_that_are_of_no_mask_make_no_box(counts):
     assert _box_of_runs({"size": [3, 4], "counts": counts}) is None
+
+
+def test_sizes_and_areas_may_be_texts_of_numbers(read, tmp_path):
+    stated = changed("images", 0, "height", to="10")
+    stated["images"][0]["width"] = "20.0"
+    stated["annotations"][0]["area"] = "6.5"
+    files = read(stated)
+    assert files.sizes.tolist() == [[10, 20], [8, 8], [6, 5]]
+    assert files.annotations.of(1).area.tolist() == [6.5, 16]
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.jpg")
+    stated["images"][0] |= {"width": "0", "height": "0"}
+    assert read(stated).sizes[0].tolist() == [30, 20]
 
 
 def test_boxes_may_be_texts_of_numbers(read):

@@ -38,9 +38,9 @@ def read_coco(
     """Read the boxes of a COCO file; missing boxes are computed from polygons and masks, and keypoints are ignored.
 
     Category ids may have gaps: labels count from 1 in the order of the ids. If both height and width of an image are
-    missing or 0, they are read from its file. Ids may be strings or floats of whole numbers; image ids may be any
-    strings. An annotation with neither a box nor a polygon nor a mask is left out; one with `ignore` is treated as a
-    crowd.
+    missing or 0, they are read from its file. Numbers may be strings; ids may be strings or floats of whole numbers,
+    and image ids any strings. An annotation with neither a box nor a polygon nor a mask is left out; one with `ignore`
+    is treated as a crowd.
 
     Args:
         file: the JSON file.
@@ -101,12 +101,11 @@ def read_coco(
             if corners is None:
                 malformed.append(f"{where} has neither a box nor a polygon nor a mask.")
                 continue
-            area: Any = entry.get("area")
             box = ReadBox(
                 corners,
                 labels[category],
                 name=entry.get("id", index),
-                area=_float(area) if _is_number(area) else None,
+                area=_number(entry.get("area")),
                 crowd=any(flag(entry.get(key), key, where) for key in ("iscrowd", "ignore")),
             )
         except ValueError as error:
@@ -270,7 +269,7 @@ def _images(
         if not isinstance(name, str):
             raise ValueError(f"{where} has the file name {name!r}; write a text.")
         size = _UNKNOWN
-        if any(entry.get(key) not in (None, 0) for key in ("height", "width")):
+        if any(entry.get(key) is not None and _number(entry[key]) != 0 for key in ("height", "width")):
             try:
                 size = _side(entry, "height", where), _side(entry, "width", where)
             except ValueError:
@@ -336,9 +335,9 @@ def _whole_number(value: Any) -> int | None:
 
 
 def _side(entry: Mapping[str, Any], key: str, where: str) -> int:
-    value: Any = _value(entry, key, where)
-    if not _is_number(value) or not 1 <= value < 1 << 31 or value != int(value):
-        raise ValueError(f"{where} has the {key} {value!r}; write a number of pixels, 1 or more.")
+    value = _number(_value(entry, key, where))
+    if value is None or not 1 <= value < 1 << 31 or value != int(value):
+        raise ValueError(f"{where} has the {key} {entry[key]!r}; write a number of pixels, 1 or more.")
     return int(value)
 
 
