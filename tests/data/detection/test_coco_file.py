@@ -366,6 +366,23 @@ def test_file_names_may_repeat_the_name_of_their_folder(tmp_path):
     assert read_coco(tmp_path / "boxes.json", folder).paths == (str(folder / "images" / "a.png"),)
 
 
+def test_file_names_of_lvis_are_in_its_urls(read, tmp_path):
+    urls = ["http://images.cocodataset.org/train2017/000000391895.jpg", "x.jpg?size=2", "http://x/val2017/2.jpg"]
+    content = copy.deepcopy(CONTENT)
+    for entry, url in zip(content["images"], urls, strict=True):
+        del entry["file_name"]
+        entry["coco_url"] = url
+    assert read(content).paths == tuple(str(tmp_path / name) for name in ("000000391895.jpg", "x.jpg", "2.jpg"))
+    (tmp_path / "train2017").mkdir()
+    assert read(content).paths[0] == str(tmp_path / "train2017/000000391895.jpg")
+    content["images"][0]["coco_url"] = "http://x/../secret.jpg"
+    with pytest.raises(ValueError, match=r"'\.\./secret\.jpg' is no file inside"):
+        read(content)
+    content["images"][0]["coco_url"] = 5
+    with pytest.raises(ValueError, match=r"image 0 lacks 'file_name'; it has .*'coco_url'"):
+        read(content)
+
+
 def test_categories_of_one_name_are_told_of(read):
     with pytest.warns(UserWarning, match="several categories are named 'cat'"):
         read(changed("categories", 0, "name", to="cat"))

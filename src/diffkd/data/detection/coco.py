@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -20,7 +20,7 @@ from diffkd.data.detection.annotated_files import (
     to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import enclosed_files, enclosed_folder, format_names, is_file
+from diffkd.data.folders import enclosed_files, enclosed_folder, format_names, is_file, is_folder
 from diffkd.data.images import read_orientation, upright_size
 
 _UNKNOWN = (0, 0)  # height and width if the file does not state them
@@ -40,7 +40,8 @@ def read_coco(
     Category ids may have gaps: labels count from 1 in the order of the ids. If both height and width of an image are
     missing or 0, they are read from its file. Numbers may be strings; ids may be strings or floats of whole numbers,
     and image ids any strings. An annotation with neither a box nor a polygon nor a mask is left out; one with `ignore`
-    is treated as a crowd.
+    is treated as a crowd. Without a file name, that in `coco_url` is used, as LVIS has it: its last two parts if such a
+    folder exists, otherwise the last.
 
     Args:
         file: the JSON file.
@@ -260,9 +261,10 @@ def _images(
     as_stored: bool,
 ) -> list[ReadImage]:
     names, images, seen = [], [], set()
+    from_url = _NamesInUrls(folder)
     for index, entry in enumerate(entries):
         where = f"{source}: image {index}"
-        number, name = texts.get(str(entry.get("id"))), _value(entry, "file_name", where)
+        number, name = texts.get(str(entry.get("id"))), from_url(entry) or _value(entry, "file_name", where)
         number = _id(entry, where) if number is None else number
         if number in seen:
             raise ValueError(f"{where} has the id {number} of another one; give each its own.")
@@ -284,6 +286,28 @@ def _images(
         image._replace(path=path, size=_read_size(path, skip_bad, as_stored) if image.size == _UNKNOWN else image.size)
         for image, path in zip(images, paths, strict=True)
     ]
+
+
+class _NamesInUrls:
+    """Takes the file names of LVIS, `train2017/000000391895.jpg`, from its URLs.
+
+    Args:
+        folder: the folder of the images, in which `train2017` may exist or not.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._exists: dict[str, bool] = {}  # by folder, of which there are few
+
+    def __call__(self, entry: Mapping[str, Any]) -> str:
+        """Return the name of an image that has a URL and no file name, otherwise ""."""
+        url: Any = entry.get("coco_url")
+        if "file_name" in entry or not isinstance(url, str):
+            return ""
+        *_, below, name = ("", "", *PurePosixPath(url.partition("?")[0]).parts)
+        if below not in self._exists:
+            self._exists[below] = below != "" and is_folder(self._folder / below)
+        return f"{below}/{name}" if self._exists[below] else name
 
 
 def _without_folder(name: str, folder: Path) -> str:
