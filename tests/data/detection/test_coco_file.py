@@ -1,5 +1,6 @@
 import copy
 import json
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -381,6 +382,21 @@ def test_file_names_of_lvis_are_in_its_urls(read, tmp_path):
     content["images"][0]["coco_url"] = 5
     with pytest.raises(ValueError, match=r"image 0 lacks 'file_name'; it has .*'coco_url'"):
         read(content)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_accents_may_be_composed_otherwise_on_the_disk(read, tmp_path, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    (tmp_path / normalize(other, "été")).mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / normalize(other, "été/Zoë.png"))
+    content = changed("images", 0, "file_name", to=normalize(form, "été/Zoë.png"))
+    assert read(content).paths[0] == str(tmp_path / normalize(other, "été/Zoë.png"))
+    Image.new("RGB", (20, 10)).save(tmp_path / normalize(other, "été") / normalize(form, "Zoë.png"))
+    assert read(content).paths[0] == str(tmp_path / normalize(other, "été") / normalize(form, "Zoë.png"))
+    content = changed("images", 0, "file_name", to="../été.png")
+    with pytest.raises(ValueError, match="is no file inside"):
+        read(content)
+    assert read(changed("images", 0, "file_name", to="gone/é.png")).paths[0] == str(tmp_path / "gone/é.png")
 
 
 def test_categories_of_one_name_are_told_of(read):

@@ -4,10 +4,11 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
+from unicodedata import normalize
 
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -20,7 +21,7 @@ from diffkd.data.detection.annotated_files import (
     to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import enclosed_files, enclosed_folder, format_names, is_file, is_folder
+from diffkd.data.folders import enclosed_files, enclosed_folder, format_names, is_file, is_folder, with_slashes
 from diffkd.data.images import read_orientation, upright_size
 
 _UNKNOWN = (0, 0)  # height and width if the file does not state them
@@ -280,7 +281,7 @@ def _images(
         seen.add(number)
         names.append(name)
         images.append(ReadImage("", size, number, []))
-    names = [_without_folder(name, folder) for name in names]
+    names = _as_stored([_without_folder(name, folder) for name in names], folder)
     paths = enclosed_files(folder, names, source)
     return [
         image._replace(path=path, size=_read_size(path, skip_bad, as_stored) if image.size == _UNKNOWN else image.size)
@@ -316,6 +317,34 @@ def _without_folder(name: str, folder: Path) -> str:
     if inside == name or "\0" in name or os.path.lexists(folder / name):
         return name
     return inside if is_file(folder / inside) else name
+
+
+def _as_stored(names: Sequence[str], folder: Path) -> list[str]:
+    """Return file names with the accents composed as on the disk: archives of macOS hold them decomposed (NFD).
+
+    A name that exists as it is stays so. Only folders with names beyond ASCII are listed, once each.
+    """
+    listed: dict[Path, dict[str, str]] = {}
+
+    def stored(above: Path, name: str) -> str:
+        if above not in listed:
+            try:
+                found = os.listdir(above)  # noqa: PTH208 - names are all that is wanted
+            except (OSError, ValueError):
+                found = []
+            listed[above] = {normalize("NFC", one): one for one in found} | {one: one for one in found}
+        return listed[above].get(name) or listed[above].get(normalize("NFC", name), name)
+
+    def whole(name: str) -> str:
+        path = PurePath() if name.isascii() else PurePath(with_slashes(name, folder))
+        if not path.parts or path.is_absolute() or ".." in path.parts:
+            return name
+        at = folder
+        for part in path.parts:
+            at /= part if part.isascii() else stored(at, part)
+        return str(at.relative_to(folder))
+
+    return [whole(name) for name in names]
 
 
 def _read_size(path: str, skip_bad: bool, as_stored: bool) -> tuple[int, int]:
