@@ -181,6 +181,16 @@ def test_categories_follow_the_training_file(read):
         read(CONTENT, training | {3: "bat"})
 
 
+def test_categories_of_other_ids_are_found_by_name(read):
+    training = {1: "cow", 3: "dog", 7: "cat"}
+    with pytest.warns(UserWarning, match=r"3 of its categories have other ids .*'dog' is 7 here and 3 there"):
+        files = read(CONTENT, training)
+    assert (files.classes, files.category_ids) == (("cow", "dog", "cat"), (1, 3, 7))
+    assert [files.annotations.of(index).labels.tolist() for index in range(3)] == [[3], [1, 2], []]
+    with pytest.raises(ValueError, match="category 7, 'dog', is 'cat' in the training file"):
+        read(CONTENT, training | {8: "cat"})  # of which 'cat' is not said
+
+
 numbers = st.floats(-50, 150, width=32)
 
 

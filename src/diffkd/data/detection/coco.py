@@ -47,8 +47,8 @@ def read_coco(
     Args:
         file: the JSON file.
         images: folder that its file names are relative to.
-        categories: ids and names of the training file's categories, which must include those of this file; None uses
-            this file's.
+        categories: ids and names of the training file's categories, which must include those of this file, by id or
+            else by name; None uses this file's.
         skip_bad: keep images whose size cannot be read, with size 0 and without boxes, and leave out malformed
             annotations. Images without a file are always kept this way.
         as_stored: whether sizes and boxes refer to the stored image, before its EXIF orientation is applied.
@@ -73,19 +73,12 @@ def read_coco(
         own = {number: name for number, name in own.items() if number not in others}
     if categories is None:
         categories = own
-    for number, name in own.items():
-        if categories.get(number) != name:
-            theirs = f"is {categories[number]!r}" if number in categories else "does not exist"
-            raise ValueError(
-                f"{source}: category {number}, {name!r}, {theirs} in the training file; "
-                "write the same categories into all files."
-            )
+    labels = _labels(source, own, categories)
     ids = sorted(categories)
     entries = _entries(content, "images", source)
     texts = _numbered_texts(entries)
     listed = _images(source, entries, texts, images, skip_bad, as_stored)
     by_id = {image.image_id: image for image in listed}
-    labels = {number: label for label, number in enumerate(ids, start=1) if number in own}
     malformed: list[str] = []
     for index, entry in enumerate(_entries(content, "annotations", source)):
         where = f"{source}: annotation {index}"
@@ -242,6 +235,33 @@ def _categories(source: str, entries: list[dict[str, Any]]) -> dict[int, str]:
             "give each its own name, or all the same id."
         )
     return categories
+
+
+def _labels(source: str, own: Mapping[int, str], training: Mapping[int, str]) -> dict[int, int]:
+    """Return the label of each category of a file by its id there.
+
+    If the ids are not those of the training file, categories are found by name, where names are unique.
+    """
+    labels = {number: label for label, number in enumerate(sorted(training), start=1)}
+    others = [number for number, name in own.items() if training.get(number) != name]
+    if not others:
+        return {number: labels[number] for number in own}
+    ids = {name: number for number, name in training.items()}
+    unique = len(ids) == len(training) and len(set(own.values())) == len(own)
+    unknown = [number for number in others if not unique or own[number] not in ids]
+    if unknown:
+        number, name = unknown[0], own[unknown[0]]
+        theirs = f"is {training[number]!r}" if number in training else "does not exist"
+        raise ValueError(
+            f"{source}: category {number}, {name!r}, {theirs} in the training file; "
+            "write the same categories into all files."
+        )
+    name = own[others[0]]
+    rank_zero_warn(
+        f"{source}: {len(others)} of its categories have other ids than in the training file, and are taken by their "
+        f"names: {name!r} is {others[0]} here and {ids[name]} there."
+    )
+    return {number: labels[ids[name]] for number, name in own.items()}
 
 
 def _numbered_texts(entries: list[dict[str, Any]]) -> dict[str, int]:
@@ -434,7 +454,8 @@ class CocoDetection(DetectionData):
     Args:
         root: folder that the other names are relative to.
         train: JSON file of the training images.
-        val: JSON file of the evaluation images; its categories must be a subset of those of `train`.
+        val: JSON file of the evaluation images; its categories must be a subset of those of `train`, and are found by
+            name if they have other ids there.
         test: JSON file of the test images; None tests on `val`.
         images: folder that the file names of the training images are relative to.
         val_images: the same for the evaluation images; None uses `images`.
@@ -447,7 +468,7 @@ class CocoDetection(DetectionData):
 
     Attributes:
         classes: the names of labels 1 to `num_classes`, ordered by category id.
-        category_ids: the ids of these classes in the files.
+        category_ids: the ids of these classes in the training file.
         skipped: one message per image left out.
         dropped: one message per box left out.
 
