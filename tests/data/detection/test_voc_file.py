@@ -218,6 +218,39 @@ def test_listed_names_may_end_like_a_flag(root):
     assert read(root).paths == tuple(str(root / f"JPEGImages/{name}.jpg") for name in ("frame 0", "frame 1", "a"))
 
 
+def test_what_kaggle_has_needs_a_share_for_evaluation(tmp_path):
+    for folder in ("annotations", "images"):
+        (tmp_path / folder).mkdir()
+    for name in "abcd":
+        Image.new("RGB", (40, 30)).save(tmp_path / f"images/{name}.png")
+        (tmp_path / f"annotations/{name}.xml").write_text(text(one("dog", 1, 2, 9, 9), filename=f"{name}.png"))
+    with pytest.raises(FileNotFoundError, match=r"train\.txt: no such list, .*set val_share=0\.1 to train on all"):
+        VocDetection(tmp_path)
+    data = VocDetection(tmp_path, val_share=0.25, num_workers=0)
+    assert [loader.sampler.size for loader in (data.train_dataloader(), data.val_dataloader())] == [3, 1]
+    assert read(tmp_path, ".").paths[0] == str(tmp_path / "images/a.png")
+    (tmp_path / "annotations").rename(tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match=r"image .*train/a\.png is missing"):
+        VocDetection(tmp_path, val_share=0.25)
+
+
+def test_existing_lists_are_named_where_one_is_missing(root):
+    with pytest.raises(FileNotFoundError, match="give the name of a split, such as 'train'"):
+        VocDetection(root, train="default", val_share=0.5)
+
+
+@pytest.mark.parametrize("place", ["VOCdevkit/VOC2007", "VOC2012"])
+def test_the_archives_are_found_as_they_unpack(root, place):
+    top = root / "above" / place
+    top.mkdir(parents=True)
+    for name in ("Annotations", "JPEGImages", "ImageSets"):
+        (root / name).rename(top / name)
+    assert read(root / "above").paths[0] == str(top / "JPEGImages/a.jpg")
+    (root / "above/VOCdevkit/VOC2012/Annotations").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"above: holds 'VOCdevkit/VOC2012', .*; give one of them as the root"):
+        read(root / "above")
+
+
 def test_bad_files_and_objects_are_left_out(root):
     for name in "de":
         Image.new("RGB", (40, 30)).save(root / f"JPEGImages/{name}.jpg")

@@ -20,7 +20,15 @@ from diffkd.data.detection.annotated_files import (
     to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import EVALUATION_SPLITS, EXTENSIONS, enclosed_files, enclosed_folder, is_file, read_text
+from diffkd.data.folders import (
+    EVALUATION_SPLITS,
+    EXTENSIONS,
+    enclosed_files,
+    enclosed_folder,
+    format_names,
+    is_file,
+    read_text,
+)
 from diffkd.data.images import read_orientation, upright_size
 
 
@@ -42,14 +50,15 @@ def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
     """Find the XML files of a split.
 
     A split is a list `ImageSets/Main/SPLIT.txt` of names in `Annotations`, with images in `JPEGImages`; or a folder
-    SPLIT that contains XML files and images, or its own `Annotations` and `JPEGImages`.
+    SPLIT that contains XML files and images, or its own `Annotations` and `JPEGImages`. "." is all of the root. The
+    folders may also be called `annotations`, and `images` or `Images`, and lie in `VOCdevkit/VOC2012` or `VOC2007`.
 
     Raises:
         FileNotFoundError: if neither exists.
         ValueError: if the split is empty, its list is not in UTF-8, or a name is listed twice or leads out of the
             folder.
     """
-    top = Path(root)
+    top = _voc_root(Path(root))
     names = top / "ImageSets" / "Main" / f"{split}.txt"
     if names.is_file():
         folder, source = top, str(names)
@@ -58,9 +67,9 @@ def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
         folder = enclosed_folder(top, split)
         source, lines = str(folder), []
     else:
-        raise FileNotFoundError(f"{names}: no such list, and {top / split} is no folder; give the name of a split.")
-    annotations = enclosed_folder(folder, "Annotations") if (folder / "Annotations").is_dir() else folder
-    images = enclosed_folder(folder, "JPEGImages") if (folder / "JPEGImages").is_dir() else folder
+        raise FileNotFoundError(f"{names}: no such list, and {top / split} is no folder; {_mend(top)}.")
+    annotations = _inside(folder, _ANNOTATIONS)
+    images = _inside(folder, _IMAGES if annotations != folder else _IMAGES[:1])
     if names.is_file():
         xml_names = _listed_names(lines, annotations)
         twice = [name for name, count in Counter(xml_names).items() if count > 1]
@@ -71,6 +80,44 @@ def find_voc_split(root: str | os.PathLike[str], split: str) -> VocSplit:
     if not xml_names:
         raise ValueError(f"{source}: no XML files; give at least one.")
     return VocSplit(source, enclosed_files(annotations, xml_names, source), images)
+
+
+_ANNOTATIONS = ("Annotations", "annotations")
+_IMAGES = ("JPEGImages", "images", "Images")
+
+
+def _inside(folder: Path, names: Sequence[str]) -> Path:
+    """Return the first folder of these names in a folder, or else the folder itself."""
+    return next((enclosed_folder(folder, name) for name in names if (folder / name).is_dir()), folder)
+
+
+def _voc_root(root: Path) -> Path:
+    """Return the folder that holds `Annotations`: the root, or the only one of the official archives inside.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    inside = [f"{above}{year}" for above in ("VOCdevkit/", "") for year in ("VOC2012", "VOC2007")]
+    found = [name for name in inside if (root / name / "Annotations").is_dir()]
+    if any((root / name).is_dir() for name in (*_ANNOTATIONS, "ImageSets")) or not found:
+        return root
+    if len(found) > 1:
+        raise ValueError(f"{root}: holds {format_names(found)}; give one of them as the root.")
+    return enclosed_folder(root, found[0])
+
+
+def _is_unsplit(top: Path) -> bool:
+    """Return whether a folder has annotations and no lists of splits."""
+    annotated = _inside(top, _ANNOTATIONS) != top or any(top.glob("[!.]*.xml"))
+    return annotated and not (top / "ImageSets" / "Main").is_dir()
+
+
+def _mend(top: Path) -> str:
+    """Return what to do where a split is missing."""
+    if _is_unsplit(top):
+        return "set val_share=0.1 to train on all images but a tenth, which is held back for evaluation"
+    lists = sorted(path.stem for path in (top / "ImageSets" / "Main").glob("[!.]*.txt"))
+    return f"give the name of a split{f', such as {format_names(lists)}' if lists else ''}"
 
 
 def read_voc(
@@ -332,9 +379,9 @@ class VocDetection(DetectionData):
     """Serve images with boxes from one XML file per image, decoded by worker processes at their original sizes.
 
     A split is a list `ImageSets/Main/SPLIT.txt` over `Annotations/*.xml` and `JPEGImages`, or a folder that contains
-    XML files and images. The files are read and checked when the module is created. Boxes are clipped to their image;
-    those without extent are left out with a warning. Objects marked as difficult are left out of training and kept,
-    flagged as crowds, in evaluation.
+    XML files and images; see `find_voc_split`. Without either, `val_share` splits all images of the root. The files are
+    read and checked when the module is created. Boxes are clipped to their image; those without extent are left out
+    with a warning. Objects marked as difficult are left out of training and kept, flagged as crowds, in evaluation.
 
     Args:
         root: folder of the data set.
@@ -370,14 +417,19 @@ class VocDetection(DetectionData):
         boxes_as_stored: bool = False,
         **options: Any,
     ) -> None:
+        shared = options.get("val_share") is not None
+
         def read(split: Split, training: AnnotatedFiles | None, skip_bad: bool) -> AnnotatedFiles | None:
+            top = _voc_root(Path(root))
             name = {"train": train, "val": val, "test": test}[split]
             if name is None:
                 return None
-            if split == "val" and name == "val" and not _is_split(root, name):
-                name = next((other for other in EVALUATION_SPLITS if _is_split(root, other)), name)
+            if split == "val" and name == "val" and not _is_split(top, name):
+                name = next((other for other in EVALUATION_SPLITS if _is_split(top, other)), name)
+            if split == name == "train" and shared and not _is_split(top, name) and _is_unsplit(top):
+                name = "."
             names = training.classes if training else classes
-            found = find_voc_split(root, name)
+            found = find_voc_split(top, name)
             return read_voc(found, names, first_pixel, skip_bad=skip_bad, as_stored=boxes_as_stored)
 
         super().__init__(read, **options)
@@ -385,5 +437,5 @@ class VocDetection(DetectionData):
         self.first_pixel, self.boxes_as_stored = first_pixel, boxes_as_stored
 
 
-def _is_split(root: str | os.PathLike[str], name: str) -> bool:
-    return (Path(root) / "ImageSets" / "Main" / f"{name}.txt").is_file() or (Path(root) / name).is_dir()
+def _is_split(top: Path, name: str) -> bool:
+    return (top / "ImageSets" / "Main" / f"{name}.txt").is_file() or (top / name).is_dir()
