@@ -69,6 +69,20 @@ def test_the_module_says_what_it_is(root):
     assert (module(root).min_size, module(root).max_size) == (800, 1333)
 
 
+def test_what_roboflow_exports_is_found(tmp_path):
+    for split, folder in (("train", "train"), ("val", "valid")):
+        write(tmp_path, split)
+        (tmp_path / "images").rename(tmp_path / folder)
+        (tmp_path / f"{split}.json").rename(tmp_path / folder / "_annotations.coco.json")
+    for options in ({}, {"val": "valid/_annotations.coco.json"}):
+        data = module(tmp_path, **options)
+        assert [loader.sampler.size for loader in (data.train_dataloader(), data.val_dataloader())] == [5, 5]
+    (tmp_path / "valid").rename(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match=r"val\.json: no such file.* set val_share"):
+        module(tmp_path)
+    assert module(tmp_path, val_share=0.2).val_dataloader().sampler.size == 1
+
+
 def test_images_that_are_there_twice_are_named(root):
     content = json.loads((root / "train.json").read_text())
     content["images"][4]["file_name"] = "./train0.png"

@@ -21,7 +21,15 @@ from diffkd.data.detection.annotated_files import (
     to_upright,
 )
 from diffkd.data.detection.detection_data import DetectionData, Split
-from diffkd.data.folders import enclosed_files, enclosed_folder, format_names, is_file, is_folder, with_slashes
+from diffkd.data.folders import (
+    EVALUATION_SPLITS,
+    enclosed_files,
+    enclosed_folder,
+    format_names,
+    is_file,
+    is_folder,
+    with_slashes,
+)
 from diffkd.data.images import read_orientation, upright_size
 
 _UNKNOWN = (0, 0)  # height and width if the file does not state them
@@ -447,6 +455,9 @@ class CocoDetection(DetectionData):
     For COCO itself: `CocoDetection("coco", "annotations/instances_train2017.json",
     "annotations/instances_val2017.json", images="train2017", val_images="val2017")`.
 
+    Roboflow's `train/_annotations.coco.json` and `valid/_annotations.coco.json`, with images beside them, are found if
+    there is no `train.json` or `val.json`.
+
     The files are read and checked when the module is created. Boxes are clipped to their image; those without extent
     are left out with a warning. Crowd boxes (`iscrowd`) and boxes with `ignore` are left out of training and kept,
     flagged as crowds, in evaluation.
@@ -499,7 +510,11 @@ class CocoDetection(DetectionData):
             if file is None:
                 return None
             folders = {"train": (images,), "val": (val_images, images), "test": (test_images, val_images, images)}
-            folder = enclosed_folder(top, next(name for name in folders[split] if name is not None))
+            name = next(name for name in folders[split] if name is not None)
+            file = _roboflow(top, split) if file == f"{split}.json" and not is_file(top / file) else file
+            if PurePath(file).name == _ROBOFLOW and name == "images" and not is_folder(top / name):
+                name = str(PurePath(file).parent)
+            folder = enclosed_folder(top, name) if is_file(top / file) else top  # without a file, that is the error
             known = dict(zip(training.category_ids, training.classes, strict=True)) if training else None
             return read_coco(top / file, folder, known, skip_bad=skip_bad, as_stored=boxes_as_stored, chosen=categories)
 
@@ -507,3 +522,12 @@ class CocoDetection(DetectionData):
         self.root, self.train, self.val, self.test = root, train, val, test
         self.images, self.val_images, self.test_images = images, val_images, test_images
         self.categories, self.boxes_as_stored = categories, boxes_as_stored
+
+
+_ROBOFLOW = "_annotations.coco.json"
+
+
+def _roboflow(top: Path, split: Split) -> str:
+    """Return the file of a split in Roboflow's layout, or else the usual one."""
+    places = (f"{name}/{_ROBOFLOW}" for name in (EVALUATION_SPLITS if split == "val" else (split,)))
+    return next((place for place in places if is_file(top / place)), f"{split}.json")
