@@ -267,6 +267,39 @@ def test_what_cvat_exports(tmp_path):
         module(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "names"),
+    [
+        ("images", "labels", "classes.txt"),  # of Label Studio
+        ("images", "labels", "labels/classes.txt"),  # of LabelImg
+        (".", ".", "classes.txt"),
+    ],
+)
+def test_what_annotation_tools_save(tmp_path, images, labels, names):
+    for name in "abcd":
+        write(tmp_path, f"{images}/{name}.png", f"{labels}/{name}.txt")
+    (tmp_path / labels / "d.txt").unlink()
+    (tmp_path / names).write_text("cat\n\n")
+    with pytest.raises(FileNotFoundError, match=r"images/train: no such folder; set val_share=0\.1 to train on all"):
+        module(tmp_path)
+    data = module(tmp_path, val_share=0.5)
+    assert data.classes == ("cat",)
+    assert [loader.sampler.size for loader in (data.train_dataloader(), data.val_dataloader())] == [2, 2]
+    (tmp_path / names).write_text("cat\n\ndog\n")
+    with pytest.raises(ValueError, match=r"classes\.txt: line 2 is empty"):
+        module(tmp_path)
+
+
+def test_what_fiftyone_exports(root):
+    (root / "data.yaml").unlink()
+    with pytest.raises(ValueError, match=r"data\.yaml: no such file, or no names in it; .*classes\.txt, one a line"):
+        module(root)
+    text = "names:\n  0: cat\npath: /home/u/birds\ntrain: ./images/train/\nvalidation: ./images/val/\n"
+    (root / "dataset.yaml").write_text(text)
+    assert train_boxes(root) == [[pytest.approx(BOX)]] * 2
+    assert module(root).classes == ("cat",)
+
+
 def test_aliases_of_yaml_do_not_grow(root):
     levels = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]\n" for n in range(1, 30))
     (root / "data.yaml").write_text(f"l0: &l0 [a]\n{levels}names: *l29\n")

@@ -21,6 +21,7 @@ from diffkd.data.folders import (
     format_names,
     image_files,
     is_file,
+    is_folder,
     is_there,
     read_text,
     with_slashes,
@@ -28,6 +29,7 @@ from diffkd.data.folders import (
 from diffkd.data.images import upright_size
 from diffkd.files.values import read_yaml
 
+_FACTS, _FIFTYONE = "data.yaml", "dataset.yaml"
 _SHORT = reprlib.Repr()  # a few YAML aliases can expand to billions of items
 _SHORT.maxlevel = 2
 
@@ -187,7 +189,7 @@ def _image_names(top: Path, place: str) -> list[str]:
     """Return the images of a folder or list, relative to the root."""
     roots = (top.absolute(), top.resolve())
     place = _relative(with_slashes(place, top), roots)
-    (path,) = enclosed_files(top, [place], f"{top}")
+    (path,) = enclosed_files(top, [place], f"{top}") if place != "." else [str(top)]
     if place.endswith(".txt") and is_file(path):
         lines = read_text(Path(path)).splitlines()
         return [_listed_name(with_slashes(line.strip(), top), roots) for line in lines if line.strip()]
@@ -274,7 +276,7 @@ class _LabelFiles:
                 path
                 for folder in beside
                 for file in self._listed(folder).exact.values()
-                if os.path.normpath(path := str(self._top / folder / file)) not in used
+                if file != "classes.txt" and os.path.normpath(path := str(self._top / folder / file)) not in used
             )
             if unused:
                 rank_zero_warn(
@@ -405,12 +407,13 @@ class YoloDetection(DetectionData):
     Args:
         root: folder of the data set.
         train: folder of the training images, or text file that lists them, relative to the root; None uses the entry of
-            `data.yaml`, or else `images/train`.
+            `data.yaml`, or else `images/train`, or with `val_share` all images of `images` or of the root.
         val: the same for the evaluation images; None uses the entry of `data.yaml`, or else `images/val`.
         test: the same for the test images; None uses the entry of `data.yaml`, or else tests on `val`.
-        classes: the names of classes 0 to K - 1, which become labels 1 to K; None uses those of `data.yaml`.
-        facts: name of the `data.yaml` in the root; it may be missing if the classes are given by `classes` or
-            `obj.names`.
+        classes: the names of classes 0 to K - 1, which become labels 1 to K; None uses those of `data.yaml`, or else of
+            `obj.names` or `classes.txt`, one a line.
+        facts: name of the `data.yaml` in the root, or else `dataset.yaml`; it may be missing if the classes are given
+            otherwise.
         keypoints: whether lines of more than five numbers are boxes with key points (true) or polygons (false); None:
             key points if `data.yaml` has a `kpt_shape`, otherwise decided from the lines.
         **options: the arguments of `DetectionData`, such as `batch_size` and `min_size`.
@@ -434,17 +437,23 @@ class YoloDetection(DetectionData):
         val: str | None = None,
         test: str | None = None,
         classes: tuple[str, ...] | None = None,
-        facts: str = "data.yaml",
+        facts: str = _FACTS,
         keypoints: bool | None = None,
         **options: Any,
     ) -> None:
         top = Path(root)
-        file = top / facts
-        said = read_yolo_facts(file) if file.is_file() else YoloFacts(_darknet_names(top), {})
+        other = facts == _FACTS and not (top / facts).is_file() and (top / _FIFTYONE).is_file()
+        file = top / (_FIFTYONE if other else facts)
+        said = read_yolo_facts(file) if file.is_file() else YoloFacts(None, {})
         folder, points = read_yolo_layout(file) if file.is_file() else YoloLayout("", None)
-        names = classes or said.classes
+        names = classes or said.classes or _listed_classes(top)
         if not names:
-            raise ValueError(f"{file}: no such file, or no names in it; give the names of the classes.")
+            raise ValueError(
+                f"{file}: no such file, or no names in it; give the names of the classes, or write them into "
+                f"{top / 'classes.txt'}, one a line."
+            )
+        unsplit = None if train else _unsplit_place(top)
+        shared = options.get("val_share") is not None
         given = {"train": train, "val": val, "test": test}
         stated = _stated_places(file, top, folder, {key: said.splits[key] for key in said.splits if not given[key]})
 
@@ -460,6 +469,13 @@ class YoloDetection(DetectionData):
                     f"folder or list relative to {top}, or give it by {split}=..."
                 )
             chosen = list(places.values()) or [_usual_place(top, folder, split)]
+            if split == "train" and unsplit and not places and not _is_in(top, chosen[0]):
+                if not shared:
+                    raise FileNotFoundError(
+                        f"{top / chosen[0]}: no such folder; set val_share=0.1 to train on all images of "
+                        f"{top / unsplit} but a tenth, which is held back for evaluation."
+                    )
+                chosen = [unsplit]
             known = keypoints if keypoints is not None or training is None else training.keypoints
             return read_yolo(root, chosen, names, skip_bad=skip_bad, keypoints=known, points=points)
 
@@ -468,10 +484,27 @@ class YoloDetection(DetectionData):
         self.facts, self.keypoints = facts, keypoints
 
 
-def _darknet_names(top: Path) -> tuple[str, ...] | None:
-    """Return the classes of `obj.names`, which CVAT and Darknet write instead of a `data.yaml`."""
-    file = top / "obj.names"
-    return tuple(line.strip() for line in read_text(file).splitlines() if line.strip()) if file.is_file() else None
+# Of CVAT and Darknet; of Label Studio and, beside the images or the labels, LabelImg.
+_CLASS_LISTS = ("obj.names", "classes.txt", "labels/classes.txt", "labels/train/classes.txt")
+
+
+def _listed_classes(top: Path) -> tuple[str, ...]:
+    """Return the classes of the lists that tools write instead of a `data.yaml`, one a line; () without a list."""
+    file = next((top / name for name in _CLASS_LISTS if (top / name).is_file()), None)
+    names = [] if file is None else [line.strip() for line in read_text(file).rstrip().splitlines()]
+    if not all(names):
+        raise ValueError(f"{file}: line {names.index('') + 1} is empty; give each class a name, one a line.")
+    return tuple(names)
+
+
+def _unsplit_place(top: Path) -> str:
+    """Return the folder of images that are in no folder of a split, as annotation tools write them; "" without any."""
+    for place in ("images", "."):
+        if is_folder(top / place):
+            with os.scandir(top / place) as entries:
+                if any(os.path.splitext(entry.name)[1].lower() in EXTENSIONS for entry in entries):  # noqa: PTH122
+                    return place
+    return ""
 
 
 def _is_in(top: Path, place: str) -> bool:
