@@ -51,6 +51,7 @@ def test_a_missing_file_is_named(tmp_path):
         "sky 128 128 128\nroad works 0 4 255",
         "128 128 128\t\tsky\n0 4 255\t\troad works",
         "# label:color_rgb:parts:actions\n\nsky:128,128,128::\nroad works:0,4,255::\n",
+        "sky:128,128,128:sun,moon:rise 1 2 3\nroad works:0,4,255:lane:\n",
         json.dumps(COLORS),
     ],
 )

@@ -14,7 +14,7 @@ from diffkd.data.segmentation.transform import SegmentationAugmentation
 
 Color = tuple[int, int, int]
 _COLOR = r"(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)"
-_NAME_FIRST = re.compile(rf"(?P<name>.*?\S)[\s,;:]+{_COLOR}[\s,;:]*")
+_NAME_FIRST = re.compile(rf"(?P<name>.*?\S)[\s,;:]+{_COLOR}(?:[\s,;:]*|:.*)")
 _COLOR_FIRST = re.compile(rf"{_COLOR}[\s,;:]+(?P<name>\S.*)")
 
 
@@ -60,7 +60,8 @@ def class_colors(colors: str | Path | Mapping[str, Sequence[int]], root: Path) -
     Args:
         colors: name to (red, green, blue), 0 to 255; or a file: JSON with such a mapping, or text with one class per
             line, `name, red, green, blue` or `red green blue name`, separated by commas, semicolons, colons or blanks.
-            Lines that begin with # and a header line are ignored.
+            Lines that begin with # and a header line are ignored, as are the parts that CVAT's `labelmap.txt` has after
+            a colon.
         root: the data folder, where a relative path is searched first.
 
     Returns:
