@@ -98,6 +98,42 @@ def test_masks_of_own_classes_are_suspected(root):
         assert describe(VocSegmentation(root))["init_args"]["classes"] is None
 
 
+LABELMAP = "# label:color_rgb:parts:actions\nbackground:0,0,0::\ndog:51,221,255:head,tail:walk\ncat:250,50,83::\n"
+
+
+def in_colors(root):
+    """Write masks of background, dog, border, cat and of two more pixels of background."""
+    pixels = np.zeros((2, 3, 3), dtype=np.uint8)
+    pixels[0, 1], pixels[0, 2], pixels[1, 0] = (51, 221, 255), (224, 224, 192), (250, 50, 83)
+    for path in (root / "SegmentationClass").iterdir():
+        Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("border", ["", "ignored:224,224,192::\n"])
+def test_masks_in_colours_are_read_by_their_labelmap(root, border):
+    in_colors(root)
+    (root / "labelmap.txt").write_text(LABELMAP + border)
+    data = VocSegmentation(root, num_workers=0, crop_size=(4, 5))
+    assert data.classes == ("background", "dog", "cat")
+    assert next(iter(data.val_dataloader()))[1][0].tolist() == [[0, 1, 255], [2, 0, 0]]
+    own = VocSegmentation(root, num_workers=0, classes=["background", "cat"])
+    assert next(iter(own.val_dataloader()))[1][0].tolist() == [[0, 255, 255], [1, 0, 0]]
+
+
+def test_masks_in_colours_without_a_labelmap_are_refused_with_the_mend(root):
+    in_colors(root)
+    with pytest.raises(ValueError, match=r"pixels of mode RGB .*VocSegmentation: labelmap\.txt in the root"):
+        VocSegmentation(root)
+    (root / "labelmap.txt").write_text("background:0,0,0::\ndog:51,221,255::\n")
+    with pytest.raises(ValueError, match=r"colour \(250, 50, 83\) .*; add it to colors or labelmap\.txt"):
+        VocSegmentation(root, verify=True)
+
+
+def test_a_labelmap_beside_masks_of_ids_is_not_needed(root):
+    (root / "labelmap.txt").write_text(LABELMAP)
+    assert VocSegmentation(root, num_workers=0).num_classes == 21
+
+
 @pytest.mark.parametrize(
     "lines", ["\ufeff2007_000003\n2007_000001.jpg\n", "/JPEGImages/{0}.jpg /SegmentationClass/{0}.png\n"]
 )

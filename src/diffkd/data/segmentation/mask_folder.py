@@ -122,6 +122,15 @@ def _checked(colors: list[tuple[str, Sequence[Any]]], source: str) -> dict[str, 
     return found
 
 
+def ids_and_colors(table: dict[str, Color], classes: tuple[str, ...], ignore_index: int) -> list[tuple[int, Color]]:
+    """Return pairs of class id and colour for `MaskCode`; colours of other names are ignored."""
+    missing = [name for name in classes if name not in table]
+    if missing:
+        raise ValueError(f"colors: none for {', '.join(map(repr, missing[:5]))}; give a colour for each class.")
+    ids = {name: index for index, name in enumerate(classes)}
+    return [(ids.get(name, ignore_index), color) for name, color in table.items()]
+
+
 class MaskFolder(SegmentationData):
     """Serve images and masks from `root/train/images/`, `root/train/masks/` and the same below `root/val/`.
 
@@ -192,7 +201,7 @@ class MaskFolder(SegmentationData):
         table = None if colors is None else class_colors(colors, top)
         names = class_names(classes, top) if classes is not None else tuple(table) if table else None
         counted = _evaluated_classes(names, num_classes, ignore_index)
-        coded = None if table is None else _ids_and_colors(table, counted, ignore_index)
+        coded = None if table is None else ids_and_colors(table, counted, ignore_index)
         id_map = None if id_map is None else {int(stored): int(id_) for stored, id_ in id_map.items()}
         code = MaskCode(len(counted), ignore_index, id_map=id_map, colors=coded, unknown_colors=unknown_colors)
 
@@ -257,11 +266,3 @@ def _evaluated_classes(names: tuple[str, ...] | None, num_classes: int | None, i
             "is no class, such as 65535 or -100, or an id_map that leaves the ignored id out."
         )
     return names
-
-
-def _ids_and_colors(table: dict[str, Color], classes: tuple[str, ...], ignore_index: int) -> list[tuple[int, Color]]:
-    missing = [name for name in classes if name not in table]
-    if missing:
-        raise ValueError(f"colors: none for {', '.join(map(repr, missing[:5]))}; give a colour for each class.")
-    ids = {name: index for index, name in enumerate(classes)}
-    return [(ids.get(name, ignore_index), color) for name, color in table.items()]

@@ -53,7 +53,8 @@ def mask_header(path: str | os.PathLike[str], *, colours: bool) -> Header:
         mend = (
             "take the table of colours away (colors=None) or save it as RGB"
             if colours
-            else "give the colours of the classes (colors=...) or save it as grey or with a palette"
+            else "give the colours of the classes (MaskFolder: colors=..., VocSegmentation: labelmap.txt in the root), "
+            "or save it as grey or with a palette"
         )
         expected = "colours" if colours else "class ids"
         what, png = ("", "") if kind == "PNG" else (f"is a {kind} file and ", "; or save masks as PNG")
@@ -243,8 +244,8 @@ class MaskCode:
         where = f"at row {row}, column {column} ({count} such pixels)"
         if self.holds_colors:
             return (
-                f"holds colour {tuple(int(part) for part in value)} {where}, which is of no class; add it to colors, "
-                'or set unknown_colors="ignore".'
+                f"holds colour {tuple(int(part) for part in value)} {where}, which is of no class; add it to colors "
+                'or labelmap.txt, or set unknown_colors="ignore" where the data have it.'
             )
         if self._mapped:
             return f"holds id {int(value)} {where}, which is of no class; mend it."
