@@ -1,6 +1,7 @@
 """Layers and resizing as the papers have them: RepDistiller's and ReviewKD's lists of features for their networks."""
 
 import warnings
+from functools import partial
 
 import pytest
 import timm
@@ -8,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from diffkd import Distiller, list_layers, match_layers
+from diffkd import DiffKD, Distiller, FitNet, list_layers, match_layers
 from diffkd.distill.stages import last_feature, stages
 from diffkd.methods import AT, OFD, SP, VID, ReviewKD
 from diffkd.models import load_model
@@ -202,3 +203,23 @@ def test_what_a_head_makes_of_a_small_map_is_no_stage():
     assert last_feature(layers).name == stages(layers)[-1].name == "features"
     layers = list_layers(timm.create_model("mobilenetv3_small_050", num_classes=10), torch.zeros(2, 3, 64, 64))
     assert last_feature(layers).name == "blocks"
+
+
+@pytest.mark.parametrize(
+    ("name", "wide", "narrow"),
+    [
+        ("tf_efficientnet_lite0", "bn2", "blocks.6"),  # 1,280 and 320 channels
+        ("mobilenetv2_100", "bn2", "blocks.6"),
+        ("resnet18", "layer4", "layer4"),
+        ("test_vit", "norm", "norm"),
+    ],
+)
+def test_a_teachers_last_stage_comes_before_the_convolution_of_its_head(name, wide, narrow):
+    size = 160 if name == "test_vit" else 64
+    teacher = timm.create_model(name, num_classes=10)
+    student, images = timm.create_model("mobilenetv3_small_050", num_classes=10), torch.zeros(2, 3, size, size)
+    for method, layer in ((FitNet, wide), (partial(FitNet, last_stage=True), narrow)):
+        (pair,) = match_layers(student, teacher, images, method=method)
+        assert (pair.student_names, pair.teacher_names) == (("blocks",), (layer,))
+    pairs = match_layers(student, teacher, images, method=partial(DiffKD, last_stage=True))
+    assert [pair.teacher_names for pair in pairs] == [(narrow,), ("output",)]

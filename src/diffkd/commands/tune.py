@@ -35,7 +35,12 @@ from diffkd.training.fit import fit
 
 What = Literal["weights", "options", "all"]
 _FACTORS = ("weight", "alpha", "beta", "gamma", "temperature", "balance")
-_LEFT_OUT = ("checkpoint", "features_only", "logits_autoencoder")  # these change cost or pairs, not what is learned
+_LEFT_OUT = (
+    "checkpoint",
+    "features_only",
+    "last_stage",
+    "logits_autoencoder",
+)  # these change cost or pairs, not what is learned
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from diffkd.distill.stages import (
     class_map,
     common_levels,
     embedding,
+    last_block,
     last_feature,
     stages,
     vector_classes,
@@ -192,8 +193,9 @@ def pair_layers(
             pairs.extend(Pair(*names, method) for names in _named([a], [b], method))
         else:
             wants = wants | {"feature"}
-    if wants & {"feature", "class map"}:
-        ours_last, theirs_last = last_feature(student), last_feature(teacher)
+    if wants & {"feature", "last block", "class map"}:
+        ours_last = last_feature(student)
+        theirs_last = last_block(teacher) if "last block" in wants else last_feature(teacher)
         if ours_last and theirs_last:
             pairs.append(Pair(ours_last.name, theirs_last.name, method))
     if "logits" in wants and same_classes and not (too_few or maps[0]):
@@ -242,7 +244,15 @@ def _pyramid_pairs(
 ) -> list[Pair] | None:
     """Return the pairs of two feature pyramids' common levels; None if a model has no pyramid."""
     levels = common_levels(student, teacher)
-    if not levels or not wants & {"feature", "stages", "levels", "class map", "last stage", "second stage"}:
+    if not levels or not wants & {
+        "feature",
+        "last block",
+        "stages",
+        "levels",
+        "class map",
+        "last stage",
+        "second stage",
+    }:
         return None
     layout = Layout("nchw")
     if "levels" in wants:
@@ -262,8 +272,12 @@ def _box_output_pair(student: Sequence[Layer], teacher: Sequence[Layer], method:
 def wants_of(factory: Any) -> frozenset[Want]:
     """Return `wants` of a method's factory, or of the class it wraps."""
     wants: frozenset[Want] = attribute_of(factory, "wants", DEFAULT_WANTS)
-    features_only = getattr(factory, "keywords", {}).get("features_only", False)  # an option of DiffKD
-    return wants - {"logits", "class map"} if features_only else wants
+    options = getattr(factory, "keywords", {})
+    if options.get("features_only"):
+        wants = wants - {"logits", "class map"}
+    if options.get("last_stage") and "feature" in wants:
+        wants = wants - {"feature"} | {"last block"}
+    return wants
 
 
 def least_classes_of(factory: Any) -> int:

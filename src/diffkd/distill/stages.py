@@ -120,6 +120,16 @@ def last_feature(layers: Sequence[Layer]) -> Layer | None:
     return hidden[-1] if hidden else None
 
 
+def last_block(layers: Sequence[Layer]) -> Layer | None:
+    """Return the last feature, or the last stage's map where a head's convolution makes a wider one of it."""
+    last = last_feature(layers)
+    found = [] if class_map(layers) is not None else stages(layers)
+    if not found or last is None or last.feature_shape is None or found[-1].feature_shape is None:
+        return last
+    ours, widened = found[-1].feature_shape, last.feature_shape
+    return found[-1] if ours.size == widened.size and ours.channels < widened.channels else last
+
+
 def _of_one_position(layers: Sequence[Layer], trunk: Sequence[Layer], last: Layer) -> list[Layer]:
     """Return the 1x1 maps after the last larger map and before any pooling: the last stage's, on small images.
 

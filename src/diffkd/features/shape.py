@@ -1,15 +1,16 @@
 """The shape of a feature, the argument of a method's constructor.
 
 Also the values of `wants`, the features that a method gets from automatic pairing: "feature" (the last map before
-pooling), "logits", "stages" (the last map of every resolution, each pair with a method of its own), "levels" (the same
-maps, all given to one method as lists), or "class map" (the scores by position of a model for dense prediction, and the
-last feature of any other), "box outputs" (a detector's class scores and box regression, given to one method as a list
-of two), "last stage" (the last of the stages, which is not the head's convolution), "second stage" (the second of the
-stages that both models have in common), "pooled" (beside "levels": the last map before pooling as one more level),
-"embedding" (beside "feature",
-of models whose outputs are representations: the pooled output, and nothing of other models),
-"stages to logits" (the student's stages and logits, and the teacher's logits, given to one method as lists), or
-"feature to logits" (the student's last map and logits, and the teacher's logits, likewise).
+pooling), "last block" (the same, but of a teacher whose head widens the last stage's map by a convolution, such as
+MobileNets and EfficientNets, that stage's map), "logits", "stages" (the last map of every resolution, each pair with a
+method of its own), "levels" (the same maps, all given to one method as lists), or "class map" (the scores by position
+of a model for dense prediction, and the last feature of any other), "box outputs" (a detector's class scores and box
+regression, given to one method as a list of two), "last stage" (the last of the stages, which is not the head's
+convolution), "second stage" (the second of the stages that both models have in common), "pooled" (beside "levels": the
+last map before pooling as one more level), "embedding" (beside "feature", of models whose outputs are representations:
+the pooled output, and nothing of other models), "stages to logits" (the student's stages and logits, and the teacher's
+logits, given to one method as lists), or "feature to logits" (the student's last map and logits, and the teacher's
+logits, likewise).
 
 And the values of `resizes`, the handling of maps of different size: "student", the student's map is resized to the
 teacher's size (by averaging to a smaller, bilinearly to a larger size); "larger", the larger one is averaged to the
@@ -22,6 +23,7 @@ from typing import Literal
 Role = Literal["feature", "logits"]
 Want = Literal[
     "feature",
+    "last block",
     "logits",
     "stages",
     "levels",

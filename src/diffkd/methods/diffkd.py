@@ -132,6 +132,8 @@ class DiffKD(nn.Module):
         output_projection, latent_norm, denoiser_norm, activate, start_timestep, detach_target: see above.
         standardize, time, prediction, every_step, path: see above.
         features_only: automatic pairing pairs features only, not logits, for use beside a method on logits.
+        last_stage: automatic pairing takes the teacher's last stage where a head's convolution makes a wider map of it,
+            as in MobileNets and EfficientNets: fewer channels to compare.
 
     Raises:
         ValueError: if an option is out of range or incompatible with another, one feature is a map and the other a
@@ -178,6 +180,7 @@ class DiffKD(nn.Module):
         every_step: bool = False,
         path: Literal["diffusion", "flow"] = "diffusion",
         features_only: bool = False,
+        last_stage: bool = False,
     ) -> None:
         super().__init__()
         if variant not in ("code", "paper"):

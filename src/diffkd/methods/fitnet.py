@@ -22,6 +22,8 @@ class FitNet(nn.Module):
         weight: factor of the loss.
         standardize: standardise the teacher's feature per channel by running statistics, so that the loss does not
             depend on the teacher's scale (:class:`~diffkd.diffusion.standardization.Standardization`).
+        last_stage: automatic pairing takes the teacher's last stage where a head's convolution makes a wider map of it,
+            as in MobileNets and EfficientNets: fewer channels to compare.
     """
 
     wants: ClassVar[frozenset[Want]] = frozenset({"feature", "embedding"})
@@ -33,6 +35,7 @@ class FitNet(nn.Module):
         *,
         weight: float = 1.0,
         standardize: bool = False,
+        last_stage: bool = False,
     ) -> None:
         super().__init__()
         is_map = teacher_channels.is_map if isinstance(teacher_channels, FeatureShape) else True
