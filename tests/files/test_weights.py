@@ -1,4 +1,5 @@
 import argparse
+import importlib
 import json
 import os
 import pickle
@@ -380,6 +381,31 @@ class TestCheckpointsOfTrainers:
         for named in ("args (argparse.Namespace)", "best (numpy", "path (pathlib."):
             assert named in report
 
+    @pytest.mark.parametrize("legacy", [False, True])
+    @pytest.mark.parametrize("protocol", [2, 4])
+    def test_logs_that_refer_to_methods_and_nested_classes(self, tmp_path, state, monkeypatch, legacy, protocol):
+        """As mmengine's HistoryBuffer does, which saves its own functions beside its numbers."""
+        code = """
+            class Buffer:
+                class Kind:
+                    pass
+                def mean(self):
+                    return 0.0
+                def __getstate__(self):
+                    return {"statistics": {"mean": Buffer.mean, "bound": self.last}, "kinds": [Buffer.Kind()]}
+                def last(self):
+                    return 1.0
+        """
+        (tmp_path / "logging_of_others.py").write_text(textwrap.dedent(code))
+        monkeypatch.syspath_prepend(tmp_path)
+        logs = importlib.import_module("logging_of_others")
+        content = {"state_dict": state, "message_hub": {"loss": logs.Buffer()}, "kind": logs.Buffer.Kind()}
+        path = held(tmp_path, content, _use_new_zipfile_serialization=not legacy, pickle_protocol=protocol)
+        monkeypatch.delitem(sys.modules, "logging_of_others")
+        (tmp_path / "logging_of_others.py").write_text("raise SystemExit('imported')")
+        assert "kind (logging_of_others.Buffer.Kind" in str(self.taken(path, state))
+        assert "logging_of_others" not in sys.modules
+
     def test_averaged_models(self, tmp_path, net, state):
         averaged = AveragedModel(net).state_dict()
         assert "left out: n_averaged" in str(self.taken(held(tmp_path, averaged), state))
@@ -547,11 +573,30 @@ class TestKindsOfFiles:
             b"cbuiltins\neval\n(V1+1\ntR.",
             b"cos\nsystem\n(Vtouch ran\ntR.",
             b"c__builtin__\ngetattr\n.",
+            b"cbuiltins\ngetattr\n(ctorch._utils\n_rebuild_tensor\nV__globals__\ntR.",
+            b"cbuiltins\ngetattr\n(cbuiltins\nset\nV__subclasses__\ntR.",
+            b"c__builtin__\ngetattr\n(cbuiltins\ngetattr\nV__self__\ntR.",
+            b"cbuiltins\ngetattr\n(cos\nsystem\nV__call__\ntR.",
+            b"cbuiltins\ngetattr\n(]V__class__\ntR.",
         ],
     )
     def test_hostile_streams_cost_neither_memory_nor_safety(self, tmp_path, stream):
         (tmp_path / "model.pt").write_bytes(stream)
         with pytest.raises(ValueError, match=r"model\.pt"):
+            read_weights(tmp_path / "model.pt")
+        assert not (tmp_path / "ran").exists()
+
+    def test_attributes_of_what_is_skipped_are_skipped_too_and_never_run(self, tmp_path):
+        got = b"cbuiltins\ngetattr\n(" * 2 + b"csome.where\nRunner\nVrun\ntRVsystem\ntR"
+        (tmp_path / "model.pt").write_bytes(got + b"(Vtouch ran\ntR.")
+        with pytest.raises(ValueError, match=r"whole object of class some\.where\.Runner\.run\.system"):
+            read_weights(tmp_path / "model.pt")
+        eval_of_it = b"cbuiltins\ngetattr\n(csome.where\nbuiltins\nVeval\ntR(V__import__('os').mkdir('ran')\ntR."
+        (tmp_path / "model.pt").write_bytes(eval_of_it)
+        with pytest.raises(ValueError, match=r"whole object of class some\.where\.builtins\.eval"):
+            read_weights(tmp_path / "model.pt")
+        (tmp_path / "model.pt").write_bytes(b"cbuiltins\ngetattr\n(csome.where\nRunner\n]tR.")
+        with pytest.raises(ValueError, match=r"would run builtins\.getattr"):
             read_weights(tmp_path / "model.pt")
         assert not (tmp_path / "ran").exists()
 

@@ -21,6 +21,7 @@ from torch import Tensor
 _LARGEST_PICKLE = 2**24
 # A view may repeat its storage, as from `expand`, up to this many bytes.
 _LARGEST_REPEAT = 2**24
+_LONGEST_PATH = 80  # characters of a class's name in messages
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Modules whose functions a malicious file would call; no file of weights refers to them.
 _CODE = re.compile(
@@ -28,9 +29,7 @@ _CODE = re.compile(
     r"operator|_?pickle|asyncio|pip|pydoc|timeit|c?profile|pdb|bdb)(\..*)?",
     re.IGNORECASE,
 )
-_CALLS = re.compile(
-    "eval|exec|execfile|compile|open|getattr|setattr|delattr|__import__|input|breakpoint|apply|globals|vars"
-)
+_CALLS = re.compile("eval|exec|execfile|compile|open|setattr|delattr|__import__|input|breakpoint|apply|globals|vars")
 
 
 class CodeError(ValueError):
@@ -38,20 +37,16 @@ class CodeError(ValueError):
 
 
 class Skipped:
-    """Placeholder for an object of an unknown class; accepts all unpickling operations.
+    """Placeholder for an unknown class or function, for what it returns, and for its attributes.
 
-    Attributes:
-        path: dotted name of its class, "package.module.Name".
+    Args:
+        path: dotted name of the class, "package.module.Name".
     """
 
-    path = ""
+    __slots__ = ("path",)
 
-    def __new__(cls, *args: object, **options: object) -> "Skipped":
-        """Create a placeholder, ignoring all arguments."""
-        return object.__new__(cls)
-
-    def __init__(self, *args: object, **options: object) -> None:
-        pass
+    def __init__(self, path: str = "") -> None:
+        self.path = path
 
 
 def looks_like_pickle(path: Path) -> bool:
@@ -241,8 +236,19 @@ def _parameter(data: Any, *rest: Any) -> Any:
 
 def _rebuilt(function: Any, kind: Any, arguments: Any, state: Any = None) -> Any:
     if function not in (_tensor, _tensor_of_type, _parameter):
-        return Skipped()
+        return function if isinstance(function, Skipped) else Skipped()
     return function(*arguments)
+
+
+def _attribute(owner: Any, name: Any, *default: Any) -> Skipped:
+    """Stand in for getattr, by which pickle refers to methods and to nested classes: only placeholders have any."""
+    if not isinstance(owner, Skipped) or not isinstance(name, str):
+        raise CodeError("builtins.getattr")
+    return Skipped(_short_path(f"{owner.path}.{name[:_LONGEST_PATH]}"))
+
+
+def _short_path(path: str) -> str:
+    return re.sub(r"[^\w.]", "?", path)[:_LONGEST_PATH]
 
 
 def _mapping(*arguments: Any) -> dict[Any, Any]:
@@ -266,6 +272,8 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "Counter"): _mapping,
     ("torch", "Size"): lambda sizes=(), *rest: tuple(sizes),
     ("_codecs", "encode"): _text,
+    ("builtins", "getattr"): _attribute,
+    ("__builtin__", "getattr"): _attribute,
     **{
         (module, name): lambda items=(), *rest: set(items)
         for module in ("builtins", "__builtin__")
@@ -323,7 +331,7 @@ class _Reader(_Unpickler):  # type: ignore[misc]
     def __init__(self, file: Any, load: Callable[[Any], _Storage]) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
         self._load_storage = load
-        self._kinds: dict[tuple[str, str], type[Skipped]] = {}
+        self._kinds: dict[tuple[str, str], Skipped] = {}
         self._budget = _LARGEST_PICKLE
 
     def find_class(self, module: str, name: str) -> Any:
@@ -334,11 +342,11 @@ class _Reader(_Unpickler):  # type: ignore[misc]
             return found
         if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
             return _STORAGES[name]
-        path = re.sub(r"[^\w.]", "?", f"{module}.{name}")[:80]
+        path = _short_path(f"{module}.{name}")
         if _CODE.fullmatch(module) or (module in ("builtins", "__builtin__") and _CALLS.fullmatch(name)):
             raise CodeError(path)
         if (module, name) not in self._kinds:
-            self._kinds[module, name] = type("Skipped", (Skipped,), {"path": path})
+            self._kinds[module, name] = Skipped(path)
         return self._kinds[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -350,8 +358,8 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         raise ValueError("it names an extension of pickle's registry")
 
     def _made(self, kind: Any, arguments: Any, options: Any = None) -> Any:
-        if isinstance(kind, type) and issubclass(kind, Skipped):
-            return kind()
+        if isinstance(kind, Skipped):
+            return Skipped(kind.path)
         if kind not in _BUILDERS.values() or options:
             raise ValueError("it calls what is no class")
         # A few bytes can refer to a large list again, so repeated builds from it could take very long.
