@@ -488,6 +488,21 @@ class TestCheckpointsOfTrainers:
         with pytest.raises(ValueError, match=r"unexpected 2\.weight"):
             load_weights(smaller, held(tmp_path, larger.state_dict()))
 
+    def test_a_classifier_beside_the_network_is_taken(self, tmp_path, state):
+        backbone = {f"backbone.{name}": value for name, value in state.items() if not name.startswith("fc.")}
+        head = {f"head.{name}": value for name, value in state.items() if name.startswith("fc.")}
+        report = self.taken(held(tmp_path, {"state_dict": backbone | head}), state)
+        assert "fc from state_dict.head.fc" in str(report)
+        averaged = {f"module.{name}": value for name, value in (backbone | head).items()}
+        both = {"state_dict": self.other(backbone | head), "ema_state_dict": averaged}
+        assert "fc from ema_state_dict.head.fc" in str(self.taken(held(tmp_path, both), state))
+        wider = head | {"head.fc.weight": torch.ones(7, 8)}
+        with pytest.raises(ValueError, match=r"fc\.weight is \(7, 8\) there, \(10, 8\) here"):
+            load_weights(ConvNet(), held(tmp_path, {"state_dict": backbone | wider}))
+        two = {f"other.{name}": value for name, value in state.items() if name.startswith("fc.")}
+        with pytest.raises(ValueError, match=r"missing fc\.weight"):
+            load_weights(ConvNet(), held(tmp_path, {"state_dict": backbone | head | two}))
+
     @pytest.mark.parametrize(
         "change", [lambda s: s.pop("fc.weight"), lambda s: s.update({"fc.weight": torch.ones(7, 8)})]
     )

@@ -81,6 +81,43 @@ def test_a_segmenters_encoder_computes_what_the_classifiers_does(name, backbone,
     assert stem is None or any(key.endswith(stem) for key in ours)
 
 
+@pytest.mark.parametrize("name", ["fcos/resnet18", "smp/unet/resnet18", "fcos/timm/resnet18"])
+def test_a_deeper_network_is_refused(name, tmp_path):
+    torch.save(torchvision_models.resnet34(num_classes=5).state_dict(), tmp_path / "w.pth")
+    model = detector(name.removeprefix("fcos/")) if "fcos" in name else load_segmenter(name, num_classes=3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"does not fit.*unexpected layer1\.2\.conv1\.weight.*and 77 more"):
+        fill_backbone(model, name, tmp_path / "w.pth")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_deeper_network_is_refused_where_stages_are_flattened(tmp_path):
+    state = classifier("timm/test_convnext").state_dict()
+    deeper = {name.replace("stages.2.blocks.0.", "stages.2.blocks.9."): value for name, value in state.items()}
+    torch.save(state | deeper, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"unexpected stages_2\.blocks\.9\."):
+        fill_backbone(detector("timm/test_convnext"), "fcos/timm/test_convnext", tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_convnext", "test_efficientnet"])
+def test_an_encoder_without_the_last_layers_of_its_network_is_filled(backbone, tmp_path):
+    whole, model = classifier(f"timm/{backbone}"), load_segmenter(f"smp/pspnet/timm/{backbone}", num_classes=3)
+    torch.save(whole.state_dict(), tmp_path / "w.pth")
+    report = fill_backbone(model, f"smp/pspnet/timm/{backbone}", tmp_path / "w.pth")
+    assert report.taken == len(model.encoder.model.state_dict()) < len(whole.state_dict())
+
+
+@pytest.mark.parametrize("name", ["fcos/resnet18", "smp/unet/resnet18"])
+def test_projection_heads_are_left_out(name, tmp_path):
+    state = torchvision_models.resnet18().state_dict()
+    state |= {"projection_head.0.weight": torch.ones(4, 512), "prototypes.weight": torch.ones(3, 4)}
+    torch.save(state, tmp_path / "w.pth")
+    model = detector("resnet18") if "fcos" in name else load_segmenter(name, num_classes=3)
+    report = str(fill_backbone(model, name, tmp_path / "w.pth"))
+    assert "projection_head.0.weight" in report
+    assert "prototypes.weight" in report
+
+
 def test_a_run_of_classification_fills_the_backbone_of_a_detector_that_keeps_its_statistics(tmp_path):
     from diffkd.training.fit import fit
 

@@ -55,6 +55,60 @@ def test_a_file_of_another_network_is_refused(tmp_path):
         load_backbone("timm/test_resnet", weights=tmp_path / "other.safetensors")
 
 
+HEADS = {
+    "moco": (lambda name: f"module.encoder_q.{name}", {"module.encoder_q.fc.0.weight": 4, "module.queue": 4}),
+    "swav": (lambda name: f"module.{name}", {"module.projection_head.0.weight": 4, "module.prototypes.weight": 3}),
+    "mmpretrain": (lambda name: f"backbone.{name}", {"head.fc.weight": 7, "head.fc.bias": 7, "neck.fc0.weight": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("headless", [True, False], ids=["backbone", "new head"])
+def test_heads_of_other_trainings_are_left_out_and_named(kind, headless, tmp_path):
+    saved = load_backbone("timm/test_resnet")
+    rename, head = HEADS[kind]
+    state = {rename(name): value for name, value in saved.state_dict().items()}
+    state |= {name: torch.ones((rows, 96) if "weight" in name else rows) for name, rows in head.items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    if headless:
+        model = load_backbone("timm/test_resnet", weights=tmp_path / "w.pth")
+    else:
+        with pytest.warns(UserWarning, match=r"fc\.weight, fc\.bias of ResNet start from random weights"):
+            model = load_model("timm/test_resnet", num_classes=2, weights=tmp_path / "w.pth", new_head=True)
+        with pytest.raises(ValueError, match=r"(missing fc\.weight|fc\.weight is \(7, 96\) there)"):
+            load_model("timm/test_resnet", num_classes=2, weights=tmp_path / "w.pth")
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in saved.state_dict().items())
+    said = str(report_of(model))
+    assert "left out" in said
+    for name in head:
+        part = name.removeprefix("module.").removeprefix("encoder_q.").partition(".")[0]
+        assert part in said
+
+
+def test_the_decoder_of_a_masked_autoencoder_is_left_out(tmp_path):
+    saved = load_backbone("timm/test_vit")
+    decoder = {"mask_token": 8, "decoder_pos_embed": 8, "decoder_blocks.0.norm1.weight": 8, "decoder_pred.bias": 8}
+    state = {"model": saved.state_dict() | {name: torch.ones(size) for name, size in decoder.items()}}
+    torch.save(state, tmp_path / "w.pth")
+    model = load_backbone("timm/test_vit", weights=tmp_path / "w.pth")
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in saved.state_dict().items())
+    assert "left out: decoder_pos_embed, decoder_blocks.0.norm1.weight" in str(report_of(model))
+    with pytest.warns(UserWarning, match="start from random weights"):
+        load_model("timm/test_vit", num_classes=2, weights=tmp_path / "w.pth", new_head=True)
+    torch.save(load_model("timm/test_vit", num_classes=2).state_dict() | state["model"], tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="unexpected decoder_pos_embed"):
+        load_model("timm/test_vit", num_classes=2, weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("extra", ["layer1.9.conv1.weight", "layer5.0.conv1.weight"])
+def test_a_deeper_network_is_refused(extra, tmp_path):
+    state = load_model("timm/test_resnet", num_classes=7).state_dict()
+    torch.save(state | {extra: torch.ones(1)}, tmp_path / "w.pth")
+    for load in (load_backbone, lambda name, **options: load_model(name, num_classes=2, new_head=True, **options)):
+        with pytest.raises(ValueError, match=f"unexpected {extra}"):
+            load("timm/test_resnet", weights=tmp_path / "w.pth")
+
+
 def test_a_function_of_the_users_own_loses_its_classifier(tmp_path):
     (tmp_path / "nets.py").write_text(
         "from torch import nn\n"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffkd.files.prefixes import UNINITIALIZED, best_prefix, shape_of, without_wrapper_parts
+from diffkd.files.prefixes import UNINITIALIZED, best_prefix, common_beginnings, shape_of, without_wrapper_parts
 from diffkd.files.weights import (
     Contents,
     choose_key,
@@ -38,6 +38,7 @@ _DERIVED = re.compile(
 _TRAINING_ONLY = re.compile(
     r"^((\w+\.)?(aux\w*|AuxLogits|auxiliary\w*)|criterion\w*|\w*loss(es|_fn|_func|_function|_module)?|\w*metrics?)\."
 )
+_DIGITS = "0123456789"
 _REPORTS: "weakref.WeakKeyDictionary[nn.Module, Report]" = weakref.WeakKeyDictionary()
 
 
@@ -129,13 +130,17 @@ def load_weights(
     key: str | None = None,
     head: Callable[[], frozenset[str]] | None = None,
     convert: Convert | None = None,
-    beside: Collection[str] = (),
+    beside: Collection[str] | None = None,
 ) -> Report:
     """Load a file of tensors into `model`, strictly: either all entries of the network are loaded, or none.
 
     Prefixes of trainers and wrappers in the file's names, such as "state_dict.model." or "module.", are removed; the
     `load_state_dict` hooks of libraries for older files are used. Losses, metrics and auxiliary heads that the network
-    lacks are left out; other unexpected entries are errors, since the file is then of another network.
+    lacks are left out; other unexpected entries are errors, since the file is then of another network. If the
+    classifier may be another (`head`) or is not wanted (`beside`), what the file has in its place is left out too: the
+    entries below it, and those of top-level parts that the network lacks, such as the projection head of
+    self-supervised training. A classifier beside the network, such as "head.fc.weight" beside "backbone.conv1.weight",
+    is taken as its own.
 
     Args:
         model: receives the weights in place.
@@ -146,7 +151,7 @@ def load_weights(
             the file lacks them or has another number of classes. None: no entry may.
         convert: converts weights of another format of a library to the network's names; returns None for an unknown
             format.
-        beside: names in the file that the network may lack, such as those of a classifier.
+        beside: entries of a classifier that the network lacks; None: it lacks none.
 
     Returns:
         The report; `str` gives one line.
@@ -162,12 +167,12 @@ def load_weights(
     contents = read_contents(path)
     own = model.state_dict()
     fit = fit_contents(model, path, contents, key, convert)
-    lenient = frozenset[str]() if head is None or not (fit.missing or fit.shapes) else head()
+    lenient = frozenset[str]() if head is None or not (fit.missing or fit.shapes or fit.unexpected) else head()
     missing = [name for name in fit.missing if not (name in lenient or _may_lack(name, fit, own))]
     shapes = [name for name in fit.shapes if name not in lenient]
-    unexpected = [
-        name for name in fit.unexpected if not (name in beside or _DERIVED.search(name) or _TRAINING_ONLY.match(name))
-    ]
+    unexpected = [name for name in fit.unexpected if not (_DERIVED.search(name) or _TRAINING_ONLY.match(name))]
+    if head is not None or beside is not None:
+        unexpected = _inside(unexpected, own, lenient.union(beside or ()))
     kinds = [
         f"{name} is of {value.dtype} there, {own[name].dtype} here"
         for name, value in fit.filled.items()
@@ -201,7 +206,7 @@ def load_weights(
     notes = [*fit.notes, *([f"converted from {', '.join(sorted(widths))}"] if widths else [])]
     if lacking := [name for name in fit.missing if name.endswith("num_batches_tracked")]:
         notes.append(f"{len(lacking)} num_batches_tracked, which it lacks, stay 0")
-    left = (*_grouped(fit.outside), *_grouped(fit.unexpected), *contents.skipped)
+    left = (*_grouped(fit.outside, fit.key), *_grouped(fit.unexpected), *contents.skipped)
     report = Report(
         str(path),
         len(fit.filled),
@@ -223,18 +228,26 @@ def load_weights(
 
 
 def load_backbone(
-    body: nn.Module, path: str | Path, *, key: str | None = None, convert: Convert | None = None
+    body: nn.Module,
+    path: str | Path,
+    *,
+    key: str | None = None,
+    convert: Convert | None = None,
+    known: Callable[[str], bool] | None = None,
 ) -> Report:
-    """Load a file of tensors into a part of its network: all entries of the part, and the others are left out.
+    """Load a file of tensors into a part of its network: all entries of the part; other parts are left out.
 
     Args:
         body: receives the weights in place.
         path: as for :func:`~diffkd.files.weights.read_weights`.
         key: as for :func:`load_weights`.
         convert: likewise.
+        known: whether the whole network has an entry, for a body that lacks the network's last layers. None: it has
+            them all.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_weights`, but for unexpected entries.
+        FileNotFoundError, ValueError: as :func:`load_weights`; entries are unexpected only in the body's own top-level
+            parts.
     """
     body = unwrap(body)
     contents = read_contents(path)
@@ -243,13 +256,17 @@ def load_backbone(
     if convert is not None and (fit.shapes or any(not _may_lack(name, fit, own) for name in fit.missing)):
         fit = fit_contents(body, path, contents, key, convert)
     missing = [name for name in fit.missing if not _may_lack(name, fit, own)]
-    if missing or fit.shapes:
+    unexpected = [name for name in _inside(fit.unexpected, own) if not _DERIVED.search(name)]
+    if known is not None:
+        unexpected = [name for name in unexpected if not known(name)]
+    if missing or unexpected or fit.shapes:
         described = [f"missing {name}" for name in missing[:3]]
+        described += [f"unexpected {name}" for name in unexpected[:3]]
         described += [
             f"{name} is {tuple(value.shape)} there, {shape_of(own[name])} here"
             for name, value in list(fit.shapes.items())[:3]
         ]
-        count = len(missing) + len(fit.shapes) - len(described)
+        count = len(missing) + len(unexpected) + len(fit.shapes) - len(described)
         raise ValueError(
             f"{path} does not fit the backbone {type(body).__name__}: {'; '.join(described)}"
             f"{f' and {count} more' if count > 0 else ''}; give a file of a classifier with this backbone"
@@ -257,7 +274,7 @@ def load_backbone(
         )
     _check_finite(body, path, fit)
     body.load_state_dict(OrderedDict(fit.filled), strict=False)
-    left = (*_grouped(fit.outside), *_grouped(fit.unexpected), *contents.skipped)
+    left = (*_grouped(fit.outside, fit.key), *_grouped(fit.unexpected), *contents.skipped)
     return Report(str(path), len(fit.filled), fit.key, fit.others, left, notes=tuple(fit.notes))
 
 
@@ -289,6 +306,7 @@ def fit_contents(
     fit.outside = [name for name in names if not name.startswith(inside)]
     if others:
         fit.outside = [name for name in fit.outside if not name.startswith(tuple(f"{one}." for one in others))]
+    fit = _with_head_beside(model, fit, names, {added + name: value for name, value in weights.items()})
     fits.append(fit)
     if fit.problems and convert is not None:
         for names in _other_names(path, contents, prefix, weights, key):
@@ -299,6 +317,57 @@ def fit_contents(
                 other.notes = ["converted by its library from an older or other form"]
                 fits.append(other)
     return min(fits, key=lambda one: len(one.missing) + len(one.shapes) + 0.5 * len(one.unexpected))
+
+
+def _with_head_beside(model: nn.Module, fit: Fit, tensors: Mapping[str, Tensor], weights: dict[str, Tensor]) -> Fit:
+    """Take the one layer that is missing from beside the network: "head.fc.weight" beside "backbone.conv1.weight"."""
+    missing = [name for name in fit.missing if not _DERIVED.search(name)]
+    layers = {name.rpartition(".")[0] for name in missing}
+    layer = next(iter(layers), "")
+    parent = fit.key.rpartition(".")[0]
+    start = f"{parent}." if parent else ""
+    places = {
+        name.removesuffix(f".{missing[0]}")
+        for name in fit.outside
+        if layer and name.startswith(start) and name.endswith(f".{missing[0]}")
+    }
+    if not fit.key or len(layers) != 1 or len(places) != 1:
+        return fit
+    place = places.pop()
+    found = {name: tensors[f"{place}.{name}"] for name in missing if f"{place}.{name}" in tensors}
+    if len(found) < len(missing):
+        return fit
+    whole = _try(model, weights | found)
+    taken = {f"{place}.{name}" for name in found}
+    whole.key, whole.others, whole.notes = fit.key, fit.others, [f"{layer} from {place}.{layer}"]
+    whole.outside = [name for name in fit.outside if name not in taken]
+    return whole
+
+
+def _inside(names: list[str], own: Mapping[str, Any], head: Collection[str] = ()) -> list[str]:
+    """Return those names of a file that lie in a part of the network, as further layers of a deeper one do.
+
+    Args:
+        names: that the network lacks.
+        own: the network's entries.
+        head: entries of the classifier, which is no such part; the network may have them or not.
+    """
+    layers = tuple(f"{layer}." for layer in {name.rpartition(".")[0] for name in head} if layer)
+    trunk = [name for name in own if name not in head]
+    # A network may be nested in others, but a single layer is not.
+    levels = [
+        level for level in common_beginnings(trunk) if any("." in name.removeprefix(level) for name in trunk)
+    ] or [""]
+
+    def is_inside(name: str) -> bool:
+        if name in head or name.startswith(layers):
+            return False
+        level = next((one for one in reversed(levels) if name.startswith(one)), "")
+        parts = {one.removeprefix(level).partition(".")[0].rstrip(_DIGITS) for one in trunk}
+        # "layer5" lies in the network too if that has a "layer4".
+        return name.removeprefix(level).partition(".")[0].rstrip(_DIGITS) in parts
+
+    return [name for name in names if is_inside(name)]
 
 
 def _other_names(
@@ -422,11 +491,13 @@ def _converted(value: Any, own: Any) -> bool:
     )
 
 
-def _grouped(names: list[str]) -> list[str]:
-    """Return names for a message; many names below one key become the key and their count."""
+def _grouped(names: list[str], key: str = "") -> list[str]:
+    """Return names for a message; many names below one part beside `key` become the part and their count."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(name.partition(".")[0], []).append(name)
+        parts, inside = name.split("."), key.split(".")
+        same = next((at for at, pair in enumerate(zip(parts, inside, strict=False)) if pair[0] != pair[1]), len(inside))
+        groups.setdefault(".".join(parts[: same + 1]), []).append(name)
     return [found[0] if len(found) == 1 else f"{group}.* ({len(found)} tensors)" for group, found in groups.items()]
 
 

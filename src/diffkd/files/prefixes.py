@@ -1,6 +1,6 @@
 """Name prefixes of weights in files of trainers and wrappers, found by matching the network's own names."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def best_prefix(
 ) -> tuple[tuple[str, str, dict[str, Tensor]], tuple[str, ...]]:
     """Return (prefix in the file, prefix to add, weights without it), and other prefixes that fit equally well."""
     tensors = without_wrapper_parts(own, contents.tensors)
-    targets = {added: {name.removeprefix(added) for name in own} for added in _common_beginnings(own)}
+    targets = {added: {name.removeprefix(added) for name in own} for added in common_beginnings(own)}
     votes: dict[tuple[str, str], list[str]] = {}
     for name in tensors:
         for prefix, rest in _splits(name):
@@ -96,7 +96,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _common_beginnings(names: Mapping[str, Any]) -> list[str]:
+def common_beginnings(names: Iterable[str]) -> list[str]:
     """Return "" and the common prefixes of all names, part by part, for a network nested in others."""
     parts = [name.split(".")[:-1] for name in names]
     found = [""]

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def fill(
     *,
     key: str | None = None,
     wider: Callable[[], nn.Module] | None = None,
-    beside: Collection[str] = (),
+    beside: Collection[str] | None = None,
 ) -> Report:
     """Load a file of weights into a model, as :func:`~diffkd.files.fitting.load_weights` does.
 
@@ -38,7 +39,7 @@ def fill(
         key: prefix of the weights' names, if the file holds several sets.
         wider: builds the same model for one class more, to detect the layers that depend on the classes. These, and
             auxiliary heads, keep their weights if the file has none or others. None: the file must have them.
-        beside: names in the file that the model may lack.
+        beside: entries of a classifier that was taken out of the model; None: it is whole.
 
     Raises:
         FileNotFoundError, ValueError: as `load_weights`.
@@ -69,7 +70,7 @@ def fill_backbone(model: nn.Module, name: str, weights: str | Path, *, key: str 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the model has no backbone of its own, or the file lacks entries of it.
+        ValueError: if the model has no backbone of its own, or the file lacks entries of it or is of a deeper one.
     """
     parts = dict(model.named_modules())
     body = next((parts[place] for place in _BACKBONES if place in parts), None)
@@ -79,15 +80,28 @@ def fill_backbone(model: nn.Module, name: str, weights: str | Path, *, key: str 
             "of torchvision, smp or timm"
         )
     found = _OF_TIMM.search(name)
+    of_timm = None if found is None else found[1]
 
     def convert(body: nn.Module, names: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        return _flattened(body, names if found is None else _by_timm(found[1], names))
+        return _flattened(body, names if of_timm is None else _by_timm(of_timm, names))
 
-    return load_backbone(body, weights, key=key, convert=convert)
+    @cache
+    def entries() -> frozenset[str]:
+        timm = require("timm", "train", f"weights of '{name}'")
+        with same_draws():
+            return frozenset(entry.replace(".", "_") for entry in timm.create_model(of_timm).state_dict())
+
+    def known(entry: str) -> bool:
+        return entry.removeprefix("model.").replace(".", "_") in entries()
+
+    return load_backbone(body, weights, key=key, convert=convert, known=None if of_timm is None else known)
 
 
 def _flattened(body: nn.Module, names: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return weights under the names of a network of timm that returns features: stages.0 is stages_0 there."""
+    """Return weights under the names of a network of timm that returns features: stages.0 is stages_0 there.
+
+    Entries that the network lacks in a part that it has, such as further blocks, keep their place in it.
+    """
     places = {own.removeprefix("model.").replace(".", "_"): own for own in body.state_dict()}
     sets: dict[str, dict[str, Tensor]] = {}
     for name, value in names.items():
@@ -96,8 +110,20 @@ def _flattened(body: nn.Module, names: dict[str, Tensor]) -> dict[str, Tensor] |
             if own := places.get(".".join(parts[cut:]).replace(".", "_")):
                 sets.setdefault(".".join(parts[:cut]), {})[own] = value
     most = max(map(len, sets.values()), default=0)
-    whole = [one for one in sets.values() if len(one) == most]
-    return whole[0] if len(whole) == 1 else None
+    whole = [prefix for prefix, one in sets.items() if len(one) == most]
+    if len(whole) != 1:
+        return None
+    tops = {own.partition(".")[0] for own in body.state_dict()}
+    start = f"{whole[0]}." if whole[0] else ""
+    further: dict[str, Tensor] = {}
+    for name, value in names.items():
+        parts = name.removeprefix(start).split(".", 12)
+        if not name.startswith(start) or ".".join(parts).replace(".", "_") in places:
+            continue
+        for cut in range(1, len(parts)):
+            if (top := "_".join(parts[:cut])) in tops:
+                further[".".join((top, *parts[cut:]))] = value
+    return sets[whole[0]] | further
 
 
 def _by_timm(name: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
