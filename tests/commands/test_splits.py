@@ -1,7 +1,10 @@
 """`diffkd test` measures the test images where there are any, and says which it measured."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffkd.commands.evaluate import evaluate
@@ -44,7 +47,7 @@ def test_the_test_images_are_measured_and_named(run, capsys):
     folder, _ = run
     evaluate(str(folder), **QUIET)
     out = capsys.readouterr().out
-    assert "measured on test" in out
+    assert "measured on test, 6 images" in out
     assert "on the evaluation images, last epoch)" in out
 
 
@@ -52,7 +55,7 @@ def test_the_evaluation_images_can_be_asked_for(run, capsys):
     folder, _ = run
     evaluate(str(folder), split="val", **QUIET)
     out = capsys.readouterr().out
-    assert "measured on val" in out
+    assert "measured on val, 4 images" in out
     assert "on the evaluation images" not in out
 
 
@@ -78,6 +81,63 @@ def test_without_test_images_the_split_is_still_named(tmp_path):
         choose_split(ImageFolder(tmp_path / "val", image_size=8, num_workers=0), "test")
 
 
+def small(root, **options):
+    return ImageFolder(root, image_size=8, num_workers=0, **options)
+
+
+def measured(data, split="test"):
+    name, loader = choose_split(data, split)
+    assert name == split
+    return torch.cat([batch[1] for batch in loader()]).tolist()
+
+
+def test_links_among_the_test_images_are_followed_or_refused(tmp_path):
+    root = pictures(tmp_path / "data", {"train": 2, "val": 1, "test": 3})
+    (tmp_path / "cache").mkdir()
+    for name in ("cat", "dog"):
+        for path in list((root / "test" / name).iterdir())[name == "cat" :]:
+            path.rename(tmp_path / "cache" / f"{name}-{path.name}")
+            path.symlink_to(tmp_path / "cache" / f"{name}-{path.name}")
+    assert measured(small(root, follow_links=True)) == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"test/cat/.*: a link to .*set follow_links=true"):
+        choose_split(small(root))
+
+
+def test_test_images_of_other_classes_are_refused_as_evaluation_images_are(tmp_path):
+    root = pictures(tmp_path / "data", {"train": 2, "val": 1, "test": 3})
+    (root / "test" / "dog").rename(root / "test" / "Dog")
+    with pytest.raises(ValueError, match=r"test: class\(es\) 'Dog' are not in .*train"):
+        choose_split(small(root))
+    assert measured(small(root), "val") == [0, 1]
+    (root / "test" / "cat").rename(root / "test" / "unknown")
+    with pytest.warns(UserWarning, match=r"test: passed over as a test set without labels, .* such as 'cat'"):
+        assert choose_split(small(root))[0] == "val"
+    with pytest.warns(UserWarning, match="passed over"), pytest.raises(ValueError, match="no test split with labels"):
+        choose_split(small(root), "test")
+
+
+def test_broken_test_images_are_left_out_or_named_at_the_start(tmp_path):
+    root = pictures(tmp_path / "data", {"train": 2, "val": 1, "test": 3})
+    path = root / "test" / "cat" / "1.png"
+    path.write_bytes(path.read_bytes()[:45])
+    data = small(root, on_bad_image="skip")
+    with pytest.warns(UserWarning, match=r"test: 1 of 6 images are left out"):
+        assert measured(data) == [0, 0, 1, 1, 1]
+    assert len(data.skipped) == 1
+    with pytest.raises(ValueError, match=rf"test: 1 of 6 images are broken.*{path}"):
+        choose_split(small(root, verify=True))
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1\.png is empty or may not be read"):
+        choose_split(small(root))
+
+
+def test_images_held_back_from_training_are_not_called_test(tmp_path):
+    root = pictures(tmp_path / "data", {"train": 4, "test": 3})
+    data = small(root, val_share=0.25)
+    assert measured(data, "val") == [0, 1]
+    assert measured(data) == [0, 0, 0, 1, 1, 1]
+
+
 def test_masks_of_a_test_split(tmp_path, capsys):
     for split in ("train", "val", "test"):
         for kind in ("images", "masks"):
@@ -85,7 +145,9 @@ def test_masks_of_a_test_split(tmp_path, capsys):
             folder.mkdir(parents=True)
             for index in range(2):
                 shape = (16, 16, 3) if kind == "images" else (16, 16)
-                Image.fromarray(np.full(shape, index, dtype=np.uint8)).save(folder / f"{index}.png")
+                pixels = np.full(shape, index, dtype=np.uint8)
+                pixels[:8] = 1
+                Image.fromarray(pixels).save(folder / f"{index}.png")
     arguments = {
         "root": str(tmp_path / "data"),
         "num_classes": 2,
@@ -99,4 +161,16 @@ def test_masks_of_a_test_split(tmp_path, capsys):
     fit(model, data, tmp_path / "run", epochs=1, progress=False, config=config, **QUIET)
     for split, name in ((None, "test"), ("val", "val")):
         evaluate(str(tmp_path / "run"), split=split, **QUIET)
-        assert f"measured on {name}" in capsys.readouterr().out
+        assert f"measured on {name}, 2 images" in capsys.readouterr().out
+    card = json.loads((tmp_path / "run" / "student.json").read_text())
+    card["data"]["init_args"]["val_share"] = 0.5
+    (tmp_path / "run" / "student.json").write_text(json.dumps(card))
+    for split, name in ((None, "test, 2 images"), ("val", "val, 1 image")):
+        evaluate(str(tmp_path / "run"), split=split, **QUIET)
+        assert f"measured on {name}\n" in capsys.readouterr().out
+    (tmp_path / "data" / "test" / "masks" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"test/images/1\.png"):
+        evaluate(str(tmp_path / "run"), **QUIET)
+    (tmp_path / "data" / "test" / "masks" / "0.png").unlink()
+    evaluate(str(tmp_path / "run"), **QUIET)
+    assert "measured on val" in capsys.readouterr().out

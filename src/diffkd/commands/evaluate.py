@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from diffkd.data.image_data import allow_missing_training_images
+from diffkd.data.segmentation.mask_folder import split_folder
 from diffkd.data.splits import choose_split
 from diffkd.export.plain_student import named_model
 from diffkd.export.student_file import PROGRAMS, Which, find_student, read_card
@@ -128,12 +129,18 @@ def evaluate(
             use_distributed_sampler=False,
         )
         name_of_split, loader = choose_split(data, split)
-        setattr(data, "val_dataloader", loader)  # noqa: B010, as no method can be assigned to
+        loaders: list[Any] = []
+
+        def kept_loader() -> Any:
+            loaders.append(loader())
+            return loaders[-1]
+
+        setattr(data, "val_dataloader", kept_loader)  # noqa: B010, as no method can be assigned to
         trainer.validate(training, datamodule=data, verbose=False)
     measured = training.measured
     console = Console(quiet=not progress)
     console.print(
-        f"{path}: {name}, {size}, measured on {name_of_split}",
+        f"{path}: {name}, {size}, measured on {name_of_split}{_count(loaders)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -155,6 +162,14 @@ def classes_of(student: str) -> tuple[str, ...]:
     with suppress(OSError, ValueError):
         return tuple(map(str, read_card(find_student(student)).get("classes") or ()))
     return ()
+
+
+def _count(loaders: Sequence[Any]) -> str:
+    """Return ", 1,000 images" for loaders of which the first knows the number of its samples."""
+    with suppress(IndexError, AttributeError, TypeError):
+        count = len(loaders[0].sampler)
+        return f", {count:,} image{'s' if count != 1 else ''}"
+    return ""
 
 
 def _check_names(path: Path, learned: Sequence[str], given: Sequence[str]) -> None:
@@ -193,15 +208,22 @@ def data_of(card: dict[str, Any], trust: Sequence[str] = ()) -> LightningDataMod
 
 
 def _with_test_masks(card: dict[str, Any], data: LightningDataModule) -> LightningDataModule:
-    """Rebuild a `MaskFolder` with the test split as its evaluation split, if a test split exists."""
-    if type(data).__name__ != "MaskFolder" or getattr(data, "val", None) in (None, "test"):
+    """Rebuild a `MaskFolder` with the test split as its evaluation split, if there are test images with masks."""
+    if type(data).__name__ != "MaskFolder":
+        return data
+    folders: Any = data
+    root, places = Path(folders.root), (folders.images, folders.masks)
+    if folders.val == "test" and folders.val_share is None:
+        return data
+    if not all(_holds_files(root / split_folder(place, "test")) for place in places):
         return data
     arguments = (card.get("data") or {}).get("init_args") or {}
-    described = {"class_path": "diffkd.data.MaskFolder", "init_args": {**arguments, "val": "test"}}
-    try:
-        return data_of({**card, "data": described})
-    except (ValueError, OSError):  # no test folder, or no masks in it
-        return data
+    described = {"class_path": "diffkd.data.MaskFolder", "init_args": {**arguments, "val": "test", "val_share": None}}
+    return data_of({**card, "data": described})
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_file() and not path.name.startswith(".") for path in folder.rglob("*"))
 
 
 def described_data(card: dict[str, Any], trust: Sequence[str] = ()) -> tuple[type[LightningDataModule], dict[str, Any]]:

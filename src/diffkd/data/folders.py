@@ -121,11 +121,8 @@ def scan_folder(
             )
     classes = _class_names(learned)
     classes = tuple(known) if set(classes) <= set(known) else classes
-    unknown = sorted(set(_class_names(evaluated)) - set(classes)) if val else []
-    if unknown:
-        raise ValueError(
-            f"{evaluated}: class(es) {format_names(unknown)} are not in {learned}; add images to train or remove them."
-        )
+    if val:
+        _check_known(evaluated, classes, learned)
     real = top.resolve()
     others: Counter[str] = Counter()
     held = _samples(evaluated, classes, real, others) if val else FolderSamples([], [])
@@ -136,18 +133,68 @@ def scan_folder(
     if (val and not scan.val.paths) or not scan.train.paths:
         raise ValueError(f"{evaluated}: no images, {_contents(evaluated)}")
     for split in splits:
-        loose = sorted(path.name for path in split.iterdir() if _is_image(path.name) and path.is_file())
-        if loose:
-            rank_zero_warn(
-                f"{split}: {len(loose)} image(s) beside the class folders are of no class and passed over "
-                f"({format_names(loose)}); move them into the folder of their class."
-            )
+        _warn_of_loose(split)
+    _warn_of_others(top, others)
+    return scan
+
+
+def scan_test(root: str | os.PathLike[str], classes: Sequence[str]) -> FolderSamples | None:
+    """List `root/test/<class>/...` and check it as :func:`scan_folder` checks the evaluation images.
+
+    Args:
+        root: the folder.
+        classes: names of the classes in the order of their labels.
+
+    Returns:
+        The samples; None if no folder in `test` has the name of a class, as in a test set without labels.
+
+    Raises:
+        ValueError: if only some of the folders have names of classes, no class has an image, or a symbolic link leaves
+            the root.
+    """
+    top = Path(root)
+    split = top / "test"
+    if not split.is_dir():
+        return None
+    if not any((split / name).is_dir() for name in classes):
+        rank_zero_warn(
+            f"{split}: passed over as a test set without labels, since no folder in it has the name of a class, such "
+            f"as {classes[0]!r}."
+        )
+        return None
+    _check_known(split, classes, top / "train")
+    others: Counter[str] = Counter()
+    samples = _samples(split, tuple(classes), top.resolve(), others)
+    if not samples.paths:
+        raise ValueError(f"{split}: no images, {_contents(split)}")
+    _warn_of_loose(split)
+    _warn_of_others(top, others)
+    return samples
+
+
+def _check_known(split: Path, classes: Sequence[str], learned: Path) -> None:
+    unknown = sorted(set(_class_names(split)) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"{split}: class(es) {format_names(unknown)} are not in {learned}; add images to train or remove them."
+        )
+
+
+def _warn_of_loose(split: Path) -> None:
+    loose = sorted(path.name for path in split.iterdir() if _is_image(path.name) and path.is_file())
+    if loose:
+        rank_zero_warn(
+            f"{split}: {len(loose)} image(s) beside the class folders are of no class and passed over "
+            f"({format_names(loose)}); move them into the folder of their class."
+        )
+
+
+def _warn_of_others(top: Path, others: Counter[str]) -> None:
     if others:
         rank_zero_warn(
             f"{top}: {others.total()} file(s) are passed over, whose names are not those of images "
             f"({format_names(sorted(others))}); save images as .png or .jpg."
         )
-    return scan
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

@@ -1,6 +1,5 @@
 """Selection of the split to evaluate on, and its name."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from diffkd.data.classification.image_folder import FolderDataset, ImageFolder
-from diffkd.data.folders import EXTENSIONS, FolderSamples, evaluation_split
+from diffkd.data.classification.image_folder import ImageFolder
+from diffkd.data.folders import evaluation_split
 from diffkd.data.image_data import ImageData
 from diffkd.data.loaders import SplitLoaders
 
@@ -22,7 +21,7 @@ def choose_split(data: LightningDataModule, split: str | None = None) -> tuple[s
         split: "test" or "val"; None: test if it exists, otherwise val.
 
     Raises:
-        ValueError: if "test" is requested and does not exist.
+        ValueError: if "test" is requested and does not exist, or its images do not pass the checks of the others.
     """
     name = _name_of_val(data)
     if split == "val" or (name == "test" and isinstance(data, ImageData)):
@@ -32,13 +31,15 @@ def choose_split(data: LightningDataModule, split: str | None = None) -> tuple[s
         return "test", test
     if split == "test":
         raise ValueError(
-            f"{type(data).__name__} has no test split: give one by its options, such as --data.test or --data.val "
-            f"test, or measure on {name} by --split val"
+            f"{type(data).__name__} has no test split with labels: give one by its options, such as --data.test or "
+            f"--data.val test, of an ImageFolder as test/<class>/*.jpg, or measure on {name} by --split val"
         )
     return name, data.val_dataloader
 
 
 def _name_of_val(data: LightningDataModule) -> str:
+    if getattr(data, "val_share", None) is not None:
+        return "val"  # images held back from training, whatever other folders there are
     if isinstance(data, ImageFolder):
         return evaluation_split(Path(data.root))
     val = getattr(data, "val", None)
@@ -53,24 +54,8 @@ def _test_loader(data: LightningDataModule) -> Callable[[], Any] | None:
     loaders: Any = data._loaders
     if getattr(loaders, "test", None) is not None:
         return data.test_dataloader
-    if isinstance(data, ImageFolder) and isinstance(loaders, SplitLoaders):
-        samples = _class_folders(Path(data.root) / "test", data.classes)
-        if samples is not None and isinstance(loaders.val, FolderDataset):
-            test = copy.copy(loaders.val)
-            test.samples = samples
+    if isinstance(data, ImageFolder) and isinstance(loaders, SplitLoaders) and data.classes:
+        test = data.read_test()
+        if test is not None:
             return lambda: replace(loaders, test=test).test_loader(data.trainer)
     return None
-
-
-def _class_folders(top: Path, classes: tuple[str, ...]) -> FolderSamples | None:
-    """List the images in the class folders; None if there are none, such as in a test set without labels."""
-    paths: list[str] = []
-    labels: list[int] = []
-    real = top.resolve()
-    for label, name in enumerate(classes):
-        for path in sorted((top / name).rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
-            if not hidden and path.suffix.lower() in EXTENSIONS and path.resolve().is_relative_to(real):
-                paths.append(str(path))
-                labels.append(label)
-    return FolderSamples(paths, labels) if paths else None

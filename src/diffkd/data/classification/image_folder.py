@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.folders import FolderSamples, allow_outside_links, scan_folder
+from diffkd.data.folders import FolderSamples, allow_outside_links, scan_folder, scan_test
 from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val
 from diffkd.data.images import (
     BAD_IMAGE_HINT,
@@ -147,8 +148,9 @@ class ImageFolder(ImageData):
     """Serve images from `root/train/<class>/` and `root/val/<class>/`, decoded by worker processes.
 
     The folder `val` may also be named `valid`, `validation` or `test`. The folders are listed and checked when the
-    module is created. Training images get a random resized crop; evaluation images are resized and centre-cropped. All
-    images are converted to upright 8-bit RGB (`diffkd.data.images`).
+    module is created; `root/test/<class>/` beside `val` is read by `diffkd test` alone. Training images get a random
+    resized crop; evaluation images are resized and centre-cropped. All images are converted to upright 8-bit RGB
+    (`diffkd.data.images`).
 
     Args:
         root: the folder.
@@ -254,6 +256,29 @@ class ImageFolder(ImageData):
         self.on_bad_image, self.verify = on_bad_image, verify
         self.follow_links, self.val_share, self.white_level = follow_links, val_share, white_level
         self.skipped = skipped
+
+    def read_test(self) -> FolderDataset | None:
+        """Return the images of `root/test/<class>/`, checked with the same options as the evaluation images.
+
+        Returns:
+            The images, or None if there is no such folder, or none in it has the name of a class.
+
+        Raises:
+            ValueError: as when the module is created.
+        """
+        with allow_outside_links(self.follow_links):
+            samples = scan_test(self.root, self.classes)
+        if samples is None or not isinstance(self._loaders, SplitLoaders):
+            return None
+        if self.verify or self.on_bad_image == "skip":
+            samples, broken = _verified(samples, split="test", on_bad_image=self.on_bad_image, threads=self.num_workers)
+            self.skipped.extend(broken)
+            if not samples.paths:
+                raise ValueError("test: no readable image is left; add some.")
+        else:
+            check_readable(samples)
+        evaluated: Any = self._loaders.val
+        return FolderDataset(samples, evaluated.transform, white=evaluated.white)
 
 
 def _example(data: FolderDataset) -> Tensor:

@@ -206,14 +206,14 @@ class MaskFolder(SegmentationData):
         code = MaskCode(len(counted), ignore_index, id_map=id_map, colors=coded, unknown_colors=unknown_colors)
 
         if val is None:
-            val = evaluation_split(top, _folder(images, "{split}"))
+            val = evaluation_split(top, split_folder(images, "{split}"))
             alone = "{split}" not in images and not any((top / one).exists() for one in (train, val))
             if alone and (top / images).is_dir():
                 val = "."  # evaluation images alone
         splits = {"train": train, "val": val}
 
         def read(split: Split, skip_bad: bool) -> Pairs:
-            folders = [_folder(name, splits[split]) for name in (images, masks)]
+            folders = [split_folder(name, splits[split]) for name in (images, masks)]
             return scan_pairs(
                 top,
                 *folders,
@@ -238,7 +238,12 @@ class MaskFolder(SegmentationData):
         self.colors, self.unknown_colors = table, unknown_colors
 
 
-def _folder(name: str, split: str) -> str:
+def split_folder(name: str, split: str) -> str:
+    """Return the folder of a split's images or masks below the root, by its argument.
+
+    >>> split_folder("images", "val"), split_folder("images/{split}", "val")
+    ('val/images', 'images/val')
+    """
     return name.replace("{split}", split) if "{split}" in name else f"{split}/{name}"
 
 
