@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from diffkd import load_weights, read_weights, save_student
+from diffkd.files import pickles
 from diffkd.files.weights import is_partial, remove_partial, unwrap, write_whole
 
 
@@ -332,6 +333,9 @@ class TestWritingWhole:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["net.json", "net.safetensors"]
 
 
+NESTED = b")" + b"2\x86" * 60  # tuples of twice the tuple before, 2**60 in all
+
+
 def held(folder, content, name="weights.pt", **options):
     torch.save(content, folder / name, **options)
     return folder / name
@@ -578,6 +582,32 @@ class TestKindsOfFiles:
         with pytest.raises(ValueError, match="its parts are compressed"):
             read_weights(tmp_path / "bomb.pt")
 
+    def test_long_logs_beside_the_weights_are_passed_over(self, tmp_path):
+        log = {"loss": np.random.default_rng(0).random(2**21), "text": "epoch 1, loss 0.5\n" * 500_000}
+        content = {"state_dict": {"w": torch.ones(2)}, "logs": [log, dict(log)]}
+        for name, options in (("new", {}), ("old", {"_use_new_zipfile_serialization": False})):
+            path = held(tmp_path, content, f"{name}.pt", **options)
+            assert path.stat().st_size > 2**25
+            assert torch.equal(read_weights(path)["w"], torch.ones(2))
+
+    def test_too_many_objects_are_refused(self, tmp_path, monkeypatch):
+        content = {"w": torch.ones(2), "log": [0.5] * 1000}
+        paths = [held(tmp_path, content, f"{new}.pt", _use_new_zipfile_serialization=new) for new in (True, False)]
+        monkeypatch.setattr(pickles, "_MOST_OBJECTS", 500)
+        for path in paths:
+            with pytest.raises(ValueError, match="it holds more objects than a file of weights does"):
+                read_weights(path)
+
+    def test_the_objects_of_an_older_file_are_counted_together(self, tmp_path, monkeypatch):
+        path = held(tmp_path, {"w": torch.ones(2)}, _use_new_zipfile_serialization=False)
+        content = path.read_bytes()
+        assert content.count(b"\x80\x02") == 5
+        path.write_bytes(content.replace(b"\x80\x02", b"\x80\x02" + b"N0" * 200))
+        assert read_weights(path)
+        monkeypatch.setattr(pickles, "_MOST_OBJECTS", 1000)
+        with pytest.raises(ValueError, match="it holds more objects than a file of weights does"):
+            read_weights(path)
+
     @pytest.mark.parametrize(
         "stream",
         [
@@ -593,7 +623,27 @@ class TestKindsOfFiles:
             b"c__builtin__\ngetattr\n(cbuiltins\ngetattr\nV__self__\ntR.",
             b"cbuiltins\ngetattr\n(cos\nsystem\nV__call__\ntR.",
             b"cbuiltins\ngetattr\n(]V__class__\ntR.",
+            b"\x80\x04\x95\xff\xff\xff\xff\xff\x00\x00\x00N.",  # a frame of a terabyte
+            b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00a.",  # bytes of a terabyte
+            b"\x80\x04\x8d\xff\xff\xff\xff\xff\x00\x00\x00a.",  # a text of a terabyte
+            b"\x80\x04}" + NESTED + b"Ns.",  # a key, and a member, whose hash takes for ever
+            b"\x80\x04(" + NESTED + b"Nd.",
+            b"\x80\x04}(" + NESTED + b"Nu.",
+            b"\x80\x04\x8f(" + NESTED + b"\x90.",
+            b"\x80\x04(" + NESTED + b"\x91.",
+            b"\x80\x02cbuiltins\nset\n](" + NESTED + b"e\x85R.",
+            b"\x80\x02ccollections\nOrderedDict\n](" + NESTED + b"N\x86e\x85R.",
+            b"\x80\x02" + NESTED + b"Q.",  # a storage of that name, and a reference of that kind
+            b"\x80\x02Vstorage\nN" + NESTED + b"\x87Q.",
+            b"\x80\x02" + NESTED + b"NVname\n\x87Q.",
+            b"\x80\x02c_codecs\nencode\nq\x00X\x00\x00\x10\x00"
+            + b"a" * 2**20
+            + b"\x85q\x010"
+            + b"h\x00h\x01R" * 2000
+            + b".",
+            b"\x80\x02X\x00\x00\x10\x00" + b"a" * 2**20 + b"q\x000(" + b"h\x00h\x00\x93" * 100_000 + b"t.",
         ],
+        ids=lambda stream: repr(stream[:40]),
     )
     def test_hostile_streams_cost_neither_memory_nor_safety(self, tmp_path, stream):
         (tmp_path / "model.pt").write_bytes(stream)

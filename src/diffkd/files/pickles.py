@@ -10,17 +10,22 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 
-# Limit of the pickle's size: each opcode can create an object of up to 64 bytes. Tensor data are stored outside of it.
-_LARGEST_PICKLE = 2**24
+# Limit of the number of opcodes, each of which can create an object of up to 216 bytes, besides its own text.
+_MOST_OBJECTS = 2**24
+# Limit of the pickle's size, such as of the texts and logs in it. Tensor data are stored outside of it.
+_LARGEST_PICKLE = 2**30
+_LARGEST_KEY = 2**64  # of integers as keys
+_LONGEST_NAME = 1000  # characters of keys, and of the names of classes
 # A view may repeat its storage, as from `expand`, up to this many bytes.
 _LARGEST_REPEAT = 2**24
+_TOO_MANY = "it holds more objects than a file of weights does"
 _LONGEST_PATH = 80  # characters of a class's name in messages
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Modules whose functions a malicious file would call; no file of weights refers to them.
@@ -100,15 +105,14 @@ def _from_zip(path: Path, archive: zipfile.ZipFile, file: BinaryIO) -> Any:
     known: dict[str, _Storage] = {}
 
     def load(saved: Any) -> "_Storage":
-        kind, dtype, key, *_ = saved
-        if kind != "storage":
-            raise ValueError(f"it holds a {kind}, which is no tensor")
+        _check_reference(saved)
+        _, dtype, key, *_ = saved
         if key not in known:
             content = bytearray(archive.read(f"{folder}data/{key}"))
             known[key] = _Storage(content, dtype if isinstance(dtype, torch.dtype) else None)
         return known[key]
 
-    return _Reader(io.BytesIO(archive.read(main)), load).load()
+    return _Reader(io.BytesIO(archive.read(main)), load, names[main].file_size).load()
 
 
 def _kind_of_archive(names: list[str]) -> str:
@@ -130,27 +134,29 @@ def _from_stream(file: BinaryIO) -> Any:
     storages: dict[str, _Storage] = {}
 
     def load(saved: Any) -> "_Storage":
-        kind, dtype, key, _, _, *view = saved
-        if kind != "storage":
-            raise ValueError(f"it holds a {kind}, which is no tensor")
+        _check_reference(saved)
+        _, dtype, key, _, _, *view = saved
         if key not in storages:
             storages[key] = _Storage(None, dtype if isinstance(dtype, torch.dtype) else None)
         if view and view[0] is not None:
             part, offset, length = view[0]
+            _check_reference(("storage", dtype, part))
             return storages.setdefault(part, _Part(storages[key], int(offset), int(length)))
         return storages[key]
 
-    limited = _Limited(file, _LARGEST_PICKLE)
-    first = _Reader(limited, load).load()
+    size = min(_remaining_bytes(file), _LARGEST_PICKLE)
+    reader = _Reader(_Limited(file, size), load, size)
+    first = reader.load()
     if first != _LEGACY_MAGIC:
         return first  # a plain pickle without tensors
-    _Reader(limited, load).load()  # the format version
-    system = _Reader(limited, load).load()
+    reader.load()  # the format version
+    system = reader.load()
     if isinstance(system, dict) and not system.get("little_endian", True):
         raise ValueError("its numbers are big-endian; save it again on the usual kind of machine")
-    content = _Reader(limited, load).load()
-    keys = _Reader(limited, load).load()
+    content = reader.load()
+    keys = reader.load()
     for key in keys:
+        _check_reference(("storage", None, key))
         (count,) = struct.unpack("<q", file.read(8))
         width = _width(storages[key].dtype)
         left = _remaining_bytes(file)
@@ -158,6 +164,13 @@ def _from_stream(file: BinaryIO) -> Any:
             raise ValueError("it ends before its tensors do")
         storages[key].content = bytearray(file.read(count * width))
     return _built(content)
+
+
+def _check_reference(saved: Any) -> None:
+    """Raise ValueError if a reference is none to a storage: a tuple of "storage", its type, its name and more."""
+    whole = isinstance(saved, tuple) and 3 <= len(saved) <= 8
+    if not whole or saved[0] != "storage" or not isinstance(saved[2], str):
+        raise ValueError("it refers to data outside of it that are no tensor")
 
 
 def _remaining_bytes(file: BinaryIO) -> int:
@@ -253,7 +266,21 @@ def _short_path(path: str) -> str:
 
 def _mapping(*arguments: Any) -> dict[Any, Any]:
     pairs = next((one for one in arguments if isinstance(one, (list, tuple, dict))), ())
-    return dict(pairs)
+    items = list(pairs.items()) if isinstance(pairs, dict) else pairs
+    return {key: value for key, value in items if _is_key(key)}
+
+
+def _members(items: Any = (), *rest: Any) -> set[Any]:
+    return {one for one in items if _is_key(one)}
+
+
+def _is_key(value: Any) -> bool:
+    """Whether a value may be a key: a few bytes can make a tuple whose hash takes for ever, and others are no names."""
+    if type(value) is int:
+        return -_LARGEST_KEY < value < _LARGEST_KEY
+    if type(value) in (str, bytes):
+        return len(value) <= _LONGEST_NAME
+    return value is None or type(value) in (bool, float, Skipped)
 
 
 def _text(text: Any, encoding: Any = "latin1", *rest: Any) -> Any:
@@ -274,11 +301,7 @@ _BUILDERS: dict[tuple[str, str], Callable[..., Any]] = {
     ("_codecs", "encode"): _text,
     ("builtins", "getattr"): _attribute,
     ("__builtin__", "getattr"): _attribute,
-    **{
-        (module, name): lambda items=(), *rest: set(items)
-        for module in ("builtins", "__builtin__")
-        for name in ("set", "frozenset")
-    },
+    **{(module, name): _members for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
 }
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -313,11 +336,23 @@ class _Limited:
     def _taken(self, read: bytes) -> bytes:
         self.left -= len(read)
         if self.left < 0:
-            raise ValueError("it holds more objects than a file of weights does")
+            raise ValueError(_TOO_MANY)
         return read
 
 
 _Unpickler: Any = pickle._Unpickler
+
+
+def _counted(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return the function of an opcode that counts its calls first."""
+
+    def counting(reader: Any) -> None:
+        reader._objects -= 1
+        if reader._objects < 0:
+            raise ValueError(_TOO_MANY)
+        load(reader)
+
+    return counting
 
 
 class _Reader(_Unpickler):  # type: ignore[misc]
@@ -328,14 +363,23 @@ class _Reader(_Unpickler):  # type: ignore[misc]
 
     dispatch: ClassVar[dict[int, Any]] = dict(_Unpickler.dispatch)
 
-    def __init__(self, file: Any, load: Callable[[Any], _Storage]) -> None:
+    def __init__(self, file: Any, load: Callable[[Any], _Storage], size: int) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
         self._load_storage = load
         self._kinds: dict[tuple[str, str], Skipped] = {}
-        self._budget = _LARGEST_PICKLE
+        self._objects = _MOST_OBJECTS
+        # What is built from the file's lists and texts is not larger than they are, unless they are used repeatedly.
+        self._budget = max(_MOST_OBJECTS, size)
+
+    def load(self) -> Any:
+        """Return the next object of the file; the limits are of all together."""
+        self.memo: dict[int, Any] = {}
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the replacement of a class or function name."""
+        if len(module) + len(name) > _LONGEST_NAME:
+            raise ValueError(f"it names a class by more than {_LONGEST_NAME} characters")
         if (module, name) in _BUILDERS:
             return _BUILDERS[module, name]
         if module == "torch" and isinstance(found := torch.__dict__.get(name), torch.dtype):
@@ -362,10 +406,11 @@ class _Reader(_Unpickler):  # type: ignore[misc]
             return Skipped(kind.path)
         if kind not in _BUILDERS.values() or options:
             raise ValueError("it calls what is no class")
-        # A few bytes can refer to a large list again, so repeated builds from it could take very long.
-        self._budget -= sum(len(one) for one in arguments if isinstance(one, (list, tuple, dict, set)))
+        # A few bytes can refer to a large list or text again, and build from it again and again.
+        self._budget -= len(arguments)
+        self._budget -= sum(len(one) for one in arguments if isinstance(one, (list, tuple, dict, set, str)))
         if self._budget < 0:
-            raise ValueError("it holds more objects than a file of weights does")
+            raise ValueError(_TOO_MANY)
         return kind(*arguments)
 
     def _instantiate(self, kind: Any, arguments: Any) -> None:
@@ -400,17 +445,27 @@ class _Reader(_Unpickler):  # type: ignore[misc]
     def _add_items(self) -> None:
         items = self.pop_mark()
         if type(self.stack[-1]) is set:
-            self.stack[-1].update(one for one in items if isinstance(one, Hashable))
+            self.stack[-1].update(_members(items))
+
+    def _set(self) -> None:
+        self.append(frozenset(_members(self.pop_mark())))
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        if type(self.stack[-1]) is dict:
+        if type(self.stack[-1]) is dict and _is_key(key):
             self.stack[-1][key] = value
 
     def _set_items(self) -> None:
         items = self.pop_mark()
         if type(self.stack[-1]) is dict:
-            self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+            self.stack[-1].update(_mapping(list(zip(items[::2], items[1::2], strict=True))))
+
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_mapping(list(zip(items[::2], items[1::2], strict=True))))
+
+    def _frame(self) -> None:
+        self.read(8)  # the length of a part, which need not be read as a whole
 
     def _refused(self) -> None:
         raise ValueError("it holds raw bytes, which are no weights")
@@ -425,11 +480,16 @@ class _Reader(_Unpickler):  # type: ignore[misc]
         (pickle.ADDITEMS, _add_items),
         (pickle.SETITEM, _set_item),
         (pickle.SETITEMS, _set_items),
+        (pickle.DICT, _dict),
+        (pickle.FROZENSET, _set),
+        (pickle.FRAME, _frame),
         (pickle.BYTEARRAY8, _refused),
         (pickle.NEXT_BUFFER, _refused),
         (pickle.READONLY_BUFFER, _refused),
     ):
         dispatch[_code[0]] = _load
+    for _number in dispatch:
+        dispatch[_number] = _counted(dispatch[_number])
 
 
 def _built(content: Any) -> Any:
