@@ -57,6 +57,31 @@ def test_the_module_serves_both_files(tmp_path):
     assert data.example().shape == (2, 3, 6, 5)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("named", [False, True])
+def test_one_column_of_labels_is_one_label_each(tmp_path, count, named):
+    labels = LABELS % count
+    names = {"classes": np.array(list("abcd")[:count])} if named else {}
+    train = save(tmp_path, images=IMAGES, labels=labels[:, None].astype(np.uint8), **names)
+    data = Arrays(train, save(tmp_path, "test.npz", images=IMAGES, labels=labels), batch_size=12)
+    assert (data.num_classes, data.multi_label) == (count, False)
+    for _, found, _ in data.val_dataloader():
+        assert found.tolist() == labels.tolist()
+    assert Arrays(train, train).classes == data.classes
+    with pytest.raises(ValueError, match="label 9 at index 3 is out of range"):
+        Arrays(train, save(tmp_path, "other.npz", images=IMAGES, labels=changed(labels, 3, 9)[:, None]))
+
+
+def test_one_column_of_a_single_named_class_says_which_images_have_it(tmp_path):
+    column = (LABELS % 2)[:, None]
+    train = save(tmp_path, images=IMAGES, labels=column, classes=np.array(["scratch"]))
+    for test in (train, save(tmp_path, "test.npz", images=IMAGES, labels=column)):
+        data = Arrays(train, test, batch_size=12)
+        assert (data.classes, data.multi_label) == (("scratch",), True)
+        for _, found, _ in data.val_dataloader():
+            assert found.tolist() == column.tolist()
+
+
 def test_classes_are_counted_when_they_have_no_names(tmp_path):
     data = Arrays(*pair(tmp_path))
     assert data.classes == ("0", "1", "2", "3")

@@ -32,6 +32,8 @@ def read_npz(path: str | os.PathLike[str], layout: Layout = "auto") -> LabelledA
     Args:
         path: the file. Its keys: `images` (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float; `labels` (N,)
             integers, or (N, K) zeros and ones where an image may have several classes; optional `classes` (K,) strings.
+            One column, (N, 1), means (N,), as Keras and MedMNIST write it; unless `classes` names a single class, which
+            each image then has or not.
         layout: position of the channel axis. "auto" uses the last axis if its length is 1 or 3, else the second if its
             length is.
 
@@ -54,11 +56,14 @@ def read_npz(path: str | os.PathLike[str], layout: Layout = "auto") -> LabelledA
             f"{path}: labels are {labels.dtype} {labels.shape}; give integers of shape (N,), or zeros and ones of "
             "shape (N, K) where an image may have several of K classes."
         )
+    names = _names(arrays, path)
+    if labels.ndim == 2 and labels.shape[1] == 1 and (names is None or len(names) != 1):
+        labels = labels[:, 0]
     if images.dtype != np.uint8 and images.dtype.kind != "f":
         raise ValueError(f"{path}: images are {images.dtype}; give uint8 in 0..255, or floats.")
     images = np.ascontiguousarray(_channels_first(images, layout, path))
     tensor = torch.from_numpy(images if images.dtype == np.uint8 else images.astype(np.float32))
-    return LabelledArrays(ImageSet(tensor, torch.from_numpy(labels.astype(np.int64))), _names(arrays, path))
+    return LabelledArrays(ImageSet(tensor, torch.from_numpy(labels.astype(np.int64))), names)
 
 
 def _names(arrays: dict[str, np.ndarray[Any, Any]], path: Path) -> tuple[str, ...] | None:
@@ -138,8 +143,9 @@ class Arrays(InMemoryData):
 
     Args:
         train: file of the training set with the keys `images`, (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float;
-            `labels`, (N,) integers from 0, or (N, K) zeros and ones where an image may have several classes; and
-            optionally `classes`, the names of the classes.
+            `labels`, (N,) or (N, 1) integers from 0, or (N, K) zeros and ones where an image may have several classes;
+            and optionally `classes`, the names of the classes. A single name makes (N, 1) one class that each image
+            has or not.
         test: file of the evaluation set, likewise.
         batch_size: images per batch and process.
         augmentation: augmentation of training images.
@@ -176,6 +182,10 @@ class Arrays(InMemoryData):
             classes = evaluated_classes(classes)
         if trains and test_classes not in (None, classes):
             raise ValueError(f"{test}: its classes {test_classes} are not those of {train}, {classes}; write the same.")
+        if len(classes) == 1 and 2 in (train_set.labels.ndim, test_set.labels.ndim):  # named in one of the files
+            train_set, test_set = (
+                one._replace(labels=one.labels.reshape(len(one.labels), -1)) for one in (train_set, test_set)
+            )
         check_image_set(train_set, len(classes), os.fspath(train))
         check_image_set(test_set, len(classes), os.fspath(test))
         several = train_set.labels.ndim == 2
