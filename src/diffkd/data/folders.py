@@ -84,6 +84,7 @@ def scan_folder(
     train: bool = True,
     val: bool = True,
     known: Sequence[str] = (),
+    in_root: bool = False,
 ) -> FolderScan:
     """List `root/train/<class>/...` and `root/val/<class>/...` (or `valid`, `validation`, `test`) and check them.
 
@@ -96,6 +97,7 @@ def scan_folder(
             classes, and may be in class folders of the root itself.
         val: whether to scan evaluation images.
         known: names of all classes, for evaluation images of some of them; () if they are unknown.
+        in_root: the class folders of the training images are in the root itself, not in `root/train`.
 
     Returns:
         The class names, which are the sorted names of the folders in `train`, and the samples of both splits.
@@ -110,7 +112,7 @@ def scan_folder(
     if not train and not evaluated.is_dir() and top.is_dir():
         inside = {path.name for path in top.iterdir() if path.is_dir() and not path.name.startswith(".")}
         evaluated = top if inside and inside <= set(known) else evaluated
-    learned = top / "train" if train else evaluated
+    learned = (top if in_root else top / "train") if train else evaluated
     splits = tuple(dict.fromkeys((learned, evaluated) if val else (learned,)))
     for folder in splits:
         if not folder.is_dir():
@@ -136,6 +138,39 @@ def scan_folder(
         _warn_of_loose(split)
     _warn_of_others(top, others)
     return scan
+
+
+# Folders in a root that are no classes, but parts of another layout.
+_SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing", "eval")
+_PART_NAMES = ("images", "imgs", "img", "labels", "masks", "annotations", "annots")
+_NO_CLASSES = frozenset((*_SPLIT_NAMES, *_PART_NAMES))
+
+
+def class_folders(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return the sorted names of the class folders in a root without splits, `root/<class>/*.jpg`; () if it is no such.
+
+    There must be two folders or more, none with a name such as `train`, `test`, `images` or `labels`, and none that
+    holds other folders but no image.
+
+    Args:
+        root: the folder.
+    """
+    top = Path(root)
+    if not top.is_dir():
+        return ()
+    folders = sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(folders) < 2 or any(path.name.lower() in _NO_CLASSES for path in folders):
+        return ()
+    images = [_holds_image(folder) for folder in folders]
+    deeper = any(
+        not held and any(one.is_dir() for one in path.iterdir()) for path, held in zip(folders, images, strict=True)
+    )
+    return tuple(path.name for path in folders) if any(images) and not deeper else ()
+
+
+def _holds_image(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(_is_image(entry.name) for entry in entries)
 
 
 def scan_test(root: str | os.PathLike[str], classes: Sequence[str]) -> FolderSamples | None:

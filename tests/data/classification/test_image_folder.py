@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from PIL import Image
 from diffkd.commands.evaluate import data_of
 from diffkd.data import Augmentation, ImageFolder
 from diffkd.data.classification.image_folder import eval_transform
+from diffkd.data.image_data import allow_missing_training_images
+from diffkd.data.splits import choose_split
 from diffkd.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from diffkd.files.config import describe
 
@@ -51,6 +54,64 @@ def test_data_of_a_run_from_python_can_be_made_again(root):
     again = data_of(json.loads(json.dumps({"data": describe(data)})))
     assert (again.image_size, again.augmentation) == ((16, 16), EVERYTHING)
     same(list(data.val_dataloader()), list(again.val_dataloader()))
+
+
+@pytest.fixture
+def flat(root):
+    """The class folders in the root itself."""
+    for name in ("cat", "dog"):
+        (root / "train" / name).rename(root / name)
+    shutil.rmtree(root / "val")
+    (root / "train").rmdir()
+    (root / "readme.txt").touch()
+    return root
+
+
+def test_class_folders_in_the_root_are_split_by_a_share(flat):
+    data = module(flat, val_share=0.2)
+    assert data.classes == ("cat", "dog")
+    counts = [sum(len(batch[1]) for batch in loader()) for loader in (data.train_dataloader, data.val_dataloader)]
+    assert counts == [8, 2]
+    same(list(data.val_dataloader()), list(module(flat, val_share=0.2).val_dataloader()))
+    assert choose_split(data)[0] == "val"
+
+
+def test_without_a_share_it_is_named(flat):
+    with pytest.raises(FileNotFoundError, match=r"train: no such folder, but .* 'cat', 'dog'; .*set val_share=0\.2"):
+        module(flat)
+
+
+@pytest.mark.parametrize("other", ["test", "images", "Labels", "val"])
+def test_a_root_with_other_folders_is_no_set_of_class_folders(flat, other):
+    shutil.copytree(flat / "cat", flat / other)
+    with pytest.raises(FileNotFoundError, match="train: no such folder; give a root with train/<class>"):
+        module(flat, val_share=0.2)
+
+
+def test_folders_of_folders_and_a_single_folder_are_no_class_folders(flat):
+    (flat / "cat").rename(flat / "art")
+    (flat / "art" / "cat").mkdir()
+    for path in list((flat / "art").glob("*.png")):
+        path.rename(flat / "art" / "cat" / path.name)
+    with pytest.raises(FileNotFoundError, match="train: no such folder; give a root"):
+        module(flat, val_share=0.2)
+    with pytest.raises(FileNotFoundError, match="train: no such folder; give a root"):
+        module(flat / "art", val_share=0.2)
+
+
+def test_a_folder_of_training_images_comes_first(root):
+    shutil.copytree(root / "train" / "cat", root / "bird")
+    assert module(root, val_share=0.2).classes == ("cat", "dog")
+
+
+def test_class_folders_are_evaluated_whole_where_they_are_some_of_the_classes(flat):
+    with allow_missing_training_images(("bird", "cat", "dog")):
+        data = module(flat, val_share=0.2)
+    assert data.classes == ("bird", "cat", "dog")
+    assert sum(len(batch[1]) for batch in data.val_dataloader()) == 10
+    with allow_missing_training_images(("cat", "dog")):
+        held = module(flat, val_share=0.2)
+    same(list(held.val_dataloader()), list(module(flat, val_share=0.2).val_dataloader()))
 
 
 def test_evaluation_is_resize_centre_crop_normalise(root):

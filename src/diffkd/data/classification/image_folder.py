@@ -15,7 +15,15 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from diffkd.data.classification.augmentation import Augmentation
-from diffkd.data.folders import FolderSamples, allow_outside_links, scan_folder, scan_test
+from diffkd.data.folders import (
+    FolderSamples,
+    FolderScan,
+    allow_outside_links,
+    class_folders,
+    format_names,
+    scan_folder,
+    scan_test,
+)
 from diffkd.data.image_data import ImageData, evaluated_classes, train_or_val
 from diffkd.data.images import (
     BAD_IMAGE_HINT,
@@ -171,7 +179,8 @@ class ImageFolder(ImageData):
         follow_links: allow symbolic links that lead out of the folder, as in caches and on shared disks. Set it only if
             you trust the links.
         val_share: share of the training images to hold out for evaluation instead of `val`, drawn by `seed` with the
-            same share of each class; None uses `val`.
+            same share of each class; None uses `val`. With a share, a root without `train` may hold the class folders
+            itself, `root/<class>/`: two or more, with none named like `val`, `test`, `images` or `labels` among them.
         white_level: the value of 16-bit images that is mapped to white, 255; 4095 for 12 bits. None uses 65535, and
             warns if all images would be nearly black.
         labels: False: distil representations without the labels, which then serve to measure them.
@@ -217,7 +226,7 @@ class ImageFolder(ImageData):
         check_statistics(mean, std)
         check_on_bad_image(on_bad_image)
         with allow_outside_links(follow_links):
-            scan = partial(scan_folder, root, val=val_share is None)
+            scan = partial(_scan, root, val_share)
             only_val = partial(scan_folder, root, train=False, known=evaluated_classes(()))
             (classes, train, val), trains = train_or_val(scan, only_val)
         if val_share is not None and trains:
@@ -279,6 +288,20 @@ class ImageFolder(ImageData):
             check_readable(samples)
         evaluated: Any = self._loaders.val
         return FolderDataset(samples, evaluated.transform, white=evaluated.white)
+
+
+def _scan(root: str | Path, val_share: float | None) -> FolderScan:
+    """List the training images, of `train` or of class folders in the root, and without `val_share` those of `val`."""
+    found = () if (Path(root) / "train").is_dir() else class_folders(root)
+    if found and val_share is None:
+        raise FileNotFoundError(
+            f"{Path(root) / 'train'}: no such folder, but {root} holds folders such as {format_names(found)}; if these "
+            "are the classes, set val_share=0.2 to hold a fifth of their images back for evaluation, or move them into "
+            "train/<class> and val/<class>."
+        )
+    # A student that is evaluated may meet class folders of some of its classes, which are evaluation images.
+    known = evaluated_classes(())
+    return scan_folder(root, val=val_share is None, in_root=bool(found) and (not known or set(known) == set(found)))
 
 
 def _example(data: FolderDataset) -> Tensor:
