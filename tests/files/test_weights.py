@@ -430,6 +430,22 @@ class TestCheckpointsOfTrainers:
         compiled = {name.replace("stage.", "stage._orig_mod."): value for name, value in state.items()}
         self.taken(held(tmp_path, compiled), state)
 
+    @pytest.mark.parametrize(
+        "beside", [{"best_acc": torch.tensor(0.5)}, {"steps": torch.tensor(3), "class_weights": torch.ones(10)}]
+    )
+    @pytest.mark.parametrize("key", ["model", "net"])
+    def test_a_few_tensors_beside_a_state_dict_do_not_hide_it(self, tmp_path, state, key, beside):
+        path = held(tmp_path, {key: state, **beside})
+        assert equal_states(read_weights(path), state)
+        assert self.taken(path, state).key == key
+        averaged = held(tmp_path, {key: self.other(state), "ema": state, **beside})
+        assert equal_states(read_weights(averaged), state)
+        self.taken(averaged, state)
+
+    def test_a_state_dict_with_tensors_in_a_mapping_is_one(self, tmp_path, state):
+        path = held(tmp_path, {**state, "extra": {"scale": torch.ones(1)}})
+        assert read_weights(path).keys() == {*state, "extra.scale"}
+
     @pytest.mark.parametrize("key", ["net", "state_dict_ema", "ema", "params", "anything"])
     def test_the_only_weights_are_taken_whatever_their_key(self, tmp_path, state, key):
         assert self.taken(held(tmp_path, {key: state, "epoch": 2}), state).key == key

@@ -53,7 +53,8 @@ class Contents:
 
     Attributes:
         tensors: by name, prefixed with the keys of the mappings that contain them: "state_dict.conv.weight".
-        keys: keys of the mappings that directly contain tensors, "" for the file as a whole.
+        keys: keys of the mappings that directly contain tensors, "" for the file as a whole; without those that have
+            more tensors in mappings inside them.
         skipped: "args (argparse.Namespace)" for each object that was not read.
     """
 
@@ -117,22 +118,26 @@ def read_contents(path: str | Path) -> Contents:
     skipped: list[str] = []
     seen: set[int] = set()
 
-    def walk(mapping: Mapping[Any, Any], key: str, depth: int) -> None:
+    def walk(mapping: Mapping[Any, Any], key: str, depth: int) -> int:
+        """Collect the tensors of a mapping and return their number."""
         if id(mapping) in seen:
-            return
+            return 0
         seen.add(id(mapping))
-        own = False
+        own = numbers = nested = 0
         for name, value in mapping.items():
             whole = f"{key}.{name}" if key else f"{name}"
             if isinstance(value, Tensor) and isinstance(name, str):
-                own = True
+                own += 1
+                numbers += not value.ndim
                 tensors.setdefault(whole, value)
             elif isinstance(value, Skipped) and depth < 2:
                 skipped.append(f"{_short(whole)} ({value.path})")
             elif isinstance(value, Mapping) and depth < _DEPTH and not _NO_WEIGHTS.search(f"{name}"[:80].lower()):
-                walk(value, whole, depth + 1)
-        if own:
+                nested += walk(value, whole, depth + 1)
+        # A few tensors beside a state dict, such as the best accuracy, do not make the mapping around it one.
+        if own and (not nested or own - numbers > nested):
             keys.append(key)
+        return own + nested
 
     walk(content, "", 0)
     return Contents(tensors, tuple(sorted(keys)), tuple(skipped))
