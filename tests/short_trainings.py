@@ -33,7 +33,7 @@ class Tripwire:
 
     def __init__(self, loader: Any, trip: int, action: Callable[[], None]) -> None:
         self.loader, self.sampler, self.batch_sampler = loader, loader.sampler, None
-        self.digest = loader.digest
+        self.digest, self.image_digest = loader.digest, getattr(loader, "image_digest", None)
         self.trip, self.action, self.handed_out = trip, action, 0
 
     def __len__(self) -> int:

@@ -217,6 +217,15 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_trained(recipe: 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cache_for_images_that_each_seed_draws_anew_is_refused(recipe: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.yaml"
+    data.write_text("data: {class_path: diffkd.data.UnlabelledFolder, init_args: {root: pictures}}\n", encoding="utf-8")
+    cache = [f"--config={data}", f"--teacher_cache={tmp_path / 'cache'}", "--teacher_views=1"]
+    with pytest.raises(ValueError, match=r"--teacher_cache .* of one seed, and val_share=0\.05 draws others from each"):
+        compare(str(recipe), tmp_path / "out", methods=["fitnet"], options=cache, trust=[str(MODELS)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_teacher_and_method_leave_the_student_alone(recipe: Path, tmp_path: Path) -> None:
     options = ["--method.kd_weight", "3", f"--teacher={MODELS}:large", "--teacher_cache_storage=float32", "--epochs=1"]
     cache = ["--teacher_cache", str(tmp_path / "cache"), "--method_weight=0.5"]

@@ -1,12 +1,15 @@
 """Trainings that read their teacher from a cache learn what they would have learned from the teacher itself."""
 
+import numpy as np
 import pytest
+import tiny_segmenters
 import torch
+from PIL import Image
 from short_trainings import Tripwire, arrays, fail, same_weights, train
 from two_processes import run_in_two
 
 from diffkd import KD, FitNet, TeacherOptions, read_weights, save_student
-from diffkd.data import Augmentation
+from diffkd.data import Arrays, Augmentation, MaskFolder, SegmentationAugmentation
 from diffkd.distill.distiller import Distiller
 from diffkd.models import load_model
 from diffkd.training.cached_teacher import random_parts
@@ -71,6 +74,74 @@ def test_fixed_images_teach_the_same_from_one_pass(tmp_path, learn, passes):
     assert same_weights(tmp_path / "again" / "student.safetensors", tmp_path / "rounded" / "student.safetensors")
     learn(tmp_path / "other", teacher_cache=tmp_path / "cache", seed=5, epochs=1, data=None, **WIDE)
     assert passes == [2, 2]
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """Twenty images for training, twelve for evaluation, with masks of two classes."""
+    root, draw = tmp_path_factory.mktemp("masked"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 12)):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for index in range(count):
+            mask = draw.integers(0, 2, (32, 32), dtype=np.uint8)
+            image = (120 * mask[..., None] + draw.integers(0, 90, (32, 32, 3))).astype(np.uint8)
+            Image.fromarray(image).save(root / split / "images" / f"{index:02}.png")
+            Image.fromarray(mask).save(root / split / "masks" / f"{index:02}.png")
+    return root
+
+
+def test_a_split_drawn_by_another_seed_finds_no_feature_of_another_image(tmp_path, masked, passes):
+    models = tiny_segmenters.__file__
+    torch.manual_seed(7)
+    weights = save_student(tiny_segmenters.large(2, 3), tmp_path / "teacher.safetensors")
+
+    def run(name, seed, **options):
+        plain = SegmentationAugmentation()
+        data = MaskFolder(masked, num_classes=2, resize=(32, 32), augmentation=plain, seed=seed, **options)
+        how = {"teacher_cache": tmp_path / f"{len(options)}-cache", "teacher_weights": str(weights), "epochs": 1}
+        train(data, tmp_path / name, models, method=KD, seed=seed, **how)
+
+    run("first", 0, num_workers=0, val_share=0.2)
+    with pytest.raises(ValueError, match=r"data\.samples is '\w+' there, '\w+' here; give another folder"):
+        run("second", 1, num_workers=0, val_share=0.2)
+    run("fixed", 0, num_workers=0)
+    passes.clear()
+    run("again", 1, num_workers=0)  # of the same images, in another order
+    assert passes == [2]
+
+
+def test_other_images_of_the_same_labels_find_no_feature(tmp_path, learn, image_files):
+    files = image_files | {"train": str(tmp_path / "train.npz")}
+    cache = {"teacher_cache": tmp_path / "cache", "epochs": 1}
+    content = dict(np.load(image_files["train"]))
+    np.savez(files["train"], **content)
+    learn(tmp_path / "first", data=arrays(files, augmentation=PLAIN), **cache)
+    content["images"][30] = 255 - content["images"][30]
+    np.savez(files["train"], **content)
+    with pytest.raises(ValueError, match=r"data\.samples is"):
+        learn(tmp_path / "second", data=arrays(files, augmentation=PLAIN), **cache)
+
+
+class Undigested(Arrays):
+    """Data of one's own, whose loader does not say which samples it has."""
+
+    def train_dataloader(self):
+        loader = super().train_dataloader()
+        loader = Tripwire(loader, -1, fail)
+        loader.digest = loader.image_digest = None
+        return loader
+
+
+def test_without_a_digest_the_seed_stands_for_the_samples(tmp_path, learn, image_files):
+    def run(name, seed):
+        data = Undigested(image_files["train"], image_files["test"], augmentation=PLAIN, batch_size=10, seed=seed)
+        learn(tmp_path / name, data=data, teacher_cache=tmp_path / "cache", epochs=1)
+
+    run("first", 0)
+    run("second", 0)
+    with pytest.raises(ValueError, match=r"data\.seed is 0 there, 1 here"):
+        run("third", 1)
 
 
 def test_augmented_views_are_repeated_and_cached(tmp_path, learn, passes):

@@ -177,6 +177,8 @@ def compare(
                 values = values_of_fit(words)
             except UsageError as error:
                 raise UsageError(f"{error} ({run.method} with the options of the comparison)") from error
+            if seeds > 1:
+                _check_cache(values)
             RunFolder(run.folder).check(values, resume=True)
     console.print("methods")  # indented, as a line that began with "diffkd:" would read like an error
     for name, preset in presets.items():
@@ -200,6 +202,21 @@ def compare(
         rest = " The others are in the table." if rows else ""
         raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed; see {logs}.{rest}")
     return rows
+
+
+def _check_cache(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if the runs share a teacher cache, but each seed draws other training images."""
+    data = values.get("data")
+    given = (data.get("init_args") or {}) if isinstance(data, Mapping) else {}
+    drawn = given.get("val_share") is not None
+    if str((data or {}).get("class_path")).endswith("UnlabelledFolder"):
+        drawn = given.get("val") is None  # where there is a folder `val`, the share counts for nothing
+    if drawn and values.get("teacher_cache") is not None:
+        raise ValueError(
+            f"--teacher_cache {values['teacher_cache']} holds the features of the training images of one seed, and "
+            f"val_share={given.get('val_share')} draws others from each: give folders for training and evaluation "
+            "instead of val_share, or --seeds 1, or leave the cache out"
+        )
 
 
 def find_method(method: str, recipe: str | None = None) -> Path:

@@ -60,6 +60,7 @@ class CachedTeacher(Callback):
         self.cache: TeacherCache | None = None
         self._example = facts.example
         self._identity = {**identity, "data": describe_data(data, facts)}
+        self._seed = describe(data)["init_args"].get("seed")
         if folder is not None:
             _check(data, facts, views, num_nodes)
 
@@ -75,7 +76,8 @@ class CachedTeacher(Callback):
         distiller = getattr(pl_module, "distiller", None)
         if self.folder is None or not isinstance(distiller, Distiller):
             return
-        identity = dict(self._identity)
+        samples = describe_order(trainer.train_dataloader, self._seed)
+        identity = self._identity | {"data": self._identity["data"] | samples}
         if self.views is not None:  # in-memory augmentation depends on the batches and on the device that draws
             identity["views"] = {
                 "seed": sampler.seed,
@@ -161,13 +163,30 @@ def describe_teacher(teacher: nn.Module, view: Any, options: TeacherOptions) -> 
 
 
 def describe_data(data: LightningDataModule, facts: DataFacts) -> dict[str, Any]:
-    """Return plain values that determine the pixels of a view, apart from seed and batches."""
+    """Return plain values that determine the pixels of a view, apart from seed, batches, and which samples there are.
+
+    The latter may depend on the seed, as where it draws the training part; :func:`describe_order` has them.
+    """
     described = describe(data)
     arguments = {name: value for name, value in described["init_args"].items() if name not in _IGNORED_ARGUMENTS}
     pixels = hashlib.sha256()
     for image in facts.example:
         pixels.update(_bytes(image))
     return {"class": described["class_path"], **arguments, "first and last image": pixels.hexdigest()[:32]}
+
+
+def describe_order(loader: Any, seed: int | None) -> dict[str, Any]:
+    """Return plain values that differ if an index means another sample.
+
+    Args:
+        loader: of the training data.
+        seed: of the data, which stands for their samples where neither loader nor data set has a digest.
+    """
+    for name in ("image_digest", "digest"):
+        for owner in (loader, getattr(loader, "dataset", None)):
+            if (digest := getattr(owner, name, None)) is not None:
+                return {"samples": digest}
+    return {"samples": None, "seed": seed}
 
 
 def random_parts(data: LightningDataModule) -> list[str] | None:

@@ -83,6 +83,11 @@ class DeviceLoader:
         """A digest of the labels."""
         return digest_of(self.labels)
 
+    @property
+    def image_digest(self) -> str:
+        """A digest of the images; computed at each call."""
+        return digest_of(self.images)
+
     def __len__(self) -> int:
         """Return the number of batches of a whole epoch."""
         samples = len(self.sampler)
