@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from diffkd.files.weights import write_whole
 from diffkd.tasks.distributed import local_tensor, several_processes
-from diffkd.training.lightning_module import Training, ends_step
+from diffkd.training.lightning_module import Training, ends_step, starts_within_epochs
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -108,6 +108,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 class Saver(Checkpoint):
     """Saves at the end of every epoch, every `every_steps` steps, and on a stop signal.
 
+    Within an epoch it saves only if the data can go on from there, by their `start_batch`; otherwise a stop keeps the
+    checkpoint of the last whole epoch.
+
     Before writing, it checks that the losses and the weights are finite. A failure to write ends the training and
     keeps the previous checkpoint: continuing could lose more than one epoch.
 
@@ -158,10 +161,11 @@ class Saver(Checkpoint):
         due = self.every_steps is not None and step % self.every_steps == 0
         asks = due or trainer.world_size == 1 or step % training.log_every == 0
         signum = self.stop.agreed(pl_module.device) if asks else 0
-        if due or signum:
+        goes_on = starts_within_epochs(getattr(trainer, "datamodule", None))
+        if (due or signum) and goes_on:
             self.save(trainer, training)
         if signum:
-            raise self._interrupted(trainer, signum)
+            raise self._interrupted(trainer, training, signum, saved=goes_on)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, and stop if requested."""
@@ -174,7 +178,7 @@ class Saver(Checkpoint):
         finished = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
         signum = self.stop.agreed(pl_module.device)
         if signum and not finished:
-            raise self._interrupted(trainer, signum)
+            raise self._interrupted(trainer, training, signum, saved=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""
@@ -197,8 +201,18 @@ class Saver(Checkpoint):
             self.before_save()
         trainer.save_checkpoint(self.path)
 
-    def _interrupted(self, trainer: Trainer, signum: int) -> Interrupted:
-        done = f"stopped after step {trainer.global_step} and saved {self.path}"
+    def _interrupted(self, trainer: Trainer, training: Training, signum: int, *, saved: bool) -> Interrupted:
+        done = f"stopped after step {trainer.global_step}"
+        if saved:
+            done += f" and saved {self.path}"
+        else:
+            data = type(getattr(trainer, "datamodule", None)).__name__
+            kept = "nothing is saved, and the run begins anew"
+            if (last := training.history.last) is not None:
+                kept = (
+                    f"{self.path} stays that of epoch {last['epoch']:.0f} (step {last['step']:.0f}), the last whole one"
+                )
+            done += f". {data} has no start_batch by which to go on within an epoch: {kept}"
         return Interrupted(f"{done}. {self.how_to_resume}".strip(), signum)
 
 

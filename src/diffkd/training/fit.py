@@ -24,7 +24,7 @@ from diffkd.tasks.distributed import device_name, environments, is_first_process
 from diffkd.training.build import build_training, from_hub
 from diffkd.training.callbacks import StartReport, TrainingProgress, silence_lightning
 from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resumable
-from diffkd.training.lightning_module import Training
+from diffkd.training.lightning_module import Training, starts_within_epochs
 from diffkd.training.memory import keep_freed_memory, peak_memory, reset_peak
 from diffkd.training.options import FitOptions
 from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers, check_monitored
@@ -76,6 +76,12 @@ def fit(
             console.print(summary(finished), highlight=False, soft_wrap=True)
             return finished
 
+        if given.save_every_steps is not None and not starts_within_epochs(data):
+            raise ValueError(
+                f"save_every_steps={given.save_every_steps} saves within epochs, and {type(data).__name__} has no "
+                "start_batch by which to go on there: give it one, or leave save_every_steps out, which saves after "
+                "every epoch"
+            )
         # Before the models are built: a wrong name is found at once.
         loggers, callbacks = build_loggers(given.logger, folder.path), build_callbacks(given.callbacks)
         given = from_hub(given)

@@ -47,6 +47,11 @@ def steps_per_epoch(trainer: Trainer) -> int:
     return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
+def starts_within_epochs(data: Any) -> bool:
+    """Whether a data module can leave out the first batches of an epoch, which its `start_batch` counts."""
+    return hasattr(data, "start_batch")
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
@@ -389,13 +394,13 @@ class Training(LightningModule):
         self._seconds = state["seconds"]
         skipped = self.loss_log.count
         data = getattr(self.trainer, "datamodule", None)
-        if skipped and not hasattr(data, "start_batch"):
+        if starts_within_epochs(data):
+            data.start_batch = skipped  # type: ignore[union-attr]
+        elif skipped:
             raise ValueError(
                 f"the checkpoint was saved after batch {skipped} of an epoch, but {type(data).__name__} has no "
-                "start_batch to go on from there; give it one, or save at the end of epochs only"
+                "start_batch to go on from there: give it one, or another --out"
             )
-        if data is not None:
-            data.start_batch = skipped
 
     @property
     def _plain_student(self) -> nn.Module:
