@@ -1,5 +1,6 @@
-"""A data module of one's own, with plain loaders of PyTorch: stopped and resumed."""
+"""A data module of one's own, with plain loaders of PyTorch: stopped and resumed, and in two processes."""
 
+import json
 import signal
 
 import numpy as np
@@ -7,9 +8,21 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from short_trainings import fail, same_weights, signal_self, train
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    WeightedRandomSampler,
+)
+from two_processes import run_in_two
 
+from diffkd.models import load_model
 from diffkd.training.checkpointing import Interrupted, read_checkpoint
+from diffkd.training.plain_loaders import divide
 
 
 class Pictures(Dataset):
@@ -109,3 +122,107 @@ def test_saving_within_epochs_needs_a_start_batch(tmp_path, image_files, model_f
         train(Mine(image_files), tmp_path / "run", model_file, save_every_steps=2)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("config.yaml"))
     train(Resumable(image_files), tmp_path / "run", model_file, save_every_steps=2, epochs=1)
+
+
+def parts(make, train, epoch=0):
+    """The indices that three processes get in an epoch."""
+    loaders = [make() for _ in range(3)]
+    for rank, loader in enumerate(loaders):
+        divide(loader, rank=rank, world_size=3, train=train, seed=5, epoch=epoch)
+    assert [len(loader) for loader in loaders] == [len(list(loader)) for loader in loaders]
+    return [[int(index) for batch in loader for index in batch] for loader in loaders]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_loaders_of_pytorch_are_divided(shuffle):
+    def make():
+        return DataLoader(range(11), batch_size=2, shuffle=shuffle)
+
+    training = parts(make, train=True)
+    assert [len(part) for part in training] == [4, 4, 4]
+    assert sorted({index for part in training for index in part}) == list(range(11))
+    assert (parts(make, train=True, epoch=1) != training) == shuffle
+    evaluation = parts(make, train=False)
+    assert sorted(index for part in evaluation for index in part) == list(range(11))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(11))
+
+
+def test_what_divides_itself_is_left_alone():
+    own = DistributedSampler(range(11), num_replicas=3, rank=1)
+    for loader in (DataLoader(range(11), sampler=own), DataLoader(Stream(), batch_size=2)):
+        before = loader.batch_sampler.sampler
+        divide(loader, rank=0, world_size=3, train=True)
+        assert loader.batch_sampler.sampler is before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sampler": WeightedRandomSampler([1.0] * 11, 11), "batch_size": 2}, "WeightedRandomSampler"),
+        ({"sampler": RandomSampler(range(11), num_samples=5), "batch_size": 2}, "RandomSampler"),
+        ({"sampler": SequentialSampler(range(11)), "batch_size": None}, "SequentialSampler with batch_size=None"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(options, named):
+    with pytest.raises(ValueError, match=rf"3 processes would take the same samples, .* {named} .* DistributedSampler"):
+        divide(DataLoader(range(11), **options), rank=0, world_size=3, train=True)
+
+
+class Noted(Mine):
+    """Writes down which samples each process was given, and has an odd number of them to measure by."""
+
+    def __init__(self, files, folder):
+        super().__init__(files)
+        self.folder = folder
+        self.val = Subset(self.val, range(35))
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        what = "train" if self.trainer.training else "val"
+        with (self.folder / f"{what}-{self.trainer.global_rank}.txt").open("a") as file:
+            file.writelines(f"{int(index)}\n" for index in batch[2])
+        return batch
+
+
+class Undivided(Mine):
+    """A loader of one's own that gives every process the same."""
+
+    def train_dataloader(self):
+        return Skipping(self.train, 0)
+
+
+def train_half(files, out, models, kind):
+    data = Noted(files, out.parent) if kind is Noted else kind(files)
+    train(data, out, models, devices=2, epochs=2)
+
+
+def test_two_processes_have_parts_of_their_own(tmp_path, image_files, model_file):
+    codes, said = run_in_two(tmp_path / "log", train_half, image_files, tmp_path / "run", model_file, Noted)
+    assert codes == [0, 0], said[-3000:]
+
+    def seen(what, rank):
+        return [int(line) for line in (tmp_path / f"{what}-{rank}.txt").read_text().split()]
+
+    for epoch in range(2):
+        ours, theirs = (seen("train", rank)[30 * epoch : 30 * (epoch + 1)] for rank in (0, 1))
+        assert sorted(ours + theirs) == list(range(60))
+        assert ours != sorted(ours)
+    assert seen("train", 0)[:30] != seen("train", 0)[30:]
+    assert sorted(seen("val", 0)[-18:] + seen("val", 1)[-17:]) == list(range(35))
+
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["last"]["step"] == 2 * 3
+    weights = tmp_path / "run" / "student.safetensors"
+    student = load_model(f"{model_file}:small", num_classes=6, in_channels=3, weights=weights).eval()
+    held = Subset(Mine(image_files).val, range(35))
+    hits = sum(int(student(image[None]).argmax()) == int(label) for image, label, _ in held)
+    assert result["last"]["top1"] == pytest.approx(hits / 35)
+
+
+def test_two_processes_of_the_same_batches_are_refused(tmp_path, image_files, model_file):
+    codes, said = run_in_two(tmp_path / "log", train_half, image_files, tmp_path / "run", model_file, Undivided)
+    assert all(codes), said[-3000:]
+    assert "two of the 2 processes were given the same first batch (samples [0, 1, 2, 3]...)" in said

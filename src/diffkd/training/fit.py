@@ -27,6 +27,7 @@ from diffkd.training.checkpointing import AtomicCheckpointIO, Saver, check_resum
 from diffkd.training.lightning_module import Training, starts_within_epochs
 from diffkd.training.memory import keep_freed_memory, peak_memory, reset_peak
 from diffkd.training.options import FitOptions
+from diffkd.training.plain_loaders import divided_loaders
 from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers, check_monitored
 
 
@@ -123,7 +124,7 @@ def fit(
         if given.resume and not resumes:
             console.print(f"nothing to resume in {folder.path}; starting at the beginning", soft_wrap=True)
         reset_peak()
-        with silence_lightning(), keep_freed_memory():
+        with silence_lightning(), keep_freed_memory(), divided_loaders(data, given.seed):
             trainer = Trainer(
                 accelerator=given.accelerator,
                 devices=given.devices,

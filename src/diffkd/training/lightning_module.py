@@ -24,6 +24,7 @@ from diffkd.training.cached_teacher import CachedTeacher
 from diffkd.training.ema import StudentEMA
 from diffkd.training.loss_log import LossLog
 from diffkd.training.optimization import OptimizerFactory, Schedule, build_optimizer, set_learning_rate
+from diffkd.training.plain_loaders import check_apart
 
 
 def first_of_step(trainer: Trainer, batch: int) -> int:
@@ -135,6 +136,7 @@ class Training(LightningModule):
         self.cached_teacher: CachedTeacher | None = None
         self.measures_pulls = False
         self.pulls: dict[str, float] | None = None
+        self._apart = False  # whether the processes were found to have batches of their own
         self._meters: dict[str, Meter] = {}
         self._measured: Row = {}
         self._seconds, self._since = 0.0, time.monotonic()
@@ -208,6 +210,9 @@ class Training(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the weighted sum of all losses of a batch."""
         step = self.task.step(batch, self._mixed_seed(batch_idx, 1))
+        if not self._apart:
+            check_apart(step.context["indices"])
+            self._apart = True
         terms = self.terms(step)
         if self.distiller is not None and self.global_step == 0:
             self.distiller.check_gradients()
