@@ -71,13 +71,18 @@ def test_killed(tmp_path, image_files, model_file, whole, every, trip):
     assert_same_run(whole("diffkd", 0.8), tmp_path / "killed")
 
 
-def test_an_optimiser_that_flattens_and_calls_the_step_back(tmp_path, image_files, model_file):
+@pytest.mark.parametrize(("every", "goes_on"), [(None, 0), (2, 4)])
+def test_an_optimiser_that_flattens_and_calls_the_step_back(tmp_path, image_files, model_file, every, goes_on):
     """L-BFGS views each parameter as one row, which those with the channels last are not."""
     options = {"method": KD, "optimizer": partial(torch.optim.LBFGS, lr=0.1, max_iter=2), "epochs": 2}
+    options["save_every_steps"] = every
     train(arrays(image_files), tmp_path / "whole", model_file, **options)
     with pytest.raises(ConnectionError):
-        train(arrays(image_files, 7), tmp_path / "killed", model_file, **options)
-    train(arrays(image_files), tmp_path / "killed", model_file, resume=True, **options)
+        train(arrays(image_files, 11), tmp_path / "killed", model_file, **options)
+    seen = []
+    data = arrays(image_files, 0, lambda: seen.append(data.start_batch))
+    train(data, tmp_path / "killed", model_file, resume=True, **options)
+    assert seen == [goes_on]
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 

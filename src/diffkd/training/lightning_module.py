@@ -381,6 +381,8 @@ class Training(LightningModule):
             "average": None if self.ema is None else self.ema.state_dict(),
             "history": self.history.state_dict(),
             "ledger": self.loss_log.state_dict(),
+            # Not the losses' number: an optimiser may call for those of a batch several times.
+            "batches": self.trainer.fit_loop.batch_idx + 1 if self.loss_log.count else 0,
             "card": with_metrics(self.card, *measured),
             "samples": self._samples,
             "seconds": self._seconds + time.monotonic() - self._since,
@@ -397,7 +399,7 @@ class Training(LightningModule):
         self.history.load_state_dict(state["history"])
         self.loss_log.load_state_dict(state["ledger"])
         self._seconds = state["seconds"]
-        skipped = self.loss_log.count
+        skipped = state.get("batches", self.loss_log.count)
         data = getattr(self.trainer, "datamodule", None)
         if starts_within_epochs(data):
             data.start_batch = skipped  # type: ignore[union-attr]
