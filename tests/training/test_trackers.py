@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
-from short_trainings import arrays, train
+from short_trainings import arrays, signal_self, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_recipe import TRUST, write_recipe
 
@@ -18,6 +19,7 @@ from diffkd.recipes.trust import Gate, Trust, UsageError, named_code, own_code
 from diffkd.tasks.classification import Classification
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.representation import Representation
+from diffkd.training.checkpointing import Interrupted
 from diffkd.training.options import FitOptions
 from diffkd.training.trackers import SamplePictures, build_callbacks, build_loggers, check_monitored
 
@@ -35,6 +37,23 @@ def test_loggers_are_built_by_name_path_and_options(tmp_path):
     assert [type(one) for one in (first, second, third)] == [CSVLogger, TensorBoardLogger, CSVLogger]
     assert (first.log_dir, third.log_dir) == (str(tmp_path / "csv"), str(tmp_path / "x"))
     assert build_loggers(first, tmp_path) == [first]
+
+
+def test_a_resumed_run_keeps_the_rows_that_csv_has(tmp_path, image_files, model_file):
+    loggers = ["csv", {"class_path": "CSVLogger", "init_args": {"version": 0}}]
+    options = {"logger": loggers, "log_every": 3}
+
+    def steps(name):
+        with (tmp_path / name / "metrics.csv").open() as file:
+            return [int(row["step"]) for row in csv.DictReader(file) if row["step/task"]]
+
+    with pytest.raises(Interrupted):
+        train(arrays(image_files, 7, signal_self(signal.SIGTERM)), tmp_path, model_file, **options)
+    before = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("csv", "version_0")]
+    train(arrays(image_files), tmp_path, model_file, resume=True, **options)
+    assert [(tmp_path / name / "metrics.csv").read_bytes() for name in ("csv", "version_0")] == before
+    assert steps("csv") + steps("csv-2") == [3, 6, 9, 12, 15, 18]
+    assert steps("version_0-2") == steps("csv-2")
 
 
 def test_callbacks_are_built_by_name_and_options():

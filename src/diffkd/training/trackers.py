@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks, loggers
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -92,7 +92,8 @@ def build_loggers(described: Any, folder: Path) -> list[Logger]:
 
     Args:
         described: one or a list of names ("tensorboard", "csv", "wandb", "mlflow", "comet"), class paths, mappings with
-            "class_path" and "init_args", or loggers; None: TensorBoard.
+            "class_path" and "init_args", or loggers; None: TensorBoard. A resumed run writes its CSV file beside the
+            earlier ones: "csv", then "csv-2" and so on.
         folder: of the run, where they write, unless their arguments say otherwise.
 
     Raises:
@@ -170,7 +171,7 @@ def _built(one: Any, what: str, base: type, home: Any, known: Mapping[str, str],
     if folder is not None:
         given = _places(kind.__name__, folder) | given
     try:
-        return kind(**given)
+        return _beside_earlier_rows(kind, given) if issubclass(kind, CSVLogger) else kind(**given)
     except ModuleNotFoundError as error:
         short = kind.__name__.removesuffix("Logger").lower()
         library = _INSTALL.get(short, error.name or "a library")
@@ -179,6 +180,16 @@ def _built(one: Any, what: str, base: type, home: Any, known: Mapping[str, str],
         ) from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"--{what}: {name} cannot be made ({error}): give what it needs as init_args") from error
+
+
+def _beside_earlier_rows(kind: type[CSVLogger], given: dict[str, Any]) -> CSVLogger:
+    """Build a CSV logger of the first version that has no file yet, such as "csv-2": it would delete the file."""
+    logger, number = kind(**given), 2
+    first = Path(logger.log_dir).name
+    while given.get("version") is not None and Path(logger.log_dir, "metrics.csv").is_file():
+        logger = kind(**given | {"version": f"{first}-{number}"})
+        number += 1
+    return logger
 
 
 def _class_of(name: str, what: str, base: type, home: Any, known: Mapping[str, str]) -> Any:
