@@ -43,6 +43,22 @@ def test_what_does_not_change_the_training_may_differ(run):
     assert run.check({**CONFIG, "devices": 2, "log_every": 7, "out": "elsewhere", "resume": True}, resume=True) is None
 
 
+def test_how_the_data_are_read_may_differ():
+    def config(name="diffkd.data.ImageFolder", **options):
+        return {"data": {"class_path": name, "init_args": {"root": "a", "batch_size": 8, **options}}}
+
+    read = {"num_workers": 2, "verify": True, "cache": "memory", "val_batch_size": 1}
+    assert changed_values(config(num_workers=8), config(**read)) == []
+    assert changed_values(config(**read), config()) == []
+    assert changed_values({"data": {"class_path": "diffkd.data.FashionSubset"}}, config()) != []
+    bare = {"data": {"class_path": "diffkd.data.FashionSubset", "init_args": {}}}
+    assert changed_values({"data": {"class_path": "diffkd.data.FashionSubset"}}, bare) == []
+    assert changed_values(config(), config(root="b")) == ["data.root is 'a' there, 'b' here"]
+    assert changed_values(config(), config(batch_size=4)) == ["data.batch_size is 8 there, 4 here"]
+    own = config("mine.Data", num_workers=8), config("mine.Data", num_workers=2)
+    assert changed_values(*own) == ["data.num_workers is 8 there, 2 here"]
+
+
 def test_a_finished_run_returns_its_result(run):
     row = {"epoch": 1, "top1": 0.5}
     result = {"score": "top1", "last": row, "best": row}

@@ -28,6 +28,9 @@ _FREE = {
     "config",
     "teacher_cache",
 }
+# Likewise of the data modules of this package: neither order nor pixels of the training depend on them. The root is not
+# among them, as another folder with the same names may hold other pixels.
+_FREE_OF_DATA = {"num_workers", "verify", "cache", "val_batch_size"}
 
 
 class RunFolder:
@@ -136,12 +139,24 @@ class RunFolder:
 def changed_values(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """List the differences between two configs, as "lr is 0.1 there, 0.2 here".
 
-    Values that do not change the training, such as the device, are left out. An option that did not exist when the run
-    was started is not recorded and counts as its default; a switch counts as off.
+    Values that do not change the training, such as the device or the data's worker processes, are left out. An option
+    that did not exist when the run was started is not recorded and counts as its default; a switch counts as off.
     """
-    there, here = ({key: value for key, value in one.items() if key not in _FREE} for one in (stored, given))
+    there, here = _that_matters(stored), _that_matters(given)
     found = differences(_with_later_options(there, here), here, same=_same)
     return [one.replace(".init_args.", ".") for one in found]
+
+
+def _that_matters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the values that do not change the training."""
+    kept = {key: value for key, value in config.items() if key not in _FREE}
+    data = kept.get("data")
+    if isinstance(data, Mapping) and str(data.get("class_path")).startswith("diffkd."):
+        options = data.get("init_args") or {}
+        if isinstance(options, Mapping):
+            options = {key: value for key, value in options.items() if key not in _FREE_OF_DATA}
+        kept["data"] = {**data, "init_args": options}
+    return kept
 
 
 def _with_later_options(stored: Any, given: Any) -> Any:
