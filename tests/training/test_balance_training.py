@@ -1,6 +1,7 @@
 """Balanced pairs, standardised targets and what the start report says of them, in whole trainings."""
 
 import io
+import json
 import signal
 from functools import partial
 
@@ -40,6 +41,9 @@ def test_an_interrupted_training_goes_on_with_the_same_weights(tmp_path, image_f
     with pytest.raises(Interrupted):
         run(image_files, tmp_path / "stopped", model_file, trip=9)
     run(image_files, tmp_path / "stopped", model_file, resume=True)
+    first, second = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "stopped"))
+    assert first["pulls"].keys() == {"0", "output"}
+    assert second["pulls"] == first["pulls"]  # measured in the first step, before it was stopped
     assert same_weights(tmp_path / "whole" / "student.safetensors", tmp_path / "stopped" / "student.safetensors")
 
 

@@ -373,7 +373,7 @@ class Training(LightningModule):
         self.loss_log.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add state that is not in the state dict: EMA, history, and the loss sums of an unfinished epoch."""
+        """Add state that is not in the state dict: EMA, history, pulls, and the loss sums of an unfinished epoch."""
         # In mid-epoch these weights have not been validated.
         measured = (None, f"step {self.global_step}") if self.loss_log.count else (self.history.last, "checkpoint")
         checkpoint["diffkd"] = {
@@ -385,6 +385,7 @@ class Training(LightningModule):
             "batches": self.trainer.fit_loop.batch_idx + 1 if self.loss_log.count else 0,
             "card": with_metrics(self.card, *measured),
             "samples": self._samples,
+            "pulls": self.pulls,
             "seconds": self._seconds + time.monotonic() - self._since,
         }
 
@@ -394,6 +395,7 @@ class Training(LightningModule):
         if self.card and "classes" in state["card"]:
             check_classes(state["card"]["classes"], self.card["classes"])
         self._samples = state.get("samples", {})
+        self.pulls = state.get("pulls")
         if self.ema is not None:
             self.ema.load_state_dict(state["average"])
         self.history.load_state_dict(state["history"])
