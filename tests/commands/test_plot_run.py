@@ -53,6 +53,18 @@ def test_what_is_drawn_is_what_was_trained(run):
         assert torch.equal(training.student.eval()(images), fresh.eval()(images))
 
 
+def test_what_is_drawn_of_an_averaged_student_is_the_average(recipe, tmp_path):
+    out = tmp_path / "averaged"
+    options = ["--ema=0.5", "--epochs=1", "--accelerator=cpu", "--progress=false"]
+    assert cli.main(["fit", str(recipe), f"--out={out}", TRUST, *options]) == 0
+    saved = load_file(out / "student.safetensors")
+    training, _ = saved_training(RunFolder(out), [str(MODELS)])
+    for shown in (training.student, training.result):
+        state = shown.state_dict()
+        assert state.keys() == saved.keys()
+        assert all(torch.equal(state[name], saved[name]) for name in saved)
+
+
 def test_gammas_are_those_of_as_many_images(run):
     training, data = saved_training(RunFolder(run), [str(MODELS)])
     training.eval()

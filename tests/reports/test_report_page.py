@@ -82,6 +82,19 @@ def test_a_finished_run_has_its_page(run):
             assert base64.b64decode(address.partition(",")[2]).startswith(b"\x89PNG")
 
 
+def test_the_confusions_of_an_averaged_student_are_those_of_its_score(run, tmp_path):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config | {"ema": 0.5, "out": str(tmp_path / "run")}))
+    trust = [f"--trust={config['student'].rpartition(':')[0]}"]
+    assert cli.main(["fit", str(tmp_path / "recipe.yaml"), *trust]) == 0
+    text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    plots = json.loads(re.search(r'id="plots">(.*?)</script>', text, re.DOTALL)[1])
+    (heat,) = (one for plot in plots.values() for one in plot["data"] if one["type"] == "heatmap")
+    score = json.loads((tmp_path / "run" / "result.json").read_text())["last"]["top1"]
+    # All classes have as many images, so that the score is the mean of the shares that are right.
+    assert np.diag(np.array(heat["z"], dtype=float)).mean() == pytest.approx(score, abs=1e-3)
+
+
 def test_names_are_text_and_never_markup(run):
     text = (run / "report.html").read_text(encoding="utf-8")
     assert Elements(text).elements.count("script") == 3  # the library, the values and the page's own

@@ -17,6 +17,7 @@ from diffkd.distill.distiller import Distiller
 from diffkd.distill.observation import Observation
 from diffkd.files.history import read_csv
 from diffkd.files.run_folder import RunFolder
+from diffkd.files.weights import unwrap
 from diffkd.reports.plots import saliency
 from diffkd.reports.run_figures import draw_curves, draw_gammas, draw_saliency, draw_scores
 from diffkd.tasks.classification import Classification
@@ -36,7 +37,8 @@ def plot(
 ) -> list[Path]:
     """Draw the curves of a run, and features and predictions of student, teacher and methods on evaluation images.
 
-    Student and methods are those of the last checkpoint, in evaluation mode; the noise has a fixed seed.
+    Student and methods are those of the last checkpoint, in evaluation mode; the noise has a fixed seed. With an
+    average of the student's weights (EMA), the student is the averaged one, which the run's scores are of.
 
     Args:
         run: folder of a run.
@@ -103,6 +105,8 @@ def plot_training(
 def saved_training(folder: RunFolder, trust: Sequence[str] = ()) -> tuple[Training, LightningDataModule]:
     """Rebuild the training module and the data of a run, and load the last checkpoint.
 
+    The student gets the averaged weights (EMA) if there are any, as in what the run has measured and saved.
+
     Args:
         folder: folder of the run.
         trust: files and modules whose code its config.yaml may name.
@@ -116,9 +120,14 @@ def saved_training(folder: RunFolder, trust: Sequence[str] = ()) -> tuple[Traini
         if not file.is_file():
             raise FileNotFoundError(f"there is no {file}; give the folder of a run that ended an epoch")
     training, data = training_of([f"--config={folder.config}", *(f"--trust={name}" for name in trust)])
-    state = read_checkpoint(folder.checkpoint)["state_dict"]
+    checkpoint = read_checkpoint(folder.checkpoint)
+    average = checkpoint["diffkd"]["average"]
     try:
-        training.load_state_dict(state)
+        training.load_state_dict(checkpoint["state_dict"])
+        if average is not None:
+            unwrap(training.student).load_state_dict(average["model"])
+            if training.ema is not None:
+                training.ema.load_state_dict(average)
     except RuntimeError as error:
         mismatch = str(error).splitlines()[-1].strip()[:200]
         raise ValueError(
