@@ -84,6 +84,62 @@ def test_costs_are_of_the_same_step_for_all(recipe: Path, tmp_path: Path) -> Non
         step_costs({"first": words}, "kd")
 
 
+DATA = """
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+class Own(LightningDataModule):
+    num_classes, in_channels, image_size, classes = 4, 3, (8, 8), tuple("abcd")
+    mean, std = (0.0,) * 3, (1.0,) * 3
+
+    def example(self):
+        return torch.zeros(2, 3, 8, 8)
+
+    def setup(self, stage):
+        labels = torch.arange(20) % 4
+        self.images = TensorDataset(torch.rand(20, 3, 8, 8), labels, torch.arange(20))
+
+    def train_dataloader(self):
+        return DataLoader(self.images, batch_size=10)
+
+    val_dataloader = train_dataloader
+"""
+
+
+def test_data_that_make_their_sets_in_setup_are_compared(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_data_of_compare.py").write_text(DATA, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = "own_data_of_compare.Own"
+    recipe.write_text(f"student: {MODELS}:small\nteacher: {MODELS}:large\nepochs: 1\ndata: {data}\n")
+    trusted = [str(MODELS), "own_data_of_compare"]
+    rows = compare(str(recipe), tmp_path / "out", methods=["alone", "kd"], seeds=1, trust=trusted)
+    assert [row.step_cost is not None for row in rows] == [True, True]
+
+
+def test_costs_that_cannot_be_measured_are_left_out_of_the_table(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fails(*args: object, **options: object) -> None:
+        assert "| alone" in (out / "comparison.md").read_text(encoding="utf-8"), "the table comes before the costs"
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "step_costs", fails)
+        (row,) = compare(str(recipe), out, methods=["alone"], seeds=1, options=[TRUST, "--epochs=1"])
+    assert row.step_cost is None
+    said = capsys.readouterr().err
+    assert "no costs of a training step, as it could not be measured (CUDA out of memory)" in said
+    assert "Traceback" not in said
+    (again,) = compare(str(recipe), out, methods=["alone"], seeds=1, options=[TRUST, "--epochs=1"])
+    assert again.step_cost == 1
+    assert "step / alone" in (out / "comparison.md").read_text(encoding="utf-8")
+
+
 def test_failed_runs_are_named_and_the_others_reported(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,8 @@ def compare(
             nodes share.
         launcher_options: for Ray {address: ..., num_cpus: 4, num_gpus: 1}, for submitit {slurm_partition: ...,
             timeout_min: 600, gpus_per_node: 1} and its other parameters.
-        cost: measure the relative cost of a training step of each method after all runs.
+        cost: measure the relative cost of a training step of each method after all runs. If that fails, as where the
+            memory does not hold all methods side by side, the table has no costs.
         json: print the table as JSON.
         markdown: print it as Markdown.
         latex: print it as LaTeX.
@@ -188,9 +189,10 @@ def compare(
         failed = train_all(commands, jobs or 1, console)
     else:
         failed = _train_on_cluster(commands, out, console, launcher=launcher, jobs=jobs, options=launcher_options)
-    if cost:
-        write_costs(out, {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}, console)
-    rows = report(out, names, seeds)
+    rows = report(out, names, seeds)  # before the costs, which may fail though all runs are done
+    timed = {run.method: commands[run] for run in runs if run.seed == 0 and run not in failed}
+    if cost and write_costs(out, timed, console):
+        rows = report(out, names, seeds)
     if rows:
         console.print(rich_table(rows, console.width))
         write_report_of(out, tell=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True))
@@ -314,21 +316,37 @@ def _without_method(options: Sequence[str]) -> list[str]:
     return kept
 
 
-def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) -> None:
-    """Measure the step cost of every method and write the file of costs, unless it already has all of them."""
+def write_costs(out: Path, commands: Mapping[str, list[str]], console: Console) -> bool:
+    """Measure the step cost of every method and write the file of costs, unless it already has all of them.
+
+    Returns:
+        Whether the file was written. If a step cannot be taken, a warning says why.
+    """
     file = out / COSTS
     reference = next((method for method in REFERENCES[::-1] if method in commands), next(iter(commands), None))
     known = read_json_file(file) if file.is_file() else {}
     if reference is None or (known.get("reference") == reference and set(commands) <= set(known["methods"])):
-        return
+        return False
     console.print(f"measuring a training step of {len(commands)} methods, side by side")
-    costs = step_costs(commands, reference, rounds=ROUNDS)
+    try:
+        costs = step_costs(commands, reference, rounds=ROUNDS)
+    except Exception as error:  # of the user's own models and data any; the runs are done, and their table is whole
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        console.print(
+            f"warning: the table has no costs of a training step, as it could not be measured ({reason}); the same "
+            "command measures it again, with --cost=false it is left out",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return False
     facts = {
         "reference": reference,
         "threads": torch.get_num_threads(),
         "methods": {method: asdict(one) for method, one in costs.items()},
     }
     write_text(file, json.dumps(facts, indent=2) + "\n")
+    return True
 
 
 def report(out: Path, methods: Sequence[str], seeds: int) -> list[Row]:

@@ -92,6 +92,7 @@ def _stepper(words: Sequence[str], device: torch.device) -> Callable[[], None]:
     """Return a function that takes one training step of the run that `words` describe."""
     torch.manual_seed(0)
     training, data = training_of(words)
+    data.setup("fit")  # where data of Lightning make their sets
     training.to(device).train()
     optimizer = training.configure_optimizers()
     batch = training.transfer_batch_to_device(next(iter(data.train_dataloader())), device, 0)
