@@ -20,7 +20,7 @@ from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import unwrap
 from diffkd.reports.plots import saliency
 from diffkd.reports.run_figures import draw_curves, draw_gammas, draw_saliency, draw_scores
-from diffkd.tasks.classification import Classification
+from diffkd.tasks.classification import Classification, class_scores
 from diffkd.tasks.task import Task
 from diffkd.training.checkpointing import read_checkpoint
 from diffkd.training.lightning_module import Training
@@ -177,7 +177,8 @@ def _draw_pairs(training: Training, batch: Any, chosen: list[int], classes: tupl
             maps = {title: [saliency(one)[0] for one in seen] for title, seen in columns.items()}
             paths.append(draw_saliency(out / f"looks-{file}.png", images, maps))
         elif training.task.name == "classification" and shape[1] == len(classes):
-            scores = {title: torch.cat(seen).softmax(dim=1) for title, seen in columns.items()}
+            several = getattr(training.task, "multi_label", False)
+            scores = {title: class_scores(torch.cat(seen), multi_label=several) for title, seen in columns.items()}
             paths.append(draw_scores(out / f"scores-{file}.png", images, scores, classes))
     return paths
 

@@ -44,9 +44,10 @@ def predict(
         out: new folder for the predictions.
         format: json or csv, of the table; for detection, JSON is a COCO file with a score for each box.
         pictures: also draw every prediction into a picture.
-        pseudo_labels: also write images and predictions as a training set that `diffkd fit` reads.
-        threshold: smallest score of boxes, everywhere; in pseudo-labels also of images and pixels. None: 0.3 for boxes,
-            no limit for images and pixels.
+        pseudo_labels: also write images and predictions as a training set that `diffkd fit` reads; not where an image
+            may have several classes.
+        threshold: smallest score of boxes, and of classes where an image may have several, everywhere; in pseudo-labels
+            also of images and pixels. None: 0.3 for boxes, 0.5 for several classes, no limit for images and pixels.
         batch_size: images in a batch; None: 64 for classification, 4 for the other tasks.
         crop_ratio: for classification, share of the shorter side that the centre crop keeps; None: as in training.
         model: name of the model, if the card names none, or names your own code.
@@ -81,6 +82,7 @@ def predict(
         pictures=pictures,
         pseudo_labels=pseudo_labels,
         threshold=threshold,
+        multi_label=predictor.multi_label,
     )
     console = Console(stderr=True, quiet=not progress)
     try:

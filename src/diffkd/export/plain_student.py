@@ -203,6 +203,7 @@ def facts_of_card(card: Mapping[str, Any], path: str | Path, image_size: Sequenc
         task=task,
         min_size=shorter or (min(trained),),
         max_size=longer or max(1333, *trained),
+        multi_label=task == "classification" and bool(card.get("multi_label")),
     )
 
 

@@ -164,6 +164,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "mean": ("list of numbers", _are_numbers),
     "std": ("list of numbers above 0", functools.partial(_are_numbers, least=0.0)),
     "classes": ("list of names", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)),
+    "multi_label": ("true or false", lambda value: isinstance(value, bool)),
     "data": ("class_path with init_args", _is_data),
     "detection": ("mapping of a detector's options", functools.partial(_are_options, of=DetectionOptions)),
     "segmentation": ("mapping of a segmenter's options", functools.partial(_are_options, of=SegmentationOptions)),

@@ -59,6 +59,12 @@ def draw_prediction(
     return _with_text(picture, caption, legend)
 
 
+def classes_found(scores: Tensor, classes: Sequence[str], threshold: float) -> str:
+    """Return the classes of an image that may have several, those with at least a score, as a line for its caption."""
+    best = [label for label in scores.argsort(descending=True).tolist() if float(scores[label]) >= threshold]
+    return ", ".join(f"{classes[label]} {float(scores[label]):.2f}" for label in best) or "no class"
+
+
 def _with_boxes(pixels: Tensor, found: Mapping[str, Tensor], classes: Sequence[str], factor: int) -> Tensor:
     boxes = found["boxes"].float() * factor
     shown = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(dim=1)

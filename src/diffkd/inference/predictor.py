@@ -20,6 +20,7 @@ from diffkd.data.folders import EXTENSIONS, allow_outside_links, format_names, i
 from diffkd.data.images import BAD_IMAGE_HINT, WHITE, read_rgb
 from diffkd.inference.students import SavedStudent
 from diffkd.models.segmenters.any_size import AnySize, upsample
+from diffkd.tasks.classification import class_scores
 from diffkd.tasks.options import SegmentationOptions
 
 _BATCHES = {"classification": 64, "segmentation": 4, "detection": 4}
@@ -34,9 +35,10 @@ class Prediction:
         path: the image file.
         name: its path relative to the folder that all images are in, with forward slashes.
         image: the image, upright, in RGB.
-        found: for classification "scores" (K,), probabilities; for detection "boxes" (n, 4), left, top, right and
-            bottom in pixels, "scores" (n,) and "labels" (n,) from 1; for segmentation "ids" (H, W) uint8 or int32, and
-            "confidence" (H, W), the probability of the predicted class. All on the CPU.
+        found: for classification "scores" (K,), probabilities, which add up to 1 unless an image may have several
+            classes; for detection "boxes" (n, 4), left, top, right and bottom in pixels, "scores" (n,) and "labels"
+            (n,) from 1; for segmentation "ids" (H, W) uint8 or int32, and "confidence" (H, W), the probability of the
+            predicted class. All on the CPU.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Predictor:
             )
         self.student, self.device = student, torch.device(device)
         self.task, self.classes = student.facts.task, _class_names(student)
+        self.multi_label = student.facts.multi_label
         self.options = SegmentationOptions(**_tuples(student.card.get("segmentation") or {}))
         arguments = (student.card.get("data") or {}).get("init_args") or {}
         self.white = int(arguments.get("white_level") or WHITE)
@@ -97,7 +100,7 @@ class Predictor:
         return [make(outputs[index], image) for index, image in enumerate(images)]
 
     def _scores(self, logits: Any, image: Image.Image) -> dict[str, Tensor]:
-        return {"scores": logits.float().softmax(dim=-1).cpu()}
+        return {"scores": class_scores(logits, multi_label=self.multi_label).cpu()}
 
     def _mask(self, logits: Tensor, image: Image.Image) -> dict[str, Tensor]:
         full = upsample(logits[None].float(), (image.height, image.width))[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffkd.data.segmentation.palette import palette
 from diffkd.files.weights import write_text
-from diffkd.inference.pictures import draw_prediction
+from diffkd.inference.pictures import classes_found, draw_prediction
 from diffkd.inference.predictor import Prediction
 
 Format = Literal["json", "csv"]
@@ -33,7 +33,8 @@ class PredictionFiles:
     """Writes predictions into a new folder.
 
     `predictions.json` or `.csv` is written by :meth:`close`, everything else at once. For detection the JSON is a COCO
-    file, whose annotations also have a "score".
+    file, whose annotations also have a "score". Where an image may have several classes, an image of the JSON has those
+    with at least the threshold as "found", and the CSV a row for each of them.
 
     Args:
         out: the folder; it must not exist, or be empty.
@@ -42,12 +43,15 @@ class PredictionFiles:
         kind: "json" or "csv".
         pictures: draw every prediction into `pictures/`.
         pseudo_labels: write the images with what was predicted as a training set into `pseudo_labels/`.
-        threshold: smallest score: boxes below it are left out everywhere; in the pseudo-labels also images, for
-            classification, and pixels, which are ignored then, for segmentation. None: 0.3 for boxes, no limit else.
+        threshold: smallest score: boxes, and classes where an image may have several, are left out below it everywhere;
+            in the pseudo-labels also images, for classification, and pixels, which are ignored then, for segmentation.
+            None: 0.3 for boxes, 0.5 where an image may have several classes, no limit else.
+        multi_label: whether an image may have several classes.
 
     Raises:
         FileExistsError: if the folder is not empty.
-        ValueError: if `threshold` is no probability.
+        ValueError: if `threshold` is no probability, or pseudo-labels are to be written for images that may have
+            several classes.
         OSError: if the folder cannot be written.
     """
 
@@ -61,11 +65,18 @@ class PredictionFiles:
         pictures: bool = False,
         pseudo_labels: bool = False,
         threshold: float | None = None,
+        multi_label: bool = False,
     ) -> None:
+        if pseudo_labels and multi_label:
+            raise ValueError(
+                "pseudo_labels are a folder for each class, and an image may have several classes of this student: "
+                "leave the option out, and put the classes that the table has as found into a .npz for Arrays"
+            )
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold {threshold} is no score: give one from 0 to 1, or leave it out")
         self.out, self.task, self.classes, self.kind = out, task, tuple(classes), kind
-        self.threshold = (0.3 if task == "detection" else 0.0) if threshold is None else threshold
+        usual = 0.5 if multi_label else 0.3 if task == "detection" else 0.0
+        self.threshold, self.multi_label = usual if threshold is None else threshold, multi_label
         self.pictures = pictures
         self.images: list[dict[str, Any]] = []
         self.annotations: list[dict[str, Any]] = []
@@ -87,7 +98,8 @@ class PredictionFiles:
             prediction, found, stem
         )
         if self.pictures:
-            picture = draw_prediction(prediction.image, found, self.classes)
+            caption = classes_found(found["scores"], self.classes, self.threshold) if self.multi_label else None
+            picture = draw_prediction(prediction.image, found, self.classes, caption=caption)
             picture.save(_parent_made(self.out / "pictures" / f"{stem}.png"))
         if self.labels is not None:
             self.labels.add(prediction, found, stem)
@@ -101,13 +113,18 @@ class PredictionFiles:
         return path
 
     def _add_scores(self, prediction: Prediction, found: Mapping[str, Tensor], stem: str) -> None:
-        scores, best = found["scores"].topk(min(_TOP, len(self.classes)))
-        top = [
+        number = int((found["scores"] >= self.threshold).sum()) if self.multi_label else 0
+        scores, best = found["scores"].topk(max(number, min(_TOP, len(self.classes))))
+        ranked = [
             {"class": self.classes[label], "label": label, "score": round(score, 6)}
             for score, label in zip(scores.tolist(), best.tolist(), strict=True)
         ]
-        self.counts[top[0]["class"]] += 1
-        self.images.append({"file": prediction.name, **top[0], "top": top})
+        if self.multi_label:
+            self.counts.update(str(one["class"]) for one in ranked[:number])
+            self.images.append({"file": prediction.name, "found": ranked[:number], "top": ranked[:_TOP]})
+        else:
+            self.counts[str(ranked[0]["class"])] += 1
+            self.images.append({"file": prediction.name, **ranked[0], "top": ranked[:_TOP]})
 
     def _add_boxes(self, prediction: Prediction, found: Mapping[str, Tensor], stem: str) -> None:
         number = len(self.images) + 1
@@ -139,7 +156,11 @@ class PredictionFiles:
     def _csv(self) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        if self.task == "classification":
+        if self.multi_label:
+            writer.writerow(["file", "class", "score"])
+            for image in self.images:
+                writer.writerows([image["file"], one["class"], one["score"]] for one in image["found"])
+        elif self.task == "classification":
             count = min(_TOP, len(self.classes))
             writer.writerow(["file", *(f"{what}{rank}" for rank in range(1, count + 1) for what in ("class", "score"))])
             for image in self.images:

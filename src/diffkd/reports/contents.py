@@ -37,7 +37,9 @@ def run_sections(
     rows = read_csv(folder.metrics)
     config = _yaml(folder.config)
     result = _json(folder.result) if folder.result.is_file() else {}
-    score = str(result.get("score") or next((name for name in ("top1", "ap", "miou") if name in rows[-1]), "loss"))
+    score = str(
+        result.get("score") or next((name for name in ("top1", "map", "ap", "miou") if name in rows[-1]), "loss")
+    )
     best = result.get("best") or max(rows, key=lambda row: row.get(score, -1.0))
     sections = [
         Section("Results", tables=[_measured(rows[-1], best), _facts(config, result, rows[-1])]),
@@ -159,22 +161,35 @@ def _mistakes(found: Mistakes | None, classes: Sequence[str], last: Row) -> list
     lines = [f"On {whole} {found.images} evaluation images, with the student after the last epoch."]
     pictures = [Picture(_png(picture), line) for picture, line in found.worst]
     wide = bool(found.worst) and found.worst[0][0].width > 400
-    rows = [
-        [true, taken, f"{number:,}", f"{100 * share:.1f}"]
-        for true, taken, number, share in confused(found.confusion, names)
-    ]
-    head = ["true class", "taken for", "count", "% of the class"]
     return [
         Section("Worst images", lines=lines, pictures=[Pictures(pictures, wide=wide)])
         if pictures
         else Section("Worst images"),
-        Section(
-            "Confused classes",
-            tables=[PageTable(head, rows, words=(0, 1))] if rows else [],
-            plots=[_matrix(found.confusion, names)] if len(names) <= _MOST_CLASSES else [],
-        ),
+        _found_by_class(found.confusion, names) if found.confusion.ndim == 3 else _confused(found.confusion, names),
         by_class,
     ]
+
+
+def _confused(confusion: Tensor, names: Sequence[str]) -> Section:
+    rows = [
+        [true, taken, f"{number:,}", f"{100 * share:.1f}"] for true, taken, number, share in confused(confusion, names)
+    ]
+    head = ["true class", "taken for", "count", "% of the class"]
+    return Section(
+        "Confused classes",
+        tables=[PageTable(head, rows, words=(0, 1))] if rows else [],
+        plots=[_matrix(confusion, names)] if len(names) <= _MOST_CLASSES else [],
+    )
+
+
+def _found_by_class(confusion: Tensor, names: Sequence[str]) -> Section:
+    """Return the counts of images that may have several classes, by class; of `Mistakes.confusion` (K, 2, 2)."""
+    rows = [
+        [name, *(f"{number:,}" for number in (missed + found, found, missed, wrong))]
+        for name, ((_, wrong), (missed, found)) in zip(names, confusion.tolist(), strict=True)
+    ]
+    head = ["class", "images with it", "found", "missed", "wrongly found"]
+    return Section("Found and missed by class", tables=[PageTable(head, rows, "at a score of 0.5", words=(0,))])
 
 
 def _matrix(confusion: Tensor, names: Sequence[str]) -> Plot:

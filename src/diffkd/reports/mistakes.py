@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from diffkd.inference.pictures import draw_prediction, side_by_side, to_image
+from diffkd.inference.pictures import classes_found, draw_prediction, side_by_side, to_image
 from diffkd.inference.results import above
 from diffkd.methods.inputs import like_parameters
 from diffkd.models.segmenters.any_size import AnySize, upsample
-from diffkd.tasks.classification import logits_of
+from diffkd.tasks.classification import class_scores, logits_of
 from diffkd.tasks.data_facts import DataFacts
 
 _IOU, _SCORE = 0.5, 0.3
+_SEVERAL = 0.5  # score of the classes of an image that may have several
 
 
 @dataclass
@@ -31,7 +33,9 @@ class Mistakes:
         complete: whether these are all images.
         confusion: (K, K) counts by true class (rows) and predicted class: images, or pixels for segmentation. For
             detection (K + 1, K + 1) boxes with a score of at least 0.3, matched at an IoU of 0.5; the last row are
-            boxes that are no object, the last column objects that were missed.
+            boxes that are no object, the last column objects that were missed. Where an image may have several classes
+            (K, 2, 2), counts of images by class: whether they have it (rows), and whether they get a score of at least
+            0.5 for it (columns).
         worst: the worst images, the worst first: a picture of each and a line about it.
     """
 
@@ -58,7 +62,10 @@ def find_mistakes(
     """
     look = {"classification": _classified, "detection": _detected, "segmentation": _segmented}[facts.task]
     size = facts.num_classes + (facts.task == "detection")
-    found = Mistakes(0, True, torch.zeros(size, size, dtype=torch.int64))
+    shape: tuple[int, ...] = (size, size)
+    if facts.multi_label:
+        look, shape = _labelled, (size, 2, 2)
+    found = Mistakes(0, True, torch.zeros(shape, dtype=torch.int64))
     worst: list[tuple[float, int, tuple[Image.Image, str]]] = []
     order = count()
     if facts.task == "segmentation":
@@ -80,7 +87,7 @@ def find_mistakes(
 
 def _classified(model: nn.Module, facts: DataFacts, batch: Any, confusion: Tensor) -> Iterable[tuple[float, Any]]:
     images, labels, indices = batch
-    scores = logits_of(model(like_parameters(images, model))).float().softmax(dim=1).cpu()
+    scores = class_scores(logits_of(model(like_parameters(images, model))), multi_label=False).cpu()
     labels = labels.cpu()
     confusion += torch.bincount(
         labels * facts.num_classes + scores.argmax(dim=1), minlength=facts.num_classes**2
@@ -98,6 +105,30 @@ def _classified(model: nn.Module, facts: DataFacts, batch: Any, confusion: Tenso
             return draw_prediction(to_image(image, facts.mean, facts.std), {}, facts.classes), line
 
         yield (1 - float(row[label]) if best != label else 0.0), make
+
+
+def _labelled(model: nn.Module, facts: DataFacts, batch: Any, confusion: Tensor) -> Iterable[tuple[float, Any]]:
+    """Yield images that may have several classes; how bad they are is their binary cross entropy."""
+    images, labels, indices = batch
+    logits = logits_of(model(like_parameters(images, model))).float().cpu()
+    truth, scores = labels.cpu().bool(), class_scores(logits, multi_label=True)
+    taken = scores >= _SEVERAL
+    for has in (False, True):
+        for predicted in (False, True):
+            confusion[:, int(has), int(predicted)] += ((truth == has) & (taken == predicted)).sum(dim=0)
+    losses = F.binary_cross_entropy_with_logits(logits, truth.float(), reduction="none").mean(dim=1)
+    right = (truth == taken).all(dim=1)
+    rows = zip(images, truth, scores, indices.tolist(), losses.tolist(), right.tolist(), strict=True)
+    for image, own, row, index, loss, is_right in rows:
+
+        def make(
+            image: Tensor = image, own: Tensor = own, row: Tensor = row, index: int = index, loss: float = loss
+        ) -> Any:
+            names = ", ".join(facts.classes[label] for label in own.nonzero()[:, 0].tolist()) or "no class"
+            line = f"image {index}: {classes_found(row, facts.classes, _SEVERAL)}, is {names} (loss {loss:.3f})"
+            return draw_prediction(to_image(image, facts.mean, facts.std), {}, facts.classes), line
+
+        yield (0.0 if is_right else loss), make
 
 
 def _segmented(model: nn.Module, facts: DataFacts, batch: Any, confusion: Tensor) -> Iterable[tuple[float, Any]]:

@@ -109,6 +109,11 @@ class Classification:
         return other_order(logits.argmax(dim=1).tolist(), labels.tolist(), self.classes)
 
 
+def class_scores(logits: Tensor, *, multi_label: bool) -> Tensor:
+    """Return the probability of each class from logits (..., K): of one class an image, or of each class for itself."""
+    return logits.float().sigmoid() if multi_label else logits.float().softmax(dim=-1)
+
+
 def other_order(answers: Sequence[int], labels: Sequence[int], classes: Sequence[str]) -> str | None:
     """Describe confusions of a teacher that suggest another order of its classes, None if there are none.
 

@@ -15,12 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from diffkd.inference.pictures import draw_prediction, side_by_side, to_image
+from diffkd.inference.pictures import classes_found, draw_prediction, side_by_side, to_image
 from diffkd.inference.results import above
 from diffkd.methods.inputs import like_parameters
 from diffkd.models.extras import nearest
 from diffkd.models.segmenters.any_size import AnySize, upsample
-from diffkd.tasks.classification import logits_of
+from diffkd.tasks.classification import class_scores, logits_of
 from diffkd.tasks.data_facts import DataFacts
 from diffkd.tasks.task import Task
 from diffkd.training.lightning_module import Training
@@ -305,13 +305,15 @@ def draw_samples(model: Any, facts: DataFacts, batch: Any) -> Any:
             found = [{"ids": one} for one in ids]
             truth = [{"ids": torch.where(one == facts.ignore_index, -1, one)} for one in targets.cpu()]
         else:
-            scores = logits_of(model(like_parameters(images, model))).float().softmax(dim=1).cpu()
+            logits = logits_of(model(like_parameters(images, model)))
+            scores = class_scores(logits, multi_label=facts.multi_label).cpu()
             found, truth = [{"scores": one} for one in scores], []
     for index, (image, one) in enumerate(zip(images, found, strict=True)):
         shown = to_image(image, facts.mean, facts.std)
         if "ids" in one:
             shown = shown.resize((one["ids"].shape[1], one["ids"].shape[0]))
-        row = [draw_prediction(shown, one, facts.classes)]
+        caption = classes_found(one["scores"], facts.classes, 0.5) if facts.multi_label else None
+        row = [draw_prediction(shown, one, facts.classes, caption=caption)]
         if truth:
             row.append(draw_prediction(shown, truth[index], facts.classes))
         pictures.append(side_by_side(row))
