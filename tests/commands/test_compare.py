@@ -191,6 +191,57 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, t
     assert os.access(checkpoint, os.R_OK)
 
 
+def test_runs_on_several_devices_are_processes_of_their_own(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, broken = tmp_path / "out", tmp_path / "broken.yaml"
+    broken.write_text("student: cifar/resnet9000\nteacher: null\nmethod: null\n", encoding="utf-8")
+    two = ["--devices=2", "--accelerator=cpu", "--epochs=1"]
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed"):
+        compare(str(recipe), out, methods=["alone", str(broken)], seeds=1, cost=False, trust=[str(MODELS)], options=two)
+    result = json.loads((out / "alone" / "seed-0" / "result.json").read_text(encoding="utf-8"))
+    assert result["device"] == "2 x cpu"
+    assert " fit " in result["command"]
+    assert [path.name for path in sorted(out.iterdir()) if path.is_dir()] == ["alone", "broken"]
+    assert "broken seed 0 failed: model 'cifar/resnet9000' is unknown; nearest" in capsys.readouterr().err
+
+
+def test_runs_on_several_devices_are_stopped_with_the_comparison(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "out" / "alone" / "seed-0"
+    words = ["compare", str(recipe), "--methods", "alone", "--seeds=1", f"--out={tmp_path / 'out'}", TRUST, "--"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffkd", *words, "--epochs=2000", "--devices=2", "--accelerator=cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 240
+    while not checkpoint.is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert checkpoint.is_file()
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "stopped after step" in run.with_suffix(".log").read_text(encoding="utf-8")
+    seen = checkpoint.stat().st_mtime_ns
+    time.sleep(1.5)
+    assert checkpoint.stat().st_mtime_ns == seen, "a run outlived the comparison"
+
+
+def test_several_processes_or_machines_for_a_comparison_are_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="--num_nodes: the runs of a comparison train on one machine each"):
+        compare(str(recipe), out, methods=["alone"], options=[TRUST, "--num_nodes=2"])
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(ValueError, match="srun started 4 processes of `diffkd compare`, each of which would do all"):
+        compare(str(recipe), out, methods=["alone"], options=[TRUST])
+    assert not out.exists()
+
+
 def save_pretrained(folder: Path) -> Path:
     """Write the students of two seeds, as a comparison of the method "cosine" leaves them."""
     for seed in (0, 1):

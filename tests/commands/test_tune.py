@@ -89,6 +89,20 @@ def test_misuse_is_said_in_one_line(tmp_path, capsys, words, code, message):
     assert re.search(message, error), error
 
 
+def test_a_trial_on_several_devices_is_refused_before_there_is_a_study(tmp_path, capsys, monkeypatch):
+    words = ["tune", str(write_recipe(tmp_path)), f"--out={tmp_path}/study", TRUST, "--method=fitnet"]
+    for option in ("--devices=2", "--devices=[0,1]", "--num_nodes=2"):
+        assert cli.main([*words, "--", option]) == 1
+        error = capsys.readouterr().err
+        assert "a trial trains on one device. Give --devices 1, and use the others by starting the same" in error
+        assert error.count("\n") == 1
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(words) == 1
+    assert "torchrun started 2 processes" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
 def test_what_can_be_searched_is_found():
     values = {"method": [{"class_path": "diffkd.DiffKD", "init_args": {"kd_weight": 5.0}}, "diffkd.DIST"]}
     weights = found_space(values, "weights")

@@ -5,17 +5,19 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -23,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffkd.commands.arguments import fit_with, values_of_fit
-from diffkd.commands.launchers import LauncherName, check_launcher, on_cluster
+from diffkd.commands.launchers import LauncherName, check_launcher, check_started_once, on_cluster
 from diffkd.commands.report import write_report_of
 from diffkd.commands.step_cost import step_costs
 from diffkd.files.history import read_csv
@@ -43,6 +45,7 @@ from diffkd.reports.tables import (
     summarize,
     write_all_measurements,
 )
+from diffkd.tasks.distributed import single_process, without_launcher
 from diffkd.training.checkpointing import Interrupted
 
 COSTS = "step_cost.json"
@@ -123,8 +126,9 @@ def compare(
         A row per method.
 
     Raises:
-        ValueError: if there are no methods, seeds or jobs, a name is given twice, or a run in `out` was started with
-            other values; nothing is trained then.
+        ValueError: if there are no methods, seeds or jobs, a name is given twice, a run in `out` was started with
+            other values, a run is to train on several machines, or a launcher started several processes; nothing is
+            trained then.
         FileNotFoundError: if a preset or a pretrained student is missing; nothing is trained then.
         UsageError: if options are not valid for `diffkd fit` or for a method; nothing is trained then.
         ImportError: if the launcher's library is not installed.
@@ -134,6 +138,7 @@ def compare(
     if methods is None:
         methods = ["alone"] if pretrained else list(DEFAULT_METHODS)
     names = [Path(method).stem for method in methods]
+    check_started_once("compare")
     check_launcher(launcher, launcher_options)
     if launcher != "processes" and devices:
         raise ValueError("devices are GPUs of this machine: give a cluster's by --launcher_options, and leave them out")
@@ -180,6 +185,11 @@ def compare(
                 raise UsageError(f"{error} ({run.method} with the options of the comparison)") from error
             if seeds > 1:
                 _check_cache(values)
+            if values.get("num_nodes", 1) > 1:
+                raise ValueError(
+                    "--num_nodes: the runs of a comparison train on one machine each; start a run on several by "
+                    "`diffkd fit` on each of them"
+                )
             RunFolder(run.folder).check(values, resume=True)
     console.print("methods")  # indented, as a line that began with "diffkd:" would read like an error
     for name, preset in presets.items():
@@ -492,7 +502,10 @@ def cores() -> int:
 
 
 def _train(run: Run, words: list[str]) -> str:
-    """Train one run, with its output in a log beside its folder; return why it failed, "" on success."""
+    """Train one run, with its output in a log beside its folder; return why it failed, "" on success.
+
+    On several devices it is a process of its own, as the trainer starts the further ones by the same command line.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         os._exit(1)  # the parent process has ended, so the result is not needed
@@ -501,6 +514,9 @@ def _train(run: Run, words: list[str]) -> str:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with run.folder.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
+            values = values_of_fit(words)
+            if not single_process(values.get("devices", 1), values.get("num_nodes", 1)):
+                return _fit_apart(words, log)
             fit_with(words)
         except Interrupted as stopped:
             # End the process with its run, so that it does not take the next one from the queue.
@@ -510,6 +526,66 @@ def _train(run: Run, words: list[str]) -> str:
             traceback.print_exc()
             return " ".join(str(error).split()) or type(error).__name__
     return ""
+
+
+def _fit_apart(words: list[str], log: TextIO) -> str:
+    """Train by a `diffkd fit` of its own, which saves a checkpoint if this process gets a SIGTERM.
+
+    Args:
+        words: of the command line.
+        log: takes its output.
+
+    Returns:
+        Why it failed, "" on success.
+
+    Raises:
+        Interrupted: if it was stopped.
+    """
+    asked: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
+        for process in running:
+            process.terminate()
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    log.flush()
+    start = log.tell()
+    environment = without_launcher() | {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
+    }
+    try:
+        # In a session of its own, so that all of its processes can be ended with it.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "diffkd", "fit", *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        running.append(process)
+        try:
+            if asked:
+                process.terminate()
+            code = process.wait()
+        finally:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+    if asked or code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise Interrupted("the run was stopped", asked[0] if asked else code - 128)
+    if code == 0:
+        return ""
+    said = [line for line in Path(log.name).read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in said if line.startswith("diffkd: ") and not line.startswith("diffkd: warning")]
+    ended = f"its process ended with code {code}"
+    return errors[-1].removeprefix("diffkd: ") if errors else f"{ended}: {said[-1].strip()}" if said else ended
 
 
 def _json_text(rows: Sequence[Row]) -> str:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from diffkd.tasks.distributed import launcher as started_by
+
 LauncherName = Literal["processes", "ray", "submitit"]
 _TRIES = 3  # of a run whose worker was lost
 
@@ -27,6 +29,16 @@ def check_launcher(launcher: LauncherName, options: Mapping[str, Any] | None) ->
             )
     elif find_spec(launcher) is None:
         raise ImportError(f"--launcher {launcher} needs {launcher}: pip install 'diffkd[cluster]'")
+
+
+def check_started_once(command: str) -> None:
+    """Raise ValueError if torchrun, srun or mpirun has started a command several times, each of which would do all."""
+    found = started_by()
+    if found is not None and found.processes > 1:
+        raise ValueError(
+            f"{found.name} started {found.processes} processes of `diffkd {command}`, each of which would do all of "
+            "it: start one, which starts its runs itself"
+        )
 
 
 def on_cluster(

@@ -31,6 +31,7 @@ from diffkd.files.weights import write_text
 from diffkd.recipes import find_recipe
 from diffkd.recipes.trust import UsageError, named_code, own_code, trust_words
 from diffkd.reports.plots import write_figure
+from diffkd.tasks.distributed import is_first_process, single_process
 from diffkd.training.fit import fit
 
 What = Literal["weights", "options", "all"]
@@ -126,7 +127,8 @@ def tune(
 
     Raises:
         ImportError: if Optuna is not installed.
-        ValueError: if there is nothing to search, a number is out of range, or the study in `out` has other settings.
+        ValueError: if there is nothing to search, a number is out of range, a trial would train on several devices, or
+            the study in `out` has other settings.
         UsageError: if options are not valid for `diffkd fit`.
         RuntimeError: if no trial succeeded.
     """
@@ -146,6 +148,7 @@ def tune(
         *trusted,
     ]
     values = values_of_fit([*words, f"--out={out}"])
+    _check_devices(values)
     if values.get("method") is None and values.get("pairs", "auto") == "auto" and space is None:
         raise ValueError("the recipe has no method to search: give --method, or --space with other values of it")
     axes = _given_space(space, values) if space is not None else found_space(values, what)
@@ -176,6 +179,21 @@ def tune(
     else:
         _search_side_by_side(jobs, work)
     return _report(_study(out, prune), out, task["values"], axes, Console(stderr=True))
+
+
+def _check_devices(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if a trial would take several processes.
+
+    The trainer starts the further ones by the command line again, which would draw a trial of their own.
+    """
+    devices, nodes = values.get("devices", 1), values.get("num_nodes", 1)
+    if not single_process(devices, nodes):
+        raise ValueError(
+            f"devices {devices} and num_nodes {nodes}: a trial trains on one device. Give --devices 1, and use the "
+            "others by starting the same command once for each, such as CUDA_VISIBLE_DEVICES=0 diffkd tune ... and "
+            "CUDA_VISIBLE_DEVICES=1 diffkd tune ..., which share the trials of --out"
+        )
+    is_first_process(devices, nodes)  # refuses several processes of torchrun
 
 
 def found_space(values: Mapping[str, Any], what: What) -> dict[str, Axis]:
@@ -328,6 +346,7 @@ def _search(
     job: int,
 ) -> None:
     """Run trials until the study has `trials` trials, with those that other jobs of the same call are running."""
+    _check_devices(values)  # again, as a worker on a cluster may have more devices
     study = _study(Path(out), prune, job)
     console = Console(stderr=True)
     lock = FileLock(Path(out) / ".study.lock")  # no two jobs begin the last trial

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +21,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from diffkd.files.weights import unwrap
+
+_OF_LAUNCHERS = re.compile(
+    r"(TORCHELASTIC|SLURM|OMPI_COMM_WORLD|MV2_COMM_WORLD|PMI)_"
+    r"|((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_ADDR|MASTER_PORT)$"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ def launcher() -> Launcher | None:
         if environ.get(rank, "").isdigit() and environ.get(size, "").isdigit() and int(environ[size]) > 1:
             return Launcher("mpirun", int(environ[rank]), int(environ[size]))
     return None
+
+
+def without_launcher() -> dict[str, str]:
+    """Return the environment without the variables of launchers, for a training that starts its own processes."""
+    return {name: value for name, value in os.environ.items() if not _OF_LAUNCHERS.match(name)}
 
 
 def single_process(devices: list[int] | int | str, num_nodes: int) -> bool:
