@@ -12,7 +12,7 @@ from tiny_recipe import MODELS, TRUST, write_recipe
 
 from diffkd.commands import cli
 from diffkd.commands.arguments import values_of_fit
-from diffkd.commands.tune import Axis, _taken, found_space, tune, with_values
+from diffkd.commands.tune import Axis, _sampler, _taken, found_space, tune, with_values
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,15 @@ def test_trials_of_other_jobs_are_counted_but_not_what_a_lost_worker_left():
             trial.set_user_attr("job", owner)
     assert [_taken(study, "now", job) for job in (0, 1, 2)] == [2, 2, 3]
     assert _taken(study, "later", 0) == 1
+
+
+def test_processes_of_a_study_that_start_together_draw_different_values():
+    study = optuna.create_study()
+    drawn = []
+    for _ in range(3):
+        process = optuna.create_study(sampler=_sampler(study))
+        drawn.append(process.ask().suggest_float("weight", 0, 1))
+    assert len(set(drawn)) == 3
 
 
 def test_options_that_do_not_go_together_and_bad_recipes(tmp_path):

@@ -311,13 +311,13 @@ def _axis(name: str, one: Any) -> Axis:
     )
 
 
-def _study(out: Path, prune: bool, job: int = 0) -> Any:
+def _study(out: Path, prune: bool) -> Any:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=4) if prune else optuna.pruners.NopPruner()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna warns that heartbeat and multivariate search are experimental
+        warnings.simplefilter("ignore")  # Optuna warns that heartbeats are experimental
         storage = optuna.storages.RDBStorage(
             f"sqlite:///{(out / 'study.db').resolve()}",
             engine_kwargs={"connect_args": {"timeout": 60}},
@@ -327,10 +327,19 @@ def _study(out: Path, prune: bool, job: int = 0) -> Any:
         study = optuna.create_study(
             storage=storage, study_name="tune", direction="maximize", load_if_exists=True, pruner=pruner
         )
-        # A different seed in every process and call, so that the same values are not sampled again.
-        seed = 1000 * job + len(study.get_trials(deepcopy=False))
-        study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)
     return study
+
+
+def _sampler(study: Any) -> Any:
+    """Return a sampler for one more process of a study, which draws other values than those of all earlier ones."""
+    import optuna
+
+    earlier = int(study.user_attrs.get("processes", 0))
+    study.set_user_attr("processes", earlier + 1)
+    seed = 1000 * earlier + len(study.get_trials(deepcopy=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna warns that multivariate search is experimental
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)
 
 
 def _search(
@@ -347,9 +356,11 @@ def _search(
 ) -> None:
     """Run trials until the study has `trials` trials, with those that other jobs of the same call are running."""
     _check_devices(values)  # again, as a worker on a cluster may have more devices
-    study = _study(Path(out), prune, job)
+    study = _study(Path(out), prune)
     console = Console(stderr=True)
     lock = FileLock(Path(out) / ".study.lock")  # no two jobs begin the last trial
+    with lock:
+        study.sampler = _sampler(study)
     while True:
         begun: list[int] = []
 
