@@ -13,7 +13,7 @@ from diffkd.commands import cli
 from diffkd.commands.evaluate import evaluate
 from diffkd.commands.export import export
 from diffkd.commands.predict import predict
-from diffkd.data import CocoDetection, DetectionScenes, FashionSubset, SegmentationScenes
+from diffkd.data import Arrays, CocoDetection, DetectionScenes, FashionSubset, SegmentationScenes
 from diffkd.data.images import read_rgb
 from diffkd.export.student_file import find_weights, read_card
 from diffkd.files.weights import save_student
@@ -187,6 +187,64 @@ def test_classification_is_measured_alike_by_test_and_predict(tmp_path):
         assert len(rows) == 12
         assert sum(right) / len(right) == pytest.approx(measured["top1"])
     assert evaluate(str(program), **QUIET)["top1"] == measured["top1"]
+
+
+def of_floats(folder, scale):
+    """Train a student on arrays of floats, write their evaluation images as PNG, and return the run."""
+    draw = np.random.default_rng(1)
+    folder.mkdir()
+    words = ["fit", "--student=cifar/compact_resnet8", "--data=Arrays", "--data.batch_size=8", "--epochs=1"]
+    for split in ("train", "test"):
+        labels = np.arange(16) % 2
+        images = draw.integers(0, 120, (16, 8, 8, 3)) + 100 * labels[:, None, None, None]
+        np.savez(folder / f"{split}.npz", images=(images * scale).astype(np.float32), labels=labels)
+        words.append(f"--data.{split}={folder / split}.npz")
+    for index, image in enumerate(images):
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{index:02}.png")
+    assert cli.main([*words, f"--out={folder / 'run'}", "--accelerator=cpu", "--progress=false"]) == 0
+    return folder / "run"
+
+
+def test_a_student_of_floats_sees_files_in_the_range_of_its_training(tmp_path):
+    run = of_floats(tmp_path / "data", 1.0)
+    card = read_card(run / "student.safetensors")
+    module = Arrays(*[tmp_path / "data" / f"{split}.npz" for split in ("train", "test")], batch_size=16)
+    with torch.no_grad():
+        expected = load_student(run).module(next(iter(module.val_dataloader()))[0]).softmax(dim=1)
+
+    def scores(student, name):
+        found = table(predict(str(student), [str(tmp_path / "data" / "*.png")], tmp_path / name, **QUIET))["images"]
+        by_label = [{top["label"]: top["score"] for top in one["top"]} for one in found]
+        return torch.tensor([[one[0], one[1]] for one in by_label])
+
+    torch.testing.assert_close(scores(run, "predicted"), expected, atol=1e-4, rtol=0)
+    program = export(str(run), tmp_path / "student.pt2", normalize=True)
+    torch.testing.assert_close(scores(program, "by-program"), expected, atol=1e-4, rtol=0)
+    # The card of an earlier version, whose mean and std were in the arrays' own unit.
+    measured = evaluate(str(run), **QUIET)
+    older = {name: value for name, value in card.items() if name != "scaled"} | {"mean": list(module.mean)}
+    (run / "student.json").write_text(json.dumps(older | {"std": list(module.std)}))
+    with pytest.warns(UserWarning, match=r"its mean \[.*\] is not of pixels in \[0, 1\]; .* divided by 255"):
+        torch.testing.assert_close(scores(run, "by-older-card"), expected, atol=1e-4, rtol=0)
+    with pytest.warns(UserWarning, match="divided by 255"):
+        assert evaluate(str(run), **QUIET) == measured
+
+
+def test_a_student_of_floats_that_are_no_pixels_is_refused(tmp_path):
+    run = of_floats(tmp_path / "data", 20.0)
+    with pytest.raises(ValueError, match=r"trained on floats that are no pixels .* no image file can be prepared"):
+        predict(str(run), [str(tmp_path / "data")], tmp_path / "out", **QUIET)
+    with pytest.raises(ValueError, match="leave --normalize out"):
+        export(str(run), tmp_path / "student.pt2", normalize=True)
+    assert evaluate(str(run), **QUIET)["top1"] >= 0
+    of_pixels = Arrays(*[save_bytes(tmp_path / "bytes.npz")] * 2)
+    with pytest.raises(ValueError, match=r"was trained on floats that are no pixels in .*, the data are pixels: give"):
+        evaluate(str(run), data=of_pixels, **QUIET)
+
+
+def save_bytes(path):
+    np.savez(path, images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.arange(4) % 2)
+    return path
 
 
 @pytest.mark.filterwarnings("ignore:.*no box of class", "ignore:.*no image has a box that counts")  # of so few images

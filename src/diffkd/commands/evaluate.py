@@ -19,7 +19,7 @@ from diffkd.export.plain_student import named_model
 from diffkd.export.student_file import PROGRAMS, Which, find_student, read_card
 from diffkd.inference.students import load_program
 from diffkd.recipes.trust import Trust, trust_words
-from diffkd.tasks.data_facts import DataFacts, facts_of, first_difference
+from diffkd.tasks.data_facts import DataFacts, check_unit, facts_of, first_difference
 from diffkd.tasks.options import SegmentationOptions
 from diffkd.tasks.task_of_data import build_task, load_saved
 from diffkd.teacher.view import TeacherInput
@@ -101,6 +101,7 @@ def evaluate(
             f"{path} is a representation, which labelled images measure, and the data have none: give --data.probe "
             "FOLDER"
         )
+    check_unit(card.get("scaled"), facts, str(path))
     options = SegmentationOptions(**_pairs_as_tuples(card.get("segmentation") or {}))
     if program is None:
         built = load_saved(name, facts, path, card)

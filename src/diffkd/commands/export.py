@@ -16,11 +16,12 @@ from diffkd.export.plain_student import facts_of_card, rebuild
 from diffkd.export.program_file import write_program
 from diffkd.export.quantization import Quantization, write_openvino
 from diffkd.export.quantization import quantize as write_quantized
-from diffkd.export.student_file import PROGRAMS, Which, card_file, find_student, read_card
+from diffkd.export.student_file import PROGRAMS, Which, card_file, check_card, find_student, read_card
 from diffkd.files.run_folder import RunFolder
 from diffkd.files.weights import check_target, read_weights, write_text, write_whole
 from diffkd.inference.students import load_program
 from diffkd.official import split_checkpoint
+from diffkd.tasks.data_facts import facts_of
 from diffkd.teacher.view import TeacherInput
 from diffkd.training.checkpointing import read_checkpoint
 
@@ -97,6 +98,7 @@ def export(
         source = str(run.checkpoint)  # for an unfinished run, the last checkpoint
     if Path(source).suffix == ".ckpt":
         weights, card = _from_checkpoint(read_checkpoint(source))
+        card = check_card(card, Path(source))
     else:
         path = find_student(source, which)
         card = read_card(path)
@@ -164,8 +166,8 @@ def _calibration_images(
             "data back, or take --quantize int8-dynamic, which needs none"
         ) from error
     facts = facts_of_card(card, graph)
-    given = tuple(getattr(data, "mean", facts.mean)), tuple(getattr(data, "std", facts.std))
-    convert = TeacherInput(*given, student.mean, student.std) if facts.task != "detection" else None
+    given = facts_of(data)
+    convert = TeacherInput(given.mean, given.std, student.mean, student.std) if facts.task != "detection" else None
     images = (image[None].float().cpu() for batch in loader for image in batch[0])
     return (one if convert is None else convert(one) for one in islice(images, count))
 

@@ -67,9 +67,12 @@ class ImageData(LightningDataModule):
 
     Attributes:
         start_batch: batches that the first training epoch skips; set when a run resumes in mid-epoch.
+        pixel_unit: the value of white, in which `mean` and `std` are given: 1, or 255 for floats in [0, 255]; None for
+            floats that are no pixels.
     """
 
     __signature__: ClassVar[inspect.Signature]
+    pixel_unit: float | None = 1.0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -1,5 +1,6 @@
 """Mean and standard deviation of the channels of a data set."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,25 @@ def check_statistics(mean: Sequence[float], std: Sequence[float], channels: int 
             f"mean={tuple(mean)} and std={tuple(std)}: give {channels} value(s) each, mean from 0 to 1, std above 0; "
             "those of pixels from 0 to 255 are to be divided by 255."
         )
+
+
+def pixel_unit(images: Tensor) -> float | None:
+    """Return the value that stands for white, up to rounding and overshoots of resizing; None if nothing says.
+
+    Args:
+        images: uint8, or finite floats.
+
+    Returns:
+        1 for uint8, whose statistics are in units of [0, 1], and for floats in [0, 1]; 255 for floats in [0, 255] some
+        of which are above 16; None for other floats.
+    """
+    if images.dtype == torch.uint8:
+        return 1.0
+    low, high = (float(value) for value in images.aminmax())
+    for unit, least in ((1.0, -math.inf), (255.0, 16.0)):
+        if -0.05 * unit <= low and least < high <= 1.05 * unit:
+            return unit
+    return None
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

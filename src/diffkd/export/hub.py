@@ -136,7 +136,8 @@ def _input(card: Mapping[str, Any]) -> str:
     rest = f", and {len(classes) - _SHOWN_CLASSES} more" if len(classes) > _SHOWN_CLASSES else ""
     pixels = f"{card.get('in_channels')} channels, {size} pixels"
     if card.get("task") != "detection":
-        pixels += f", scaled to [0, 1], normalised by mean {card.get('mean')} and standard deviation {card.get('std')}"
+        scale = "floats of the training data's own range" if card.get("scaled") is False else "scaled to [0, 1]"
+        pixels += f", {scale}, normalised by mean {card.get('mean')} and standard deviation {card.get('std')}"
     return f"Images of {pixels}. {len(classes)} classes: {', '.join(classes[:_SHOWN_CLASSES])}{rest}."
 
 

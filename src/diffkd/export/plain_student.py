@@ -72,6 +72,11 @@ def rebuild(
     facts = facts_of_card(card, weights, image_size)
     if normalize and facts.task != "detection":
         _card_value(card, "mean"), _card_value(card, "std")
+        if facts.pixel_unit is None:
+            raise ValueError(
+                f"{weights} was trained on floats that are no pixels in [0, 1] or [0, 255], so that no image in [0, 1] "
+                "can be normalised for it: leave --normalize out"
+            )
     return plain_student(load_saved(name, facts, weights, card), facts, normalize=normalize)
 
 
@@ -204,6 +209,7 @@ def facts_of_card(card: Mapping[str, Any], path: str | Path, image_size: Sequenc
         min_size=shorter or (min(trained),),
         max_size=longer or max(1333, *trained),
         multi_label=task == "classification" and bool(card.get("multi_label")),
+        pixel_unit=None if card.get("scaled") is False else 1.0,
     )
 
 

@@ -105,7 +105,8 @@ def check_card(card: Any, source: Path) -> dict[str, Any]:
     """Return a card whose values can be relied on to be of their kinds, where they are there at all.
 
     What another program wrote under the name of a card, such as its own settings, has other values under these names;
-    those are left out with a warning. So is what only says how to measure again, also in a card.
+    those are left out with a warning. So is what only says how to measure again, also in a card. A mean above 1, in a
+    card that does not say whether it is one of scaled pixels, is taken as one of pixels from 0 to 255, with a warning.
 
     Args:
         card: what a file holds.
@@ -131,7 +132,26 @@ def check_card(card: Any, source: Path) -> dict[str, Any]:
         )
     if others:
         rank_zero_warn(f"{source}: left out, as a card of a model has other values there: {', '.join(others)}")
-    return {name: value for name, value in found.items() if name not in others}
+    kept = {name: value for name, value in found.items() if name not in others}
+    return kept if kept.get("scaled") is not None else _scaled(kept, source)
+
+
+def _scaled(card: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Return a card that says whether mean and std are those of pixels in [0, 1], if they are not."""
+    means, deviations = card.get("mean") or (), card.get("std") or ()
+    if max(means, default=0.0) <= 1:
+        return card
+    if max(means) > _WHITE:
+        return card | {"scaled": False}
+    rank_zero_warn(
+        f"{source}: its mean {means} is not of pixels in [0, 1]; mean and std are taken as of pixels in [0, 255], and "
+        'divided by 255. Write "scaled": false into the card if it was of other floats, or the divided ones'
+    )
+    return (
+        card
+        | {"scaled": True}
+        | {name: [one / _WHITE for one in values] for name, values in (("mean", means), ("std", deviations))}
+    )
 
 
 def _is_count(value: Any) -> bool:
@@ -155,6 +175,7 @@ def _is_data(value: Any) -> bool:
     )
 
 
+_WHITE = 255
 _MOST_CLASSES = 1_000_000
 # What the values of a card are, those that are read again, and how it is told.
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -164,7 +185,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "mean": ("list of numbers", _are_numbers),
     "std": ("list of numbers above 0", functools.partial(_are_numbers, least=0.0)),
     "classes": ("list of names", lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value)),
-    "multi_label": ("true or false", lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("multi_label", "scaled"), ("true or false", lambda value: isinstance(value, bool))),
     "data": ("class_path with init_args", _is_data),
     "detection": ("mapping of a detector's options", functools.partial(_are_options, of=DetectionOptions)),
     "segmentation": ("mapping of a segmenter's options", functools.partial(_are_options, of=SegmentationOptions)),
@@ -191,6 +212,7 @@ def make_card(model: str, data: DataFacts, config: Mapping[str, Any]) -> dict[st
         "image_size": list(data.image_size),
         "mean": list(data.mean),
         "std": list(data.std),
+        "scaled": data.pixel_unit is not None,
         "classes": list(data.classes),
         "multi_label": data.multi_label or None,
         "data": config.get("data"),

@@ -56,8 +56,8 @@ class Predictor:
         crop_ratio: for classification, share of the shorter side that the centre crop keeps; None: as in training.
 
     Raises:
-        ValueError: if it is a backbone without classifier, its card describes the preparation of images wrongly, or
-            `crop_ratio` is out of range.
+        ValueError: if it is a backbone without classifier, it was trained on floats that are no pixels, its card
+            describes the preparation of images wrongly, or `crop_ratio` is out of range.
     """
 
     def __init__(
@@ -70,6 +70,11 @@ class Predictor:
                 "embeddings from a program (`diffkd export`)"
             )
         self.student, self.device = student, torch.device(device)
+        if student.facts.pixel_unit is None:
+            raise ValueError(
+                f"{student.path} was trained on floats that are no pixels in [0, 1] or [0, 255], so that no image file "
+                "can be prepared for it: call it from Python (diffkd.inference.load_student) with such floats"
+            )
         self.task, self.classes = student.facts.task, _class_names(student)
         self.multi_label = student.facts.multi_label
         self.options = SegmentationOptions(**_tuples(student.card.get("segmentation") or {}))

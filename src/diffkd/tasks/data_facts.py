@@ -20,7 +20,7 @@ class DataFacts:
         num_classes: K.
         in_channels: C of the images.
         image_size: (H, W) in pixels.
-        mean: per channel, of the normalisation, in units of [0, 1].
+        mean: per channel, of the normalisation, in units of [0, 1], unless there is no `pixel_unit`.
         std: likewise.
         classes: names of the classes, K of them.
         example: two images (2, C, H, W), normalised; for detection a list of two (C, H, W) in [0, 1].
@@ -33,6 +33,7 @@ class DataFacts:
         batch_size: training images in a batch; None: unknown.
         probe: for representations, whether labelled images come with the evaluation batches.
         multi_label: whether an image may have several classes; labels are (B, K) zeros and ones then.
+        pixel_unit: the value of white in the data's own images; None if they are floats that are no pixels.
     """
 
     num_classes: int
@@ -51,6 +52,7 @@ class DataFacts:
     batch_size: int | None = None
     probe: bool = False
     multi_label: bool = False
+    pixel_unit: float | None = 1.0
 
 
 def facts_of(data: "LightningDataModule") -> DataFacts:
@@ -73,12 +75,15 @@ def facts_of(data: "LightningDataModule") -> DataFacts:
         raise ValueError(f"{type(data).__name__}.task is {task!r}; it must be one of {', '.join(get_args(TaskName))}")
     augmentation = getattr(data, "augmentation", None)
     min_size = getattr(data, "min_size", 800)
+    mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
+    # A mean above 1 of data that do not state their unit is not of pixels in [0, 1].
+    unit = getattr(data, "pixel_unit", 1.0 if max(mean, default=0.0) <= 1 else None)
     return DataFacts(
         num_classes=int(found["num_classes"]),
         in_channels=int(found["in_channels"]),
         image_size=tuple(int(side) for side in found["image_size"]),
-        mean=tuple(float(value) for value in found["mean"]),
-        std=tuple(float(value) for value in found["std"]),
+        mean=tuple(value / (unit or 1.0) for value in mean),
+        std=tuple(value / (unit or 1.0) for value in std),
         classes=tuple(str(name) for name in found["classes"]),
         example=found["example"](),
         mixup=float(getattr(augmentation, "mixup", 0.0)),
@@ -90,7 +95,23 @@ def facts_of(data: "LightningDataModule") -> DataFacts:
         batch_size=getattr(data, "batch_size", None),
         probe=bool(getattr(data, "has_probe", False)),
         multi_label=bool(getattr(data, "multi_label", False)),
+        pixel_unit=unit,
     )
+
+
+def check_unit(scaled: bool | None, data: DataFacts, model: str) -> None:
+    """Raise ValueError if a model was trained on pixels and the data are other floats, or the other way round.
+
+    Args:
+        scaled: whether mean and std of its normalisation are in units of [0, 1]; None: unknown, which is not checked.
+        data: the facts of the data that it is to see.
+        model: what it is, for the message.
+    """
+    if scaled is not None and scaled != (data.pixel_unit is not None):
+        learned, given = "pixels", "floats that are no pixels in [0, 1] or [0, 255]"
+        if not scaled:
+            learned, given = given, learned
+        raise ValueError(f"{model} was trained on {learned}, the data are {given}: give data as in its training")
 
 
 def describe_samples(loader: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from diffkd.models.detectors.from_transformers import TransformersDetector
 from diffkd.models.detectors.teacher import DetectorTeacher
 from diffkd.models.normalization import class_names, normalization_beside, own_size
 from diffkd.models.weights import class_entries, fill_backbone, library_names, reorder_classes, same_draws
-from diffkd.tasks.data_facts import DataFacts, first_difference
+from diffkd.tasks.data_facts import DataFacts, check_unit, first_difference
 from diffkd.tasks.options import DEFAULT_DETECTION, DetectionOptions
 from diffkd.tasks.task_of_data import load, padded_example
 from diffkd.teacher.options import AS_GIVEN, TeacherOptions
@@ -169,6 +169,7 @@ def _notes_of_student(
         notes.append(
             f"warning: student {name} starts from weights of images normalised by mean {mean} and std {std}, but the "
             f"data's are normalised by {list(data.mean)} and {list(data.std)}: give --data.mean={mean} --data.std={std}"
+            + (f", each value times {data.pixel_unit:g}" if data.pixel_unit not in (1.0, None) else "")
         )
     return notes
 
@@ -297,6 +298,7 @@ def _view(
     if options.mean is not None and options.std is not None:
         theirs, source = (options.mean, options.std), "as --teacher_options says"
     elif card.get("mean"):
+        check_unit(card.get("scaled"), data, f"teacher {path}")
         theirs, source = (tuple(card["mean"]), tuple(card["std"])), "as its card says"
     elif beside is not None:
         theirs, source = beside, "as the file beside its weights says"

@@ -6,6 +6,7 @@ import torch
 
 from diffkd.data import Arrays
 from diffkd.data.classification.arrays import read_npz
+from diffkd.tasks.data_facts import facts_of
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (12, 6, 5, 3), dtype=np.uint8)
@@ -114,6 +115,29 @@ def test_finite_floats_are_kept(tmp_path):
     train = save(tmp_path, images=floats, labels=LABELS)
     data = Arrays(train, train, mean=(0.0,) * 3, std=(1.0,) * 3)
     torch.testing.assert_close(data.example()[0], torch.from_numpy(floats[0]).permute(2, 0, 1).float())
+
+
+@pytest.mark.parametrize(
+    ("images", "unit"),
+    [
+        (IMAGES, 1),
+        (IMAGES / 255, 1),
+        (IMAGES / 250 - 0.02, 1),  # overshoots, as of a resize
+        (IMAGES.astype(np.float32), 255),
+        (IMAGES / 255 * 20, 255),
+        (IMAGES / 255 * 15, None),
+        (IMAGES / 128 - 1, None),
+        (IMAGES * 16.0, None),
+    ],
+)
+def test_floats_are_pixels_of_the_range_that_they_are_in(tmp_path, images, unit):
+    data = Arrays(*[save(tmp_path, images=images, labels=LABELS)] * 2)
+    assert data.pixel_unit == unit
+    pixels, given = facts_of(Arrays(*pair(tmp_path))), facts_of(data)
+    assert given.pixel_unit == unit
+    assert given.mean == pytest.approx(data.mean if unit is None else [value / unit for value in data.mean])
+    if images.max() == 255:  # the same images
+        assert (given.mean, given.std) == (pytest.approx(pixels.mean), pytest.approx(pixels.std))
 
 
 def changed(array, index, value):

@@ -139,7 +139,9 @@ _MOST_CLASSES = 1_000_000  # larger labels are not class indices, and so many na
 class Arrays(InMemoryData):
     """Serve images and labels of two `.npz` files from memory.
 
-    Both files are read and checked when the module is created, before training.
+    Both files are read and checked when the module is created, before training. Floats are used as they are. Those in
+    [0, 255] with values above 16 are taken for pixels, and the student for one of images, as are those in [0, 1]; with
+    floats in another range, which no image file has, `diffkd predict` refuses the student.
 
     Args:
         train: file of the training set with the keys `images`, (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or float;

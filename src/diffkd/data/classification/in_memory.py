@@ -11,7 +11,7 @@ from diffkd.data.classification.augmentation import Augmentation
 from diffkd.data.classification.device_loader import DeviceLoader
 from diffkd.data.image_data import ImageData, placement
 from diffkd.data.loaders import BANK, HELD_OUT, InTurn
-from diffkd.data.statistics import channel_statistics
+from diffkd.data.statistics import channel_statistics, pixel_unit
 
 
 class ImageSet(NamedTuple):
@@ -167,5 +167,6 @@ class InMemoryData(ImageData):
         super().__init__(
             memory, classes, image_size=(height, width), mean=memory.mean, std=memory.std, labels=memory.labels
         )
+        self.pixel_unit = pixel_unit(memory.train.images)
         self.augmentation, self.batch_size = memory.augmentation, memory.batch_size
         self.seed, self.labels = memory.seed, memory.labels
