@@ -14,12 +14,16 @@ import diffkd.data
 from diffkd import save_student
 from diffkd.commands.cli import main
 from diffkd.commands.push import push
-from diffkd.export.hub import model_card
+from diffkd.export.hub import model_card, write_repository
 from diffkd.export.student_file import make_card, read_card
+from diffkd.files.config import describe
 from diffkd.files.weights import read_weights
+from diffkd.inference.students import load_student
 from diffkd.models import load_model
 from diffkd.models.hub import fetch_student
 from diffkd.tasks.data_facts import facts_of
+from diffkd.tasks.options import DetectionOptions
+from diffkd.tasks.task_of_data import load
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
@@ -176,6 +180,50 @@ def test_the_lines_without_diffkd_build_the_model(tmp_path):
         found = {}
         exec(code.replace('hf_hub_download("alice/small", "student.safetensors")', repr(str(weights))), found)
         assert found["model"](torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+
+
+SCENES = {"train_count": 2, "val_count": 2, "batch_size": 2}
+KINDS = {
+    "cifar/resnet8": (lambda files: diffkd.data.Arrays(files["train"], files["test"]), {}),
+    "timm/test_resnet": (lambda files: diffkd.data.Arrays(files["train"], files["test"], labels=False), {}),
+    "fcos/timm/test_resnet": (
+        lambda _: diffkd.data.DetectionScenes(size=(96, 80), classes=(0, 1), min_size=(48, 64), max_size=90, **SCENES),
+        {"detection": {"fpn_channels": 64, "norm": "group", "anchor_scale": 0.1}},
+    ),
+    "torchvision/lraspp_mobilenet_v3_large": (lambda _: diffkd.data.SegmentationScenes(size=(64, 64), **SCENES), {}),
+    "torchvision/deeplabv3_mobilenet_v3_large": (
+        lambda _: diffkd.data.SegmentationScenes(size=(64, 64), **SCENES),
+        {"segmentation": {"auxiliary": True}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_the_lines_of_the_page_build_the_student_that_is_loaded_by_its_card(name, tmp_path, image_files, monkeypatch):
+    make, options = KINDS[name]
+    data = make(image_files)
+    facts = facts_of(data)
+    card = make_card(name, facts, {"data": describe(data), **options})
+    auxiliary, detection = "segmentation" in options, DetectionOptions(**options.get("detection", {}))
+    model = load(name, facts, num_classes=facts.num_classes, in_channels=3, auxiliary=auxiliary, detection=detection)
+    save_student(model, tmp_path / "run/student.safetensors", card)
+    files = write_repository(tmp_path / "run/student.safetensors", tmp_path / "files", "alice/small")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file: str(tmp_path / "files" / file))
+    expected = load_student(files[0]).module
+    blocks = [part.partition("```")[0] for part in files[-1].read_text().split("```python\n")[1:]]
+    assert len(blocks) == 1 + name.startswith(("timm", "torchvision"))
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, *facts.image_size, generator=draw)
+    for code in blocks:
+        found = {}
+        exec(code, found)
+        ours = found["model"].eval()
+        torch.testing.assert_close(ours.state_dict(), expected.state_dict(), rtol=0, atol=0)
+        if facts.task == "detection":
+            assert (ours.transform.min_size, ours.transform.max_size) == ((48, 64), 90)
+        given = list(images) if facts.task == "detection" else images
+        with torch.no_grad():
+            torch.testing.assert_close(ours(given), expected(given), rtol=0, atol=0)
 
 
 def test_texts_of_a_card_are_no_markup(student):

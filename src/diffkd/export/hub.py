@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from diffkd.export.plain_student import facts_of_card
 from diffkd.export.student_file import read_card
 from diffkd.files.weights import write_text
 from diffkd.models.extras import require
@@ -19,6 +20,7 @@ _PIPELINES = {
     "detection": "object-detection",
     "segmentation": "image-segmentation",
 }
+_LOADERS = {"segmentation": "load_segmenter", "detection": "load_detector", "representation": "load_backbone"}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN_CLASSES = 30
 
@@ -143,24 +145,22 @@ def _input(card: Mapping[str, Any]) -> str:
 
 def _loading(card: Mapping[str, Any], repository: str) -> str:
     """Return how the student is loaded, with this package and without."""
-    name, classes, channels = card["model"], card.get("num_classes"), card.get("in_channels")
+    name = card["model"]
     own = code_of_model(name)
     given = repr(name) if own is None else repr(f"{own}:{name.rpartition(':')[2]}")
     commands = (f"diffkd test hub:{repository} --data.root DATA", f"diffkd fit ... --teacher hub:{repository}")
     text = "\n".join(("```console", *commands, "```\n\n"))
     if own is not None:
         text += f"The code of the network, `{_text(own)}`, is not here.\n\n"
-    load = {"segmentation": "load_segmenter", "detection": "load_detector"}.get(str(card.get("task")), "load_model")
-    options = f"num_classes={classes}" + (f", in_channels={channels}" if load != "load_detector" else "")
-    for key, value in (card.get("detection") or {}).items():
-        options += f", {key}={value!r}"
+    load = _LOADERS.get(task := str(card.get("task")), "load_model")
+    options = "".join(f", {key}={value!r}" for key, value in _options(card, task).items())
     text += (
         "```python\n"
         f"from diffkd.models import {load}\nfrom huggingface_hub import hf_hub_download\n\n"
         f'weights = hf_hub_download("{repository}", "{WEIGHTS}")\n'
-        f"model = {load}({given}, {options}, weights=weights).eval()\n```\n"
+        f"model = {load}({given}{options}, weights=weights).eval()\n```\n"
     )
-    if (built := _without_diffkd(name, classes, channels)) is not None:
+    if (built := _without_diffkd(card, task)) is not None:
         text += (
             "\nWithout diffkd:\n\n```python\n"
             f"{built[0]}\nfrom huggingface_hub import hf_hub_download\nfrom safetensors.torch import load_file\n\n"
@@ -175,16 +175,31 @@ def _loading(card: Mapping[str, Any], repository: str) -> str:
     return text
 
 
-def _without_diffkd(name: str, classes: Any, channels: Any) -> tuple[str, str] | None:
+def _options(card: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Return the arguments of the function that loads a student for its task, as :func:`load_saved` gives them."""
+    classes, channels = {"num_classes": card.get("num_classes")}, {"in_channels": card.get("in_channels")}
+    if task == "representation":
+        return channels
+    if task == "detection":
+        facts = facts_of_card(card, CARD)
+        return classes | {"min_size": facts.min_size, "max_size": facts.max_size} | dict(card.get("detection") or {})
+    if task == "segmentation" and (card.get("segmentation") or {}).get("auxiliary"):
+        return classes | channels | {"auxiliary": True}
+    return classes | channels
+
+
+def _without_diffkd(card: Mapping[str, Any], task: str) -> tuple[str, str] | None:
     """Return the import and the expression that build a model by its own library; None where that takes more."""
-    source, _, rest = name.partition("/")
+    classes, channels = card.get("num_classes"), card.get("in_channels")
+    source, _, rest = card["model"].partition("/")
     plain = rest.partition(".")[0]
     if source == "timm":
+        classes = 0 if task == "representation" else classes
         return "import timm", f'timm.create_model("{plain}", num_classes={classes}, in_chans={channels})'
-    if source == "torchvision" and channels == 3:
-        if not any(kind in rest for kind in ("rcnn", "retinanet", "fcos", "ssd")):
-            return "import torchvision", f'torchvision.models.get_model("{plain}", num_classes={classes})'
-        return None
+    if source == "torchvision" and channels == 3 and task not in ("detection", "representation"):
+        options = f", aux_loss={bool(_options(card, task).get('auxiliary'))}, weights_backbone=None"
+        options = options if task == "segmentation" else ""
+        return "import torchvision", f'torchvision.models.get_model("{plain}", num_classes={classes}{options})'
     if source == "smp":
         architecture, _, encoder = rest.partition("/")
         encoder = f"tu-{encoder.removeprefix('timm/')}" if encoder.startswith("timm/") else encoder
