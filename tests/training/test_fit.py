@@ -24,6 +24,7 @@ from diffkd.training.callbacks import report
 from diffkd.training.fit import fit
 from diffkd.training.lightning_module import Training
 from diffkd.training.optimization import Schedule
+from diffkd.training.options import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,20 @@ def test_a_run_whose_pair_learns_nothing_is_refused(tmp_path, image_files):
         pytest.raises(ValueError, match=r"pair '0': the output of the student's '0' carries no gradient.*unfreeze"),
     ):
         train(arrays(image_files), tmp_path / "run", str(file), method=FitNet)
+
+
+def test_modules_in_place_of_names_are_refused_at_once(tmp_path, image_files, model_file):
+    data, net, name = arrays(image_files), small(6, 3), f"{model_file}:small"
+    own_loop = r"name is wanted, .*own\.module:function .* diffkd\.Distiller in a loop of your own"
+    with pytest.raises(TypeError, match=f"student is a Sequential, and a {own_loop}"):
+        fit(net, data, tmp_path / "run")
+    with pytest.raises(TypeError, match=f"teacher is a Sequential, and a {own_loop}"):
+        fit(name, data, tmp_path / "run", teacher=net, method=KD)
+    with pytest.raises(TypeError, match=f"teacher is a Sequential, and a {own_loop}"):
+        fit(name, data, tmp_path / "run", teacher=[f"{model_file}:large", net], method=KD)
+    with pytest.raises(TypeError, match=f"the teacher is a Sequential, and a {own_loop}"):
+        Teacher(net)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failed_start_leaves_no_obstacle(tmp_path, image_files, model_file):

@@ -45,8 +45,19 @@ class Teacher:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_name("the teacher", self.name)
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight={self.weight} of teacher {self.name} is no factor of a loss: give 0 or more")
+
+
+def _check_name(what: str, name: Any) -> None:
+    """Raise TypeError if a model is given instead of its name, by which a run records how it is built."""
+    if not isinstance(name, str):
+        raise TypeError(
+            f"{what} is a {type(name).__name__}, and a name is wanted, by which the run can build it again: such as "
+            "cifar/resnet20, timm/resnet18, or own.module:function for a function of yours that returns it. Modules "
+            "that are built already are distilled by diffkd.Distiller in a loop of your own (docs/loops.md)"
+        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +197,13 @@ class FitOptions:
         return found
 
     def __post_init__(self) -> None:
+        _check_name("student", self.student)
+        if isinstance(self.teacher, list | tuple):
+            for one in self.teacher:
+                if not isinstance(one, Teacher):
+                    _check_name("teacher", one)
+        elif self.teacher is not None:
+            _check_name("teacher", self.teacher)
         if self.gradient_clip is not None and not self.gradient_clip > 0:
             raise ValueError(
                 f"gradient_clip={self.gradient_clip} is no norm of a gradient: give one above 0, or leave it out"
