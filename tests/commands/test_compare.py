@@ -206,6 +206,7 @@ def test_runs_on_several_devices_are_processes_of_their_own(
     assert "broken seed 0 failed: model 'cifar/resnet9000' is unknown; nearest" in capsys.readouterr().err
 
 
+@pytest.mark.cluster  # four processes that import everything, to be started and stopped
 def test_runs_on_several_devices_are_stopped_with_the_comparison(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "out" / "alone" / "seed-0"
     words = ["compare", str(recipe), "--methods", "alone", "--seeds=1", f"--out={tmp_path / 'out'}", TRUST, "--"]
