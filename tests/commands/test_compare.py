@@ -191,6 +191,7 @@ def test_a_comparison_that_is_stopped_stops_its_runs_and_goes_on(recipe: Path, t
     assert os.access(checkpoint, os.R_OK)
 
 
+@pytest.mark.cluster  # three processes that import everything
 def test_runs_on_several_devices_are_processes_of_their_own(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
