@@ -11,10 +11,9 @@ from diffkd.features.forward import first_parameter, on_device_of, run
 from diffkd.files.weights import unwrap
 
 Head = Callable[[Tensor], Tensor]
-# Largest error of a head, as a share of the range of the teacher's scores. Folding and other orders of summation stay
-# far below; what leaves a normalisation out, or takes another pooling, is far above.
-_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
-_HALF_TOLERANCE = 5e-2
+# Largest error of a head, as a share of the range of the teacher's scores, in single and in half precision. Folding and
+# other orders of summation stay far below; what leaves a normalisation out, or takes another pooling, is far above.
+_TOLERANCE, _HALF_TOLERANCE = 1e-2, 5e-2
 
 
 def rest_of(teacher: nn.Module, layer: str, example: Any, feature: Tensor, scores: Tensor) -> Head:
@@ -70,7 +69,7 @@ def _gives(head: Head, feature: Tensor, scores: Tensor) -> bool:
         return False
     wanted = scores.double()
     span = (wanted - wanted.mean()).abs().max()
-    tolerance = _TOLERANCE.get(scores.dtype, _HALF_TOLERANCE)
+    tolerance = _TOLERANCE if scores.dtype.itemsize >= 4 else _HALF_TOLERANCE
     return bool((made.double() - wanted).abs().max() <= tolerance * span + torch.finfo(torch.float32).eps)
 
 
